@@ -1,0 +1,108 @@
+"""Rollouts to packed microbatches: pure functions of their arguments.
+
+Legend: T packed tokens of a microbatch, B sequences, N prefix positions, P prompt, L prefix tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_prefix.types import PrefixBatch, Rollout
+
+
+@dataclass(frozen=True)
+class MicrobatchPlan:
+    """Which rollouts go into which microbatch of the step, alike on every rank.
+
+    Microbatch ``m`` belongs to the student's data-parallel rank ``m // per_rank``.
+    """
+
+    members: tuple[tuple[int, ...], ...]  # rollout indices of each microbatch
+    tokens: int  # T of every microbatch of the step
+    prefix_tokens: int  # over all microbatches: the one denominator
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+
+def plan_microbatches(
+    rollouts: Sequence[Rollout], count: int, *, multiple: int = 1
+) -> MicrobatchPlan:
+    """Spread ``rollouts`` over ``count`` microbatches, longest first onto the emptiest.
+
+    Every microbatch has the same T, a multiple of ``multiple``, so that pipeline stages exchange one
+    shape. ValueError where there is nothing to train on.
+    """
+    lengths = [sequence_length(rollout) for rollout in rollouts]
+    prefix_tokens = sum(len(rollout.prefix_ids) for rollout in rollouts)
+    if prefix_tokens == 0:
+        raise ValueError(f"no prefix token in {len(rollouts)} rollouts: nothing to train on")
+    members: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    capacity = -(-len(rollouts) // count)
+    for index in sorted(range(len(rollouts)), key=lambda i: -lengths[i]):
+        open_ones = [m for m in range(count) if len(members[m]) < capacity]
+        target = min(open_ones, key=lambda m: filled[m])
+        members[target].append(index)
+        filled[target] += lengths[index]
+    tokens = -(-max(filled) // multiple) * multiple
+    return MicrobatchPlan(tuple(tuple(sorted(m)) for m in members), tokens, prefix_tokens)
+
+
+def sequence_length(rollout: Rollout) -> int:
+    """Tokens that are fed: the last sampled one predicts nothing."""
+    return len(rollout.prompt_ids) + len(rollout.prefix_ids) - 1
+
+
+def pack(
+    rollouts: Sequence[Rollout], plan: MicrobatchPlan, microbatch: int, device: torch.device
+) -> PrefixBatch:
+    """Microbatch ``microbatch`` of ``plan`` as tensors on ``device``."""
+    chosen = [rollouts[index] for index in plan.members[microbatch]]
+    lengths = [sequence_length(rollout) for rollout in chosen]
+    longest = max(lengths, default=plan.tokens)
+    lengths += _padding_lengths(plan.tokens - sum(lengths), longest)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.zeros(plan.tokens, np.int64)
+    positions = []
+    for rollout, start in zip(chosen, starts[: len(chosen)], strict=True):
+        sequence = (*rollout.prompt_ids, *rollout.prefix_ids)[:-1]
+        ids[start : start + len(sequence)] = sequence
+        first = start + len(rollout.prompt_ids) - 1
+        positions.append(np.arange(first, first + len(rollout.prefix_ids)))
+    prefix_positions = _joined(positions, np.int64)
+    weight = np.full(len(prefix_positions), 1.0 / plan.prefix_tokens, np.float32)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return PrefixBatch(
+        input_ids=tensor(ids),
+        position_ids=tensor(_joined([np.arange(n) for n in lengths], np.int64)),
+        cu_seqlens=tensor(starts.astype(np.int32)),
+        max_seqlen=longest,
+        prefix_positions=tensor(prefix_positions),
+        labels=tensor(_joined([r.prefix_ids for r in chosen], np.int64)),
+        token_weight=tensor(weight),
+        rollout_logprobs=tensor(_joined([r.rollout_logprobs for r in chosen], np.float32)),
+        prefix_offsets=tensor(_joined([np.arange(len(r.prefix_ids)) for r in chosen], np.int64)),
+    )
+
+
+def prefix_count(rollouts: Sequence[Rollout], plan: MicrobatchPlan, microbatch: int) -> int:
+    """N of a microbatch, without building it."""
+    return sum(len(rollouts[index].prefix_ids) for index in plan.members[microbatch])
+
+
+def _padding_lengths(padding: int, longest: int) -> list[int]:
+    """Padding as sequences no longer than real ones: attention is quadratic in a sequence."""
+    whole, rest = divmod(padding, longest)
+    return [longest] * whole + ([rest] if rest else [])
+
+
+def _joined(parts: Sequence[Sequence[float] | np.ndarray], dtype: type) -> np.ndarray:
+    if not parts:
+        return np.zeros(0, dtype)
+    return np.concatenate([np.asarray(part, dtype) for part in parts])

@@ -1,0 +1,156 @@
+"""Rank 0's share of the loop: prompts, prefix policy, rollouts, ledger, evaluation, logs.
+
+The other ranks get its decisions as an ``Order`` and need none of its state.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_prefix.config import Recipe
+from megatron_prefix.orders import Order
+from megatron_prefix.phases import Phases
+from megatron_prefix.prefix import Ledger, PrefixObservation, PrefixPolicy
+from megatron_prefix.run_log import Evaluation, RunLog
+from megatron_prefix.types import Rollout, StepMetrics
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class RolloutSource(Protocol):
+    """Where a step's rollouts come from: servers, or a recording."""
+
+    def sample(self, step: int, prefix_length: int, policy_version: int) -> list[Rollout]:
+        """The rollouts of step ``step`` (from 0)."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Evaluator(Protocol):
+    def __call__(self, step: int, policy_version: int) -> Evaluation: ...
+
+
+@dataclass(frozen=True)
+class Staff:
+    """What the conductor directs."""
+
+    policy: PrefixPolicy
+    source: RolloutSource
+    ledger: Ledger
+    open_log: Callable[[int], RunLog]  # from the step that the run goes on after
+    decode: Decode
+    evaluate: Evaluator | None
+    stop_requested: Callable[[], bool]
+
+
+class Conductor:
+    """Lives on rank 0 alone; not collective."""
+
+    def __init__(self, recipe: Recipe, staff: Staff) -> None:
+        self._recipe, self._staff = recipe, staff
+        self._log: RunLog | None = None
+        self._evaluated = -1
+
+    @property
+    def log(self) -> RunLog:
+        if self._log is None:
+            self._log = self._staff.open_log(0)
+        return self._log
+
+    def resume(self, step: int, state: dict[str, Any]) -> None:
+        """Go on after ``step`` steps from a checkpoint's state."""
+        self._staff.policy.load_state_dict(state["policy"])
+        self._staff.source.load_state_dict(state["source"])
+        self._staff.ledger.load_state_dict(state["ledger"])
+        self._evaluated = state["evaluated"]
+        self._log = self._staff.open_log(step)
+        self._log.event("resume", f"resumed after step {step}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "policy": self._staff.policy.state_dict(),
+            "source": self._staff.source.state_dict(),
+            "ledger": self._staff.ledger.state_dict(),
+            "evaluated": self._evaluated,
+        }
+
+    def order(self, step: int, policy_version: int) -> Order:
+        """What to do after ``step`` finished steps."""
+        if self._staff.stop_requested():
+            self.log.event("stop", f"stop requested: saving after step {step}")
+            return Order("save_and_stop")
+        length = self._staff.policy.length(step)
+        rollouts = self._staff.source.sample(step, length, policy_version)
+        if self._staff.stop_requested():  # the step is not begun: its prompts are asked again
+            return self.order(step, policy_version)
+        return Order("train", length, tuple(rollouts))
+
+    def record(
+        self, metrics: StepMetrics, rollouts: Sequence[Rollout], phases: Phases
+    ) -> StepMetrics:
+        """Account for and log a finished step; returns its metrics with FLOPs and seconds."""
+        cost = self._staff.ledger.measure(rollouts)
+        self._staff.ledger.add(cost)
+        metrics = replace(
+            metrics, flops=cost.flops, flops_full=cost.flops_full, seconds=phases.seconds()
+        )
+        self._staff.policy.observe(
+            PrefixObservation(
+                step=metrics.step - 1,
+                prefix_length=metrics.prefix_length,
+                mean_kl=mean_kl(metrics),
+                kl_by_position=metrics.kl_by_position,
+            )
+        )
+        self.log.step(metrics)
+        if metrics.skipped:
+            self.log.event(
+                "skipped",
+                f"step {metrics.step} had loss {metrics.loss} and gradient norm "
+                f"{metrics.grad_norm}: no update was made",
+            )
+        if self.log.wants_rollouts(metrics.step):
+            self._log_texts(metrics.step, rollouts)
+        return metrics
+
+    def _log_texts(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        shown = rollouts[: self._recipe.log.sample_rollouts]
+        self.log.rollouts(
+            step,
+            [self._staff.decode(r.prompt_ids) for r in shown],
+            [self._staff.decode(r.prefix_ids) for r in shown],
+            [
+                {
+                    "finish_reason": r.finish_reason,
+                    "tokens": len(r.prefix_ids),
+                    "policy_version": r.policy_version,
+                }
+                for r in shown
+            ],
+        )
+
+    def evaluate_if_due(self, step: int, policy_version: int) -> None:
+        """Before the first step, after the last, and every ``eval.interval`` steps; once each."""
+        interval = self._recipe.eval.interval
+        ends = step in (0, self._recipe.train.steps)
+        due = ends or (interval and step % interval == 0)
+        if self._staff.evaluate is None or not due or self._evaluated == step:
+            return
+        result = self._staff.evaluate(step, policy_version)
+        self._evaluated = step
+        self.log.evaluation(step, result)
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+
+def mean_kl(metrics: StepMetrics) -> float:
+    """Nats a token over the step, unlike the loss also where tokens are weighted."""
+    weights = metrics.tokens_by_position
+    return float(np.nansum(metrics.kl_by_position * weights) / weights.sum())

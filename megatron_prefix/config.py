@@ -1,0 +1,222 @@
+"""Every setting of a run, as frozen dataclasses. Imports neither torch nor Megatron.
+
+A recipe (``recipes/*.py``) returns a :class:`Recipe`; ``recipe.py`` lays a YAML overlay and typed
+dotted overrides over it. An empty string, an empty tuple or 0 says "not set" where that makes
+sense; each field's comment says what it means then. Names that Megatron has are Megatron's.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """Transformer Engine FP8 for a trunk. LM heads and the KL always stay out of it."""
+
+    format: str = "off"  # off | e4m3 | hybrid (TransformerConfig.fp8)
+    recipe: str = "blockwise"  # blockwise | tensorwise | delayed (TransformerConfig.fp8_recipe)
+    first_last_layers_bf16: bool = True  # not with delayed: Megatron-Core refuses it
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One Hugging Face checkpoint and the layout in which Megatron-Core holds it."""
+
+    hf_path: str = ""  # folder with config.json and safetensors
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    # Layers on the first stage where they do not divide over the stages; 0: as even as can be.
+    num_layers_in_first_pipeline_stage: int = 0
+    sequence_parallel: bool = False
+    params_dtype: str = "bf16"  # bf16 | fp32
+    recompute_granularity: str = "none"  # none | selective | full
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """``linear``: from min_length to max_length over the first share ``over`` of the steps."""
+
+    over: float = 0.8
+
+
+@dataclass(frozen=True)
+class AnchoredConfig:
+    """``anchored``: min_length, with every ``every``-th step at max_length."""
+
+    every: int = 8
+
+
+@dataclass(frozen=True)
+class LateConfig:
+    """``late``: min_length for the first share ``full_after`` of the steps, then max_length."""
+
+    full_after: float = 0.8
+
+
+@dataclass(frozen=True)
+class AdaptiveConfig:
+    """``adaptive``: from min_length, ``factor`` times as long whenever the moving average of the
+    steps' mean KL falls under ``threshold``."""
+
+    factor: float = 1.5
+    threshold: float = 0.3  # nats a token
+    momentum: float = 0.9  # share of the moving average that a new step leaves standing
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """The prefix policy. ``prefix/`` holds one file a policy; lengths are in tokens."""
+
+    # fixed | linear | anchored | late | adaptive, or "package.module:Class" of a user's own
+    policy: str = "linear"
+    min_length: int = 64
+    max_length: int = 1024  # full-length distillation would sample up to here
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    anchored: AnchoredConfig = field(default_factory=AnchoredConfig)
+    late: LateConfig = field(default_factory=LateConfig)
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    options: dict[str, float] = field(default_factory=dict)  # for a user's own policy
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts, through ``datasets``."""
+
+    path: str = ""  # a .jsonl/.json/.parquet file, a folder of them, or a hub id
+    name: str = ""  # the hub data set's configuration
+    split: str = "train"
+    streaming: bool = False
+    prompt_column: str = "prompt"
+    # auto: the tokenizer's chat template where it has one; always; never: the column's bare text
+    chat_template: str = "auto"
+    system_prompt: str = ""
+    max_prompt_length: int = 1024  # tokens
+    overlong: str = "drop"  # drop (counted and logged) | error
+    seed: int = 0  # of the shuffle
+    shuffle: bool = True
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """SGLang servers: how they are reached, started, asked and kept in step."""
+
+    server_urls: tuple[str, ...] = ()  # running servers; empty: start num_servers here
+    api_key_file: str = ""  # holds the key of the servers at server_urls; mode 600
+    num_servers: int = 1
+    device: str = "auto"  # auto | cuda | cpu: where servers that we start run
+    dtype: str = "auto"  # auto: the student's params_dtype
+    server_tensor_parallel_size: int = 1
+    max_total_tokens: int = 0  # of the servers' cache; 0: SGLang decides (60000 on a CPU)
+    server_args: tuple[str, ...] = ()  # more arguments for sglang.launch_server
+    start_timeout_s: float = 300.0
+    request_timeout_s: float = 600.0
+    retries: int = 4  # of a request, with exponential backoff
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    over_sample: float = 1.0  # requests started / rollouts wanted; above 1, stragglers are aborted
+    # Where stragglers are aborted: share of wanted prefix tokens an aborted rollout must have
+    # to be kept (its finish_reason is "abort"); above 1 none is kept.
+    keep_aborted_above: float = 2.0
+    weight_sync: str = "distributed"  # distributed | disk
+    bucket_mib: float = 512.0  # of one streamed weight bucket
+    verify_weights_every: int = 50  # syncs between two checksum proofs; 1: every one; 0: first only
+    # Largest difference of a rollout's log-probability between server and trainer, same tokens.
+    logprob_tolerance: float = 0.25
+    record: bool = False  # keep each step's rollouts in the run folder
+    replay: str = ""  # a folder of recorded rollouts to train on instead of asking a server
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Token-level divergence over the full vocabulary, on prefix positions."""
+
+    divergence: str = "reverse_kl"  # reverse_kl KL(student||teacher) | forward_kl | jsd
+    beta: float = 0.5  # jsd: the teacher's share of the mixture
+    temperature: float = 1.0
+    chunk_size: int = 0  # positions a chunk; 0: chosen by the loss
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Megatron's optimizer and OptimizerParamScheduler."""
+
+    lr: float = 1e-5
+    min_lr: float = 0.0
+    lr_warmup_steps: int = 0
+    lr_decay_style: str = "linear"  # linear | cosine | constant | inverse-square-root
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 100
+    global_batch_size: int = 64  # rollouts a step, over all data-parallel ranks
+    micro_batch_size: int = 8  # sequences that are packed into one microbatch
+    seed: int = 0
+    max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Megatron's distributed checkpoints under the run folder."""
+
+    save_interval: int = 0  # steps; 0: only at the end and on a signal
+    async_save: bool = True
+    keep_last: int = 2  # 0: keep all
+    verify_integrity: bool = True  # SHA-256 of every file, checked at load
+    export_hf: bool = True  # write a Hugging Face folder of the student at the end
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Greedy answers through the servers on a held-out set. The prefix never limits them."""
+
+    path: str = ""  # as data.path; empty: no evaluation
+    split: str = "train"
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    scorer: str = "math"  # math (math-verify) | exact | suffix, or "package.module:function"
+    max_new_tokens: int = 1024
+    samples: int = 200  # the first of the set; 0: all
+    interval: int = 0  # steps; 0: before and after only
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = True
+    log_interval: int = 1
+    kl_by_position_interval: int = 10
+    sample_rollouts_interval: int = 25
+    sample_rollouts: int = 4
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "run"
+    output_dir: str = "runs"  # the run folder is output_dir/name
+    world_size: int = 0  # ranks on this machine; 0: the least that both layouts need
+    distributed_timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. ``validate.py`` holds the checks that need more than one field."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    student: ModelConfig = field(default_factory=ModelConfig)
+    teacher: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)

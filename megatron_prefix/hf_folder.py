@@ -1,0 +1,188 @@
+"""A Hugging Face model folder as it lies on disk, read without loading one weight.
+
+Sizes come from the safetensors headers (8 bytes of length, JSON, data), so that a missing shard, a
+truncated download or a tensor of another shape is found before any server or rank starts.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("F32", "BF16", "F16")
+_INDEX = "model.safetensors.index.json"
+_LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+# Written by older exporters beside the weights: derived from the config, or tied to another.
+_REDUNDANT = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a folder, by its file's header."""
+
+    dtype: str  # safetensors' name, like BF16
+    shape: tuple[int, ...]
+    file: Path
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    path: Path
+    config: dict[str, Any]  # config.json
+    tensors: Mapping[str, TensorEntry]
+
+
+def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
+    """Config and tensor table of ``hf_path``; ``owner`` ("student", "teacher") is for messages.
+
+    ValueError for a folder that is missing, without weights, incomplete, truncated, quantised or
+    pickled. Whether the tensors are the architecture's is for :func:`check_tensors`.
+    """
+    if not hf_path:
+        raise ValueError(f"{owner}.hf_path is not set; give the folder of a checkpoint")
+    path, where = Path(hf_path), f"{owner}.hf_path={hf_path}"
+    if not path.is_dir():
+        raise ValueError(
+            f"{where} is no folder; a model of the hub is fetched with "
+            f"`hf download {hf_path} --local-dir FOLDER`"
+        )
+    config = _read_config(path, where)
+    tensors: dict[str, TensorEntry] = {}
+    for file in _weight_files(path, where):
+        tensors |= read_header(file)
+    for name, entry in tensors.items():
+        if entry.dtype not in DTYPES:
+            raise ValueError(
+                f"{where}: tensor {name} is {entry.dtype}; only {', '.join(DTYPES)} can be "
+                "trained, so give the checkpoint before quantisation"
+            )
+    return HfFolder(path, config, tensors)
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensor table of one safetensors file; ValueError where the file is not whole."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LONGEST_HEADER + 1
+        if length > _LONGEST_HEADER:
+            raise ValueError(f"{file} is no safetensors file ({size} bytes); fetch it again")
+        text = opened.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {
+            name: TensorEntry(entry["dtype"], tuple(entry["shape"]), file)
+            for name, entry in header.items()
+        }
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} has a broken or truncated header; fetch it again") from error
+    if size != 8 + length + end:
+        raise ValueError(
+            f"{file} has {size} bytes and its header speaks of {8 + length + end}: truncated or "
+            "damaged; fetch it again"
+        )
+    return entries
+
+
+def check_tensors(folder: HfFolder, expected: Mapping[str, tuple[int, ...]], owner: str) -> None:
+    """ValueError that names the first tensor missing, of another shape, or unknown."""
+    where = f"{owner}.hf_path={folder.path}"
+    for name, shape in expected.items():
+        entry = folder.tensors.get(name)
+        if entry is None:
+            raise ValueError(
+                f"{where}: tensor {name} is in none of its safetensors files; fetch the "
+                "checkpoint again or give the one that config.json describes"
+            )
+        if entry.shape != tuple(shape):
+            raise ValueError(
+                f"{where}: tensor {name} in {entry.file.name} has shape {list(entry.shape)} and "
+                f"config.json says {list(shape)}; give the config.json of this checkpoint"
+            )
+    for name in folder.tensors:
+        tied_head = name == "lm_head.weight" and folder.config.get("tie_word_embeddings")
+        if name not in expected and not tied_head and not name.endswith(_REDUNDANT):
+            raise ValueError(
+                f"{where}: tensor {name} has no place in a "
+                f"{folder.config['architectures'][0]}; give a checkpoint without it"
+            )
+
+
+def _read_config(path: Path, where: str) -> dict[str, Any]:
+    config = _read_json(path / "config.json", where)
+    architectures = config.get("architectures")
+    if not (isinstance(architectures, list) and architectures):
+        raise ValueError(f"{where}: config.json names no architecture; add `architectures`")
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"{where} is quantised (quantization_config in config.json); give the checkpoint "
+            "before quantisation"
+        )
+    return config
+
+
+def check_sizes(folder: HfFolder, owner: str) -> None:
+    """ValueError where config.json lacks a size of a dense decoder, or holds one that cannot be."""
+    config, where = folder.config, f"{owner}.hf_path={folder.path}"
+    for key in _SIZES:
+        value = config.get(key)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{where}: config.json has {key}={value!r}; it must be 1 or more")
+    if not isinstance(config.get("rms_norm_eps"), float):
+        raise ValueError(f"{where}: config.json has no rms_norm_eps; give the published config")
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    if heads % groups:
+        raise ValueError(
+            f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}"
+        )
+    if not config.get("head_dim") and config["hidden_size"] % heads:
+        raise ValueError(
+            f"{where}: hidden_size={config['hidden_size']} is no multiple of "
+            f"num_attention_heads={heads}, and config.json gives no head_dim"
+        )
+    if (act := config.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"{where}: hidden_act={act!r} is not supported; supported: silu")
+
+
+def _read_json(file: Path, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{where} has no {file.name}; give a Hugging Face model folder") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {file.name} is no JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: {file.name} must hold an object; fetch it again")
+    return content
+
+
+def _weight_files(path: Path, where: str) -> list[Path]:
+    """Every safetensors file of the folder, none of the index's missing."""
+    files = sorted(path.glob("*.safetensors"))
+    if (path / _INDEX).exists():
+        index = _read_json(path / _INDEX, where)
+        for shard in sorted(set(index.get("weight_map", {}).values())):
+            if not (path / shard).is_file():
+                raise ValueError(f"{where}: shard {shard} of {_INDEX} is missing; fetch it again")
+    if files:
+        return files
+    if pickled := sorted(path.glob("*.bin")) + sorted(path.glob("*.pt*")):
+        raise ValueError(
+            f"{where} holds only pickled weights ({pickled[0].name}), which can run code when they "
+            "are read; convert them with transformers: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)"
+        )
+    raise ValueError(f"{where} has no weights (*.safetensors); fetch the whole checkpoint")

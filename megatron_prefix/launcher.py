@@ -1,0 +1,201 @@
+"""One machine: starts SGLang servers and Megatron ranks, watches them, and leaves none behind."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+from megatron_prefix.config import Recipe
+from megatron_prefix.recipe import check_run_folder, save_record
+from megatron_prefix.rollout import guard
+from megatron_prefix.rollout.client import Endpoint
+from megatron_prefix.rollout.server import Server, free_port, start_server
+from megatron_prefix.validate import resolve_world_size
+
+logger = logging.getLogger(__name__)
+DONE, FAILED, SAVED = 0, 1, 75  # exit codes; 75: stopped by a signal, state saved, can be resumed
+POLL_S = 0.1
+GRACE_S = 20.0  # a failing run's other ranks get this long before SIGKILL
+
+
+def launch_local(recipe: Recipe) -> int:
+    """Run ``recipe`` on this machine to its end; returns the exit code.
+
+    A first SIGINT or SIGTERM lets the ranks save and stop; a second one kills them.
+    """
+    folder = Path(recipe.run.output_dir, recipe.run.name)
+    check_run_folder(folder, recipe)
+    record = save_record(recipe, folder)
+    with contextlib.ExitStack() as stack:
+        stops = stack.enter_context(_count_signals())
+        servers = _start_servers(recipe, folder, stack)
+        endpoints = stack.enter_context(_endpoints_file(recipe, servers))
+        ranks = [
+            _start_rank(rank, command, folder, stack)
+            for rank, command in enumerate(_rank_commands(recipe, record, endpoints))
+        ]
+        return _watch(ranks, servers, stops)
+
+
+def _start_servers(
+    recipe: Recipe, folder: Path, stack: contextlib.ExitStack
+) -> list[Server]:
+    """Our own servers, starting; none where the recipe names running ones or replays."""
+    if recipe.rollout.server_urls or recipe.rollout.replay:
+        return []
+    servers = []
+    for index in range(recipe.rollout.num_servers):
+        server = start_server(
+            recipe.student.hf_path,
+            recipe.rollout,
+            params_dtype=recipe.student.params_dtype,
+            log_path=folder / "logs" / f"server-{index}.log",
+            index=index,
+            seed=recipe.train.seed,
+        )
+        stack.callback(server.stop)
+        servers.append(server)
+    return servers
+
+
+@contextlib.contextmanager
+def _endpoints_file(recipe: Recipe, servers: Sequence[Server]) -> Iterator[Path]:
+    """URLs and keys for rank 0, in a file that only this user can read."""
+    with tempfile.TemporaryDirectory(prefix="megatron-prefix-") as folder:
+        path = Path(folder, "endpoints.json")
+        path.touch(mode=0o600)
+        path.write_text(json.dumps([asdict(e) for e in endpoints_of(recipe, servers)]))
+        yield path
+
+
+def endpoints_of(recipe: Recipe, servers: Sequence[Server]) -> list[Endpoint]:
+    """Where rank 0 finds the servers: ours, or those that the recipe names."""
+    if servers:
+        return [server.endpoint for server in servers]
+    rollout = recipe.rollout
+    key = Path(rollout.api_key_file).read_text().strip() if rollout.api_key_file else ""
+    return [
+        Endpoint(url, key, rollout.request_timeout_s, rollout.retries)
+        for url in rollout.server_urls
+    ]
+
+
+def _rank_commands(recipe: Recipe, record: Path, endpoints: Path) -> list[dict[str, str]]:
+    """The environment of each rank, as torchrun would set it."""
+    count = resolve_world_size(recipe)
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "MEGATRON_PREFIX_RECORD": str(record),
+        "MEGATRON_PREFIX_ENDPOINTS": str(endpoints),
+    }
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def _start_rank(
+    rank: int, settings: dict[str, str], folder: Path, stack: contextlib.ExitStack
+) -> subprocess.Popen[bytes]:
+    """A rank in a session of its own: a terminal's Ctrl-C reaches us alone, and we tell the ranks.
+
+    Rank 0 writes to our own output, the others to ``logs/rank_N.out``.
+    """
+    environment = {**os.environ, **settings}
+    # Without bytecode each start compiles all of torch and Megatron anew.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    output = None
+    if rank:
+        path = folder / "logs" / f"rank_{rank}.out"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        output = stack.enter_context(path.open("ab"))
+    process = subprocess.Popen(
+        [sys.executable, guard.__file__, str(os.getpid()), sys.executable]
+        + ["-m", "megatron_prefix.worker"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+        start_new_session=True,
+    )
+    stack.callback(_kill, process)
+    return process
+
+
+def _watch(
+    ranks: Sequence[subprocess.Popen[bytes]], servers: Sequence[Server], stops: list[int]
+) -> int:
+    """Until all ranks have ended. One that fails ends the others; so does a server that dies."""
+    told = False
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, DONE, SAVED)]
+        if failed:
+            return _end_all(ranks, f"rank {failed[0]} ended with exit code {codes[failed[0]]}")
+        if None not in codes:
+            return max(codes, default=DONE)
+        dead = [server for server in servers if server.exit_code() is not None]
+        if dead:
+            return _end_all(ranks, _last_words(dead[0]))
+        if len(stops) > 1:
+            return _end_all(ranks, "stopped at once by a second signal", grace_s=0.0)
+        if stops and not told:
+            told = True
+            print("stopping: the ranks save and end; once more to stop at once", file=sys.stderr)
+            for rank in ranks:
+                rank.send_signal(signal.SIGTERM)
+        time.sleep(POLL_S)
+
+
+def _last_words(server: Server) -> str:
+    try:
+        server.raise_if_dead()
+    except RuntimeError as error:
+        return str(error)
+    return f"the SGLang server at {server.url} ended"
+
+
+def _end_all(
+    ranks: Sequence[subprocess.Popen[bytes]], reason: str, grace_s: float = GRACE_S
+) -> int:
+    """Give the other ranks a moment to end by themselves (their collectives fail), then kill."""
+    print(f"megatron-prefix: error: {reason}", file=sys.stderr)
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
+        time.sleep(POLL_S)
+    for rank in ranks:
+        _kill(rank)
+    return FAILED
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """The rank and what it forked (checkpoint writers)."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextlib.contextmanager
+def _count_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are counted instead of ending this process."""
+    seen: list[int] = []
+
+    def count(number: int, _: FrameType | None) -> None:
+        seen.append(number)
+
+    before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,122 @@
+"""The mathematics of one chunk: statistics, their merge over ranks, values, logit gradients.
+
+Legend: C positions, V this rank's real vocabulary rows, R tensor-parallel ranks;
+x = student logits / temperature, y = teacher logits / temperature; p_s, p_t their softmaxes over
+the whole vocabulary; m_s, m_t the maxima of x and y, S = sum exp(x - m_s), T = sum exp(y - m_t),
+delta = (x - m_s) - (y - m_t), X = sum exp(x - m_s) delta (reverse) or sum exp(y - m_t) (-delta)
+(forward). A rank's own m, S, T and X come from its own shard alone; merging shifts them.
+
+Statistics travel and merge in fp64: five numbers a token cost nothing beside V logits, and
+X/S - ln S + ln T loses digits of a small divergence.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_S, SUM_S, MAX_T, SUM_T, CROSS = range(5)
+STATISTICS = 5
+MIXTURE_STATISTICS = 2
+
+# Maximum of a shard without a real row: finite, because -inf - -inf is NaN.
+_EMPTY_MAX = -1e30
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """``name``: reverse_kl KL(student||teacher), forward_kl KL(teacher||student) or jsd, the
+    Jensen-Shannon divergence beta KL(teacher||M) + (1-beta) KL(student||M) to the mixture
+    M = beta teacher + (1-beta) student. No factor temperature**2 is applied."""
+
+    name: str
+    beta: float
+    temperature: float
+
+    @property
+    def teacher_log_odds(self) -> float:
+        return math.log(self.beta) - math.log1p(-self.beta)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Whole-vocabulary statistics as this rank uses them; every field fp64 [C]."""
+
+    max_s: Tensor
+    sum_s: Tensor  # S
+    sum_t: Tensor  # T
+    cross: Tensor  # X
+    scale_s: Tensor  # exp(own m_s - m_s) / S: own exp(x - m_s) times it is p_s
+    scale_t: Tensor
+    shift: Tensor  # added to this rank's own delta gives delta
+
+    @property
+    def log_ratio(self) -> Tensor:
+        return self.sum_s.log() - self.sum_t.log()
+
+
+def empty_statistics(logits: Tensor) -> Tensor:
+    """Statistics, fp64 [C, 5], of a shard without a real row; on ``logits``.device."""
+    result = logits.new_zeros((logits.shape[0], STATISTICS), dtype=torch.float64)
+    result[:, MAX_S] = result[:, MAX_T] = _EMPTY_MAX
+    return result
+
+
+def merge_statistics(gathered: Tensor, rank: int, divergence: Divergence) -> Merged:
+    """``gathered`` fp64 [R, C, >=5] in rank order, the same on all ranks."""
+    max_s, max_t = gathered[..., MAX_S].amax(0), gathered[..., MAX_T].amax(0)
+    above_s, above_t = gathered[..., MAX_S] - max_s, gathered[..., MAX_T] - max_t
+    own_s, own_t = above_s.exp(), above_t.exp()
+    shift = above_s - above_t
+    if divergence.name == "reverse_kl":
+        cross = own_s * (gathered[..., CROSS] + gathered[..., SUM_S] * shift)
+    else:
+        cross = own_t * (gathered[..., CROSS] - gathered[..., SUM_T] * shift)
+    sum_s = (own_s * gathered[..., SUM_S]).sum(0)
+    sum_t = (own_t * gathered[..., SUM_T]).sum(0)
+    return Merged(
+        max_s=max_s,
+        sum_s=sum_s,
+        sum_t=sum_t,
+        cross=cross.sum(0),
+        scale_s=own_s[rank] / sum_s,
+        scale_t=own_t[rank] / sum_t,
+        shift=shift[rank],
+    )
+
+
+def token_values(merged: Merged, mixture: Tensor | None, divergence: Divergence) -> Tensor:
+    """The divergence of each token, fp64 [C]; ``mixture`` fp64 [C, 2] over all ranks, for jsd."""
+    if divergence.name == "reverse_kl":
+        return merged.cross / merged.sum_s - merged.log_ratio
+    if divergence.name == "forward_kl":
+        return merged.cross / merged.sum_t + merged.log_ratio
+    assert mixture is not None
+    return mixture[:, 1]
+
+
+def mixture_offset(merged: Merged, divergence: Divergence) -> Tensor:
+    """fp64 [C]: a = (y - own m_t) - (x - own m_s) + offset, for jsd."""
+    return merged.log_ratio - merged.shift + divergence.teacher_log_odds
+
+
+def gradient_factors(
+    merged: Merged, mixture: Tensor | None, token_weight: Tensor, divergence: Divergence
+) -> tuple[Tensor, Tensor]:
+    """The two fp32 [C] numbers a token that ``logit_gradient`` of the kernels takes.
+
+    reverse: gradient = e_s first (delta_own + second); forward: e_s first - e_t second;
+    jsd: p_s softplus(a) first + p_s second, where e_s, e_t are this rank's own exponentials.
+    """
+    weight = token_weight.double() / divergence.temperature
+    if divergence.name == "reverse_kl":
+        first = merged.scale_s * weight
+        second = merged.shift - merged.cross / merged.sum_s
+    elif divergence.name == "forward_kl":
+        first, second = merged.scale_s * weight, merged.scale_t * weight
+    else:
+        assert mixture is not None
+        first = -(1 - divergence.beta) * weight
+        second = -mixture[:, 0]
+    return first.float(), second.float()

@@ -1,0 +1,38 @@
+"""Which elementwise kernels a device gets."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.loss import native_kernels, torch_kernels
+from megatron_prefix.loss.divergence import Divergence, Merged
+
+
+class Kernels(Protocol):
+    """The three passes over a chunk's logits, fp32 [C, V] each, contiguous.
+
+    What a pass leaves in the two buffers is for the next pass of the same kernels alone. V may
+    be 0. ``torch_kernels`` documents the values.
+    """
+
+    def statistics(self, student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor: ...
+
+    def mixture(
+        self, student: Tensor, teacher: Tensor, merged: Merged, divergence: Divergence
+    ) -> Tensor: ...
+
+    def logit_gradient(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        first: Tensor,
+        second: Tensor,
+        divergence: Divergence,
+    ) -> Tensor: ...
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    if device.type == "cpu" and native_kernels.library() is not None:
+        return native_kernels
+    return torch_kernels

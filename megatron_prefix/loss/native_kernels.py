@@ -1,0 +1,144 @@
+"""The elementwise passes of a chunk in C++, for the CPU; the contract of ``torch_kernels``.
+
+The library is compiled for this machine's processor at its first use, with whatever C++ compiler
+there is, and cached beside torch's own extensions. Without a compiler ``library()`` is None and
+``torch_kernels`` does the work, three times slower.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root
+
+from megatron_prefix.loss.divergence import (
+    MIXTURE_STATISTICS,
+    Divergence,
+    Merged,
+    empty_statistics,
+    mixture_offset,
+)
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+# GCC contracts a * b + c into one rounding by default; Clang needs to be told.
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+    "-pthread",
+    "-shared",
+    "-fPIC",
+)
+_KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None, with a warning, where it cannot be compiled or loaded."""
+    try:
+        path = _library_path()
+        if not path.exists():
+            _compile(path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or error
+        logging.getLogger(__name__).warning(
+            "the loss runs without its C++ kernels, about a fifth slower: %s", told
+        )
+        return None
+
+
+def _library_path() -> Path:
+    """One file for each source, compiler and processor: ``-march=native`` does not travel."""
+    compiler = subprocess.run(
+        [get_cxx_compiler(), "--version"], check=True, capture_output=True, text=True
+    )
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line for line in lines if line.startswith("flags")), platform.machine())
+    told = "\n".join((_SOURCE.read_text(), *_FLAGS, compiler.stdout, processor))
+    name = f"kernels_{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    return Path(get_default_build_root()) / "megatron_prefix" / name
+
+
+def _compile(path: Path) -> None:
+    """Into a file of its own first: other ranks may be compiling the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        command = [get_cxx_compiler(), *_FLAGS, str(_SOURCE), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        os.replace(built, path)
+
+
+def statistics(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
+    """See ``torch_kernels.statistics``."""
+    result = empty_statistics(student)
+    _call(
+        "statistics",
+        student,
+        teacher,
+        ctypes.c_int(_KINDS[divergence.name]),
+        ctypes.c_float(1 / divergence.temperature),
+        result,
+    )
+    return result
+
+
+def mixture(student: Tensor, teacher: Tensor, merged: Merged, divergence: Divergence) -> Tensor:
+    """See ``torch_kernels.mixture``."""
+    result = torch.zeros((student.shape[0], MIXTURE_STATISTICS), dtype=torch.float64)
+    _call(
+        "mixture",
+        student,
+        teacher,
+        merged.scale_s.float(),
+        merged.scale_t.float(),
+        mixture_offset(merged, divergence).float(),
+        ctypes.c_float(divergence.beta),
+        result,
+    )
+    return result
+
+
+def logit_gradient(
+    student: Tensor, teacher: Tensor, first: Tensor, second: Tensor, divergence: Divergence
+) -> Tensor:
+    """See ``torch_kernels.logit_gradient``."""
+    kind = ctypes.c_int(_KINDS[divergence.name])
+    _call("logit_gradient", student, teacher, kind, first, second)
+    return student
+
+
+def _call(name: str, student: Tensor, teacher: Tensor, *arguments: object) -> None:
+    """Tensors go as pointers; they must be contiguous, and the caller's references hold them."""
+    rows, columns = student.shape
+    if columns == 0:
+        return
+    assert teacher.shape == student.shape and teacher.is_contiguous() and student.is_contiguous()
+    kernels = library()
+    assert kernels is not None
+    getattr(kernels, name)(
+        _pointer(student),
+        _pointer(teacher),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_int(torch.get_num_threads()),
+        *(_pointer(each) if isinstance(each, Tensor) else each for each in arguments),
+    )
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    assert tensor.is_contiguous()
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,175 @@
+"""Vocabulary-parallel divergences in one pass, with the gradients made in the forward.
+
+Legend: N prefix positions, C positions of a chunk, V rows of the (padded) vocabulary, R
+tensor-parallel ranks, d_s and d_t the student's and the teacher's hidden size. Rank r holds rows
+[r V/R, (r+1) V/R) of both LM heads; of these, rows below ``vocab_size`` are real.
+
+Per chunk: two GEMMs make this rank's logits; five numbers a token are all-gathered; the student's
+logits become their own gradient in place; two GEMMs make ``dh`` and add to ``dW``. Nothing of
+size [N, V] exists and nothing is recomputed. With R > 1 two chunks are in flight, so that a
+collective travels during the next chunk's GEMMs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_prefix.loss import checks
+from megatron_prefix.loss.chunks import Task, run_chunks
+from megatron_prefix.loss.divergence import Divergence
+
+
+@dataclass(frozen=True)
+class DivergenceResult:
+    """The same on all ranks of the tensor-parallel group."""
+
+    loss: Tensor  # fp32 scalar, sum of token_weight * kl; differentiable
+    kl: Tensor  # fp32 [N], detached, unweighted
+    label_logprobs: Tensor | None  # fp32 [N], detached, at temperature 1; NaN off the vocabulary
+
+
+def vocab_parallel_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_weight: Tensor,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    *,
+    vocab_size: int,
+    tp_group: ProcessGroup | None = None,
+    chunk_size: int | None = None,
+    sequence_parallel: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Loss (fp32 scalar) and divergence of each token (fp32 [N], detached).
+
+    As :func:`prefix_divergence`, without labels.
+    """
+    result = prefix_divergence(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        token_weight,
+        divergence,
+        beta,
+        temperature,
+        vocab_size=vocab_size,
+        tp_group=tp_group,
+        chunk_size=chunk_size,
+        sequence_parallel=sequence_parallel,
+    )
+    return result.loss, result.kl
+
+
+def prefix_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_weight: Tensor,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    *,
+    vocab_size: int,
+    tp_group: ProcessGroup | None = None,
+    chunk_size: int | None = None,
+    sequence_parallel: bool = False,
+    labels: Tensor | None = None,
+) -> DivergenceResult:
+    """Weighted sum over N prefix positions of a divergence over the whole vocabulary.
+
+    ``student_hidden [N, d_s]``, ``student_weight [V/R, d_s]``, ``teacher_hidden [N, d_t]``,
+    ``teacher_weight [V/R, d_t]``: fp32, bf16 or fp16, the hidden states the same on all ranks of
+    ``tp_group`` (N too: 0 is fine, on all of them alike). ``token_weight`` fp32 [N].
+    ``labels`` int64 [N]: also return the student's log-probabilities of these tokens.
+    ``chunk_size``: positions whose logits exist at a time; None chooses. ``temperature`` divides
+    both models' logits; the loss is not multiplied by its square.
+
+    Gradients: ``dh`` reaches ``student_hidden`` summed over the group once, or, with
+    ``sequence_parallel``, as this rank's part, for the backward of the caller's gather to
+    reduce-scatter. Where ``student_weight`` has a ``main_grad``, the weight gradient is added
+    to it in fp32 *in the forward*: mask, 1/tokens, 1/microbatches and any loss scale must
+    already be in ``token_weight``, and backward must reach the loss with a gradient of 1
+    (Megatron: ``calculate_per_token_loss=True``), which is asserted. Autograd then gets zeros, so
+    that DDP's hook fires and, with tied embeddings, adds the embedding's gradient alone.
+    A graph can be run backward once.
+
+    Raises ValueError for settings, shapes, dtypes or a vocabulary that do not fit, before any
+    collective. A non-finite input gives a non-finite loss; ``check_finite`` finds its position.
+    """
+    checks.check_settings(divergence, beta, temperature, chunk_size)
+    checks.check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    checks.check_tokens(student_hidden.shape[0], token_weight, labels)
+    checks.check_vocabulary(vocab_size, student_weight.shape[0], tp_group)
+    differentiate = torch.is_grad_enabled()
+    task = Task(
+        student_hidden=student_hidden.detach(),
+        student_weight=student_weight.detach(),
+        teacher_hidden=teacher_hidden.detach(),
+        teacher_weight=teacher_weight.detach(),
+        token_weight=token_weight.detach(),
+        labels=labels,
+        divergence=Divergence(divergence, beta, temperature),
+        vocab_size=vocab_size,
+        tp_group=None if tp_group is None or tp_group.size() == 1 else tp_group,
+        chunk_size=chunk_size,
+        reduce_hidden_gradient=not sequence_parallel,
+        hidden_gradient=differentiate and student_hidden.requires_grad,
+        weight_gradient=differentiate and student_weight.requires_grad,
+        main_grad=getattr(student_weight, "main_grad", None),
+    )
+    if differentiate and student_weight.requires_grad and task.main_grad is not None:
+        student_weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return DivergenceResult(*_GradientInForward.apply(student_hidden, student_weight, task))
+
+
+class _GradientInForward(torch.autograd.Function):
+    """Makes both gradients in the forward and hands them out in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_hidden: Tensor, student_weight: Tensor, task: Task
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        outcome = run_chunks(task)
+        ctx.gradients = (outcome.hidden_gradient, outcome.weight_gradient)
+        ctx.weight_like = student_weight.new_zeros(()).expand(student_weight.shape)
+        ctx.needs_unit_gradient = task.weight_gradient and task.main_grad is not None
+        ctx.mark_non_differentiable(outcome.kl)
+        if outcome.label_logprobs is not None:
+            ctx.mark_non_differentiable(outcome.label_logprobs)
+        ctx.set_materialize_grads(False)
+        return outcome.loss, outcome.kl, outcome.label_logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad_loss is None:
+            return None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "this loss was already run backward; call it again instead of retain_graph=True"
+            )
+        hidden_gradient, weight_gradient = ctx.gradients
+        ctx.gradients = None
+        if hidden_gradient is not None:
+            hidden_gradient.mul_(grad_loss)
+        if ctx.needs_unit_gradient:
+            # No read-back: on a GPU this asserts on the device, without waiting for it.
+            torch._assert_async(
+                grad_loss == 1,
+                "with main_grad the gradient of the loss must be 1; fold any scale",
+            )
+            weight_gradient = ctx.weight_like
+        elif weight_gradient is not None:
+            weight_gradient = weight_gradient.mul_(grad_loss).to(ctx.weight_like.dtype)
+        return hidden_gradient, weight_gradient, None

@@ -1,0 +1,84 @@
+"""One ProcessGroupCollection a model, so that two models of unlike layouts share one process."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_prefix.layout import Layout
+
+
+@dataclass(frozen=True)
+class ModelGroups:
+    """A model's grid, its process groups, and where this rank stands in it."""
+
+    layout: Layout
+    pg: ProcessGroupCollection
+    tp_rank: int
+    dp_rank: int
+    pp_rank: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank speaks for its replica when metrics are summed over the world."""
+        return self.is_last_stage and self.tp_rank == 0
+
+
+def initialize_megatron(seed: int) -> None:
+    """Megatron's process-wide state that explicit groups do not replace: buffers and RNG."""
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(seed)
+
+
+def build_groups(layout: Layout) -> ModelGroups:
+    """Create every group of ``layout`` over the world. Collective: all ranks call it alike."""
+    grid = HyperCommGrid([layout.tp, 1, layout.dp, layout.pp], ["tp", "cp", "dp", "pp"])
+    tp, dp, pp = layout.coordinates(dist.get_rank())
+    return ModelGroups(layout, _collection(grid), tp_rank=tp, dp_rank=dp, pp_rank=pp)
+
+
+def _collection(grid: HyperCommGrid) -> ProcessGroupCollection:
+    pg = ProcessGroupCollection()
+    for name in ("tp", "pp", "cp", "dp"):
+        setattr(pg, name, grid.create_pg(name))
+    pg.mp = grid.create_pg(["tp", "pp"])
+    pg.tp_cp = grid.create_pg(["tp", "cp"])
+    pg.dp_cp = grid.create_pg(["cp", "dp"])
+    pg.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"])
+    pg.intra_dist_opt = grid.create_pg(["tp", "cp", "dp", "pp"])
+    # Dense models: the expert groups are the dense ones with one expert-parallel rank.
+    pg.ep, pg.expt_tp, pg.expt_dp = pg.cp, pg.tp, pg.dp
+    pg.tp_ep, pg.tp_ep_pp = pg.tp_cp, pg.mp
+    pg.dp_cp_gtp_remat, pg.expt_dp_gtp_remat = pg.dp_cp, pg.expt_dp
+    pg.tp_ep_pp_with_egtp_remat = pg.tp_ep_pp
+    pg.intra_dp_cp, pg.intra_expt_dp = pg.dp_cp, pg.expt_dp
+    # Megatron tells "not set" from "none wanted": these are none.
+    pg.inter_dist_opt = pg.hcp = pg.gtp_remat = pg.expt_gtp_remat = None
+    pg.dp_cp_ag = pg.expt_dp_ag = None
+    pg.embd, pg.pos_embd = _embedding_groups(grid)
+    return pg
+
+
+def _embedding_groups(
+    grid: HyperCommGrid,
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """First and last stage of each pipeline (they share tied embeddings), and the first alone."""
+    rank, embedding, position = dist.get_rank(), None, None
+    for stages in grid.get_rank_enum("pp"):
+        ends = sorted({stages[0], stages[-1]})
+        group = dist.new_group(ends)
+        embedding = group if rank in ends else embedding
+        group = dist.new_group([stages[0]])
+        position = group if rank == stages[0] else position
+    return embedding, position

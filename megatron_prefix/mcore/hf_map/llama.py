@@ -1,0 +1,54 @@
+"""Llama 2 and 3.x (LlamaForCausalLM): no query/key norms; rope scaling 'llama3' as published."""
+
+from typing import Any
+
+from megatron_prefix.mcore.hf_map.units import (
+    DenseShape,
+    Unit,
+    attention_units,
+    embedding_units,
+    mlp_units,
+)
+
+ARCHITECTURE = "LlamaForCausalLM"
+# Megatron-Core's RotaryEmbedding has these three built in; only the factor is an argument.
+BUILT_IN = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def transformer_settings(hf: dict[str, Any]) -> dict[str, Any]:
+    """TransformerConfig fields of this family beyond the shared sizes; ValueError if unsupported."""
+    for name in ("attention_bias", "mlp_bias"):
+        if hf.get(name):
+            raise ValueError(f"{name}=true: Llama with biases is not supported")
+    rope_scaling_factor(hf)
+    return {"qk_layernorm": False}
+
+
+def rope_scaling_factor(hf: dict[str, Any]) -> float:
+    """The 'llama3' rope factor, 0.0 for plain rope; ValueError for another scaling."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return 0.0
+    if kind != "llama3":
+        raise ValueError(f"rope_type={kind!r}: Llama is supported with 'default' or 'llama3'")
+    for name, value in BUILT_IN.items():
+        if rope[name] != value:
+            raise ValueError(f"rope {name}={rope[name]}: Megatron-Core has {value} built in")
+    return float(rope["factor"])
+
+
+def units(shape: DenseShape, hf: dict[str, Any]) -> list[Unit]:
+    layers = [
+        unit
+        for layer in range(shape.num_layers)
+        for unit in (
+            *attention_units(shape, layer, qk_norm=False, qkv_bias=False),
+            *mlp_units(shape, layer),
+        )
+    ]
+    return [*embedding_units(shape), *layers]

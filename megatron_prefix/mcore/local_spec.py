@@ -1,0 +1,130 @@
+"""Norm, core attention and rotary embedding for machines without Transformer Engine.
+
+Megatron-Core's own local modules refuse packed sequences and sequence parallelism. These take the
+very batch that Transformer Engine takes: THD, T packed tokens with ``cu_seqlens``.
+Legend: T packed tokens, B sequences, S the longest of them, h heads, d head size.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm whose weight takes part in sequence-parallel gradient sums."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        super().__init__()
+        assert config.normalization == "RMSNorm", config.normalization
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # finalize_model_grads sums the gradients of so marked parameters over tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class PackedRotaryEmbedding(RotaryEmbedding):
+    """Rotary angles of the packed tokens themselves, one row a token.
+
+    Megatron rotates packed sequences one by one in Python unless the angles already run along the
+    pack; ``position_ids`` is set by the caller before each forward (``model.forward_hidden``).
+    """
+
+    position_ids: Tensor | None = None
+
+    def forward(
+        self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
+    ) -> Tensor:
+        angles = super().forward(max_seq_len, offset, packed_seq, cp_group)
+        if not packed_seq:
+            return angles
+        assert self.position_ids is not None, "position_ids were not set before a packed forward"
+        return angles[self.position_ids]
+
+
+class PackedAttention(nn.Module):
+    """Causal attention within each packed sequence, through torch's fused kernel."""
+
+    def __init__(
+        self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any
+    ) -> None:
+        super().__init__()
+        assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine"
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [T, h, d], key and value [T, groups, d] -> [T, h * d]."""
+        assert packed_seq_params is not None, "only packed (THD) batches are run"
+        where = _padded_index(packed_seq_params)
+        q, k, v = (_unpack(t, where).transpose(1, 2) for t in (query, key, value))
+        # Right padding is masked by causality alone: no real query sees a padded key.
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return _repack(out.transpose(1, 2).flatten(2), where, packed_seq_params)
+
+
+def _padded_index(params: PackedSeqParams) -> Tensor | tuple[int, int]:
+    """[B, S] positions in the pack, 0 where a sequence has ended; (B, S) where none is shorter."""
+    starts, length = params.cu_seqlens_q, int(params.max_seqlen_q)
+    sequences, tokens = starts.numel() - 1, int(params.total_tokens)
+    if sequences * length == tokens:
+        return sequences, length
+    steps = torch.arange(length, device=starts.device)
+    index = starts[:-1, None].long() + steps
+    return torch.where(index < starts[1:, None], index, 0)
+
+
+def _unpack(packed: Tensor, where: Tensor | tuple[int, int]) -> Tensor:
+    if isinstance(where, tuple):
+        return packed.unflatten(0, where)
+    return packed[where]
+
+
+def _repack(
+    padded: Tensor, where: Tensor | tuple[int, int], params: PackedSeqParams
+) -> Tensor:
+    """[B, S, h * d] -> [T, h * d]."""
+    if isinstance(where, tuple):
+        return padded.flatten(0, 1)
+    starts = params.cu_seqlens_q
+    lengths = starts[1:] - starts[:-1]
+    return padded[torch.arange(where.shape[1], device=starts.device) < lengths[:, None]]
+
+
+def local_block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
+    """Megatron's local decoder block of one pipeline stage, with the modules of this file."""
+    spec = gpt_layer_specs.get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=pp_rank
+    )
+    spec.layer_norm = RMSNorm
+    for layer in spec.layer_specs:
+        submodules = layer.submodules
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+        attention = submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        for name in ("q_layernorm", "k_layernorm"):
+            if getattr(attention, name, IdentityOp) not in (IdentityOp, None):
+                setattr(attention, name, RMSNorm)
+    return spec

@@ -1,0 +1,92 @@
+"""What rank 0 decides and every rank does: one broadcast a step over a group for host data."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_prefix.types import FinishReason, Rollout
+
+
+@dataclass(frozen=True)
+class Order:
+    """One turn of the loop. ``error``: rank 0 failed, and every rank ends with its words."""
+
+    kind: Literal["train", "save_and_stop", "error"]
+    prefix_length: int = 0
+    rollouts: tuple[Rollout, ...] = ()
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Rollouts as flat arrays: pickling Python numbers one by one takes seconds at scale."""
+
+    lengths: np.ndarray  # int64 [rollouts, 2]: prompt, prefix
+    ids: np.ndarray  # int64, prompt then prefix of each
+    logprobs: np.ndarray  # float32
+    versions: np.ndarray  # int64 [rollouts]
+    prompts: np.ndarray  # int64 [rollouts]
+    reasons: tuple[FinishReason, ...]
+
+
+def share_order(decide: Callable[[], Order], group: dist.ProcessGroup) -> Order:
+    """Rank 0's ``decide()`` on every rank. Collective over ``group``, a gloo group of the world.
+
+    Raises RuntimeError with rank 0's words on the other ranks where it failed; rank 0 raises its
+    own exception.
+    """
+    if dist.get_rank() != 0:
+        box: list[tuple[Order, _Packed] | None] = [None]
+        dist.broadcast_object_list(box, src=0, group=group)
+        assert box[0] is not None
+        order, packed = box[0]
+        if order.kind == "error":
+            raise RuntimeError(f"rank 0 failed: {order.message}")
+        return Order(order.kind, order.prefix_length, _unpack(packed), order.message)
+    try:
+        order = decide()
+    except Exception as error:
+        _broadcast(Order("error", message=f"{type(error).__name__}: {error}"), group)
+        raise
+    _broadcast(order, group)
+    return order
+
+
+def _broadcast(order: Order, group: dist.ProcessGroup) -> None:
+    bare = Order(order.kind, order.prefix_length, (), order.message)
+    dist.broadcast_object_list([(bare, _pack(order.rollouts))], src=0, group=group)
+
+
+def _pack(rollouts: Sequence[Rollout]) -> _Packed:
+    ids = [np.asarray((*r.prompt_ids, *r.prefix_ids), np.int64) for r in rollouts]
+    logprobs = [np.asarray(r.rollout_logprobs, np.float32) for r in rollouts]
+    lengths = [(len(r.prompt_ids), len(r.prefix_ids)) for r in rollouts]
+    return _Packed(
+        lengths=np.asarray(lengths, np.int64).reshape(-1, 2),
+        ids=np.concatenate(ids) if ids else np.zeros(0, np.int64),
+        logprobs=np.concatenate(logprobs) if logprobs else np.zeros(0, np.float32),
+        versions=np.asarray([r.policy_version for r in rollouts], np.int64),
+        prompts=np.asarray([r.prompt_index for r in rollouts], np.int64),
+        reasons=tuple(r.finish_reason for r in rollouts),
+    )
+
+
+def _unpack(packed: _Packed) -> tuple[Rollout, ...]:
+    rollouts, at, scored = [], 0, 0
+    for index, (prompt, prefix) in enumerate(packed.lengths.tolist()):
+        ids = packed.ids[at : at + prompt + prefix].tolist()
+        rollouts.append(
+            Rollout(
+                prompt_ids=tuple(ids[:prompt]),
+                prefix_ids=tuple(ids[prompt:]),
+                rollout_logprobs=tuple(packed.logprobs[scored : scored + prefix].tolist()),
+                finish_reason=packed.reasons[index],
+                policy_version=int(packed.versions[index]),
+                prompt_index=int(packed.prompts[index]),
+            )
+        )
+        at, scored = at + prompt + prefix, scored + prefix
+    return tuple(rollouts)

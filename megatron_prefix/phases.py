@@ -1,0 +1,26 @@
+"""Seconds by phase of a step: disjoint, measured on the host."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Phases:
+    """A stopwatch for one step. ``synchronize`` is called at each phase's end (a GPU's queue)."""
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        self._synchronize = synchronize
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, with what lies between them as ``other``."""
+        total = time.perf_counter() - self._start
+        return {**self._seconds, "other": total - sum(self._seconds.values())}

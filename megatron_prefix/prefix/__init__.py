@@ -1,0 +1,18 @@
+"""The prefix engine: how long a prefix is at each step, and what it costs. Pure: no torch."""
+
+from megatron_prefix.prefix.flops import ModelShape, model_shape, rollout_flops, step_flops
+from megatron_prefix.prefix.ledger import Ledger, StepCost
+from megatron_prefix.prefix.policy import PrefixObservation, PrefixPolicy
+from megatron_prefix.prefix.registry import build_policy
+
+__all__ = [
+    "Ledger",
+    "ModelShape",
+    "PrefixObservation",
+    "PrefixPolicy",
+    "StepCost",
+    "build_policy",
+    "model_shape",
+    "rollout_flops",
+    "step_flops",
+]

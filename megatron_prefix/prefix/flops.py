@@ -1,0 +1,111 @@
+"""What a prefix costs in floating-point operations, by formula; a multiply-add is two.
+
+Counted are the matrix products of dense and mixture-of-experts decoders: projections, attention,
+MLP, router, LM head. Left out, as ``torch.utils.flop_counter`` does: norms, activations, softmax,
+rotary embeddings, the divergence's elementwise part; and what an engine does besides the model's
+own arithmetic: padding, recomputed activations, speculative or aborted work.
+
+Legend: P prompt tokens, L prefix tokens, S = P + L - 1 tokens that go through a trunk: the last
+sampled token is a label only.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prefix.types import Flops
+
+BACKWARD = 3  # forward, input gradients and weight gradients: one product each
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that a decoder's FLOPs follow from."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_columns: int  # of the gated MLPs that one token passes, summed over the layers
+    vocab: int
+    router_columns: int = 0  # experts that a token is scored against, summed over the layers
+
+    @property
+    def trunk_weights(self) -> int:
+        """Weights that multiply each token between the embedding and the LM head."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        mlp = self.hidden * (3 * self.ffn_columns + self.router_columns)
+        return self.layers * attention + mlp
+
+
+def model_shape(config: Mapping[str, Any]) -> ModelShape:
+    """The shape behind a Hugging Face ``config.json`` of the Llama, Qwen3 or Qwen3-MoE manner."""
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    heads = config["num_attention_heads"]
+    sparse = _sparse_layers(config, layers)
+    active = config.get("num_experts_per_tok", 0) * config.get("moe_intermediate_size", 0)
+    return ModelShape(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        ffn_columns=sparse * active + (layers - sparse) * config["intermediate_size"],
+        vocab=config["vocab_size"],
+        router_columns=sparse * config.get("num_experts", 0),
+    )
+
+
+def _sparse_layers(config: Mapping[str, Any], layers: int) -> int:
+    if not config.get("num_experts"):
+        return 0
+    dense, every = (
+        config.get("mlp_only_layers") or (),
+        config.get("decoder_sparse_step", 1),
+    )
+    return sum(layer not in dense and (layer + 1) % every == 0 for layer in range(layers))
+
+
+def trunk_flops(shape: ModelShape, tokens: int) -> float:
+    """Forward of one causal sequence of ``tokens`` through the trunk.
+
+    Token i attends to i + 1 keys, with one product for the scores and one for the values. A cache
+    changes when a key is computed, never how many are met: prefill and decode sum to the same.
+    """
+    pairs = tokens * (tokens + 1) / 2
+    attention = 4.0 * shape.layers * shape.heads * shape.head_dim * pairs
+    return 2.0 * shape.trunk_weights * tokens + attention
+
+
+def head_flops(shape: ModelShape, positions: int) -> float:
+    """Logits of ``positions`` hidden states over the real vocabulary."""
+    return 2.0 * shape.hidden * shape.vocab * positions
+
+
+def rollout_flops(
+    student: ModelShape, teacher: ModelShape, prompt_tokens: int, prefix_tokens: int
+) -> Flops:
+    """One rollout through sampler, teacher and student.
+
+    The sampler prefills the prompt and decodes with a cache, one row of logits a sampled token; a
+    prompt that several samples share is counted for each. The teacher goes forward once. The
+    student goes forward and backward; both LM heads are applied at the prefix positions alone.
+    """
+    tokens = prompt_tokens + max(prefix_tokens - 1, 0)
+    sampled = trunk_flops(student, tokens) + head_flops(student, prefix_tokens)
+    if prefix_tokens == 0:  # prefilled and stopped: nothing to score or to learn from
+        return Flops(rollout=sampled)
+    return Flops(
+        rollout=sampled,
+        teacher=trunk_flops(teacher, tokens) + head_flops(teacher, prefix_tokens),
+        student=BACKWARD * sampled,
+    )
+
+
+def step_flops(
+    student: ModelShape, teacher: ModelShape, lengths: Iterable[tuple[int, int]]
+) -> Flops:
+    """The sum over rollouts given as (prompt tokens, prefix tokens)."""
+    costs = (rollout_flops(student, teacher, prompt, prefix) for prompt, prefix in lengths)
+    return sum(costs, Flops())

@@ -1,0 +1,93 @@
+"""The run's account: FLOPs and tokens spent, and what full-length distillation had spent.
+
+The counterfactual asks of the same step: what if each rollout had been continued? One that ended
+by itself keeps its length; one that the prefix length, a cut or an abort ended is continued to
+``max_length``. That is an upper bound, since it might have ended by itself on the way.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from megatron_prefix.prefix.flops import ModelShape, step_flops
+from megatron_prefix.types import Flops, Rollout
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What some rollouts cost. Costs of disjoint rollouts add up to the cost of all."""
+
+    flops: Flops = field(default_factory=Flops)
+    flops_full: Flops = field(default_factory=Flops)  # the counterfactual's
+    prompt_tokens: int = 0
+    prefix_tokens: int = 0
+    full_tokens: int = 0  # prefix tokens of the counterfactual
+
+    @property
+    def ratio(self) -> float:
+        """FLOPs as a share of the counterfactual's; 1 where nothing was spent yet."""
+        return self.flops.total / self.flops_full.total if self.flops_full.total else 1.0
+
+    def __add__(self, other: "StepCost") -> "StepCost":
+        return StepCost(
+            self.flops + other.flops,
+            self.flops_full + other.flops_full,
+            self.prompt_tokens + other.prompt_tokens,
+            self.prefix_tokens + other.prefix_tokens,
+            self.full_tokens + other.full_tokens,
+        )
+
+
+class Ledger:
+    """Sums of the run so far. ``measure`` is pure; ``add`` enters a step, summed over all ranks."""
+
+    def __init__(self, student: ModelShape, teacher: ModelShape, max_length: int) -> None:
+        self._student, self._teacher, self._max_length = student, teacher, max_length
+        self._total = StepCost()
+
+    @property
+    def total(self) -> StepCost:
+        return self._total
+
+    def measure(self, rollouts: Iterable[Rollout]) -> StepCost:
+        """The cost of these rollouts, nothing entered."""
+        spent, full = [], []
+        for rollout in rollouts:
+            prompt, prefix = len(rollout.prompt_ids), len(rollout.prefix_ids)
+            by_itself = rollout.finish_reason == "stop"
+            spent.append((prompt, prefix))
+            full.append((prompt, prefix if by_itself else max(prefix, self._max_length)))
+        return StepCost(
+            flops=step_flops(self._student, self._teacher, spent),
+            flops_full=step_flops(self._student, self._teacher, full),
+            prompt_tokens=sum(prompt for prompt, _ in spent),
+            prefix_tokens=sum(prefix for _, prefix in spent),
+            full_tokens=sum(prefix for _, prefix in full),
+        )
+
+    def add(self, cost: StepCost) -> None:
+        self._total += cost
+
+    def state_dict(self) -> dict[str, float]:
+        """Flat and JSON-ready; Python's floats and ints come back from it exactly."""
+        total = self._total
+        return {
+            "rollout": total.flops.rollout,
+            "teacher": total.flops.teacher,
+            "student": total.flops.student,
+            "full_rollout": total.flops_full.rollout,
+            "full_teacher": total.flops_full.teacher,
+            "full_student": total.flops_full.student,
+            "prompt_tokens": total.prompt_tokens,
+            "prefix_tokens": total.prefix_tokens,
+            "full_tokens": total.full_tokens,
+        }
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Goes on from a saved ledger; KeyError where a sum is missing."""
+        self._total = StepCost(
+            Flops(state["rollout"], state["teacher"], state["student"]),
+            Flops(state["full_rollout"], state["full_teacher"], state["full_student"]),
+            int(state["prompt_tokens"]),
+            int(state["prefix_tokens"]),
+            int(state["full_tokens"]),
+        )

@@ -1,0 +1,63 @@
+"""What a prefix policy is. One small file a policy lies beside this one.
+
+A policy's class is built as ``Class(config: PrefixConfig, total_steps: int)``. Steps count from 0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+State = dict[str, float]  # what a checkpoint keeps of a policy: JSON numbers
+
+
+@dataclass(frozen=True)
+class PrefixObservation:
+    """What a finished step showed, the same on every rank."""
+
+    step: int  # from 0
+    prefix_length: int  # tokens, what ``length(step)`` had answered
+    mean_kl: float  # nats a token over the step's prefix tokens; NaN where there was none
+    kl_by_position: np.ndarray  # float64 [prefix_length], mean; NaN where no rollout reached
+
+
+@runtime_checkable
+class PrefixPolicy(Protocol):
+    """Answers how many tokens a step's rollouts may have.
+
+    ``length`` changes nothing: it may be asked for any step, any number of times. Whatever moves
+    with the data moves in ``observe`` and lies in the state.
+    """
+
+    def length(self, step: int) -> int: ...
+
+    def observe(self, observation: PrefixObservation) -> None: ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
+
+
+class ScheduledPolicy:
+    """Base of policies whose length follows from the step alone: nothing to observe or to keep."""
+
+    def observe(self, observation: PrefixObservation) -> None:
+        pass
+
+    def state_dict(self) -> State:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        if state:
+            raise ValueError(
+                f"the checkpoint's prefix state {sorted(state)} is of another policy than "
+                f"{type(self).__name__}, which has none; resume with the policy that wrote it"
+            )
+
+
+def share_of_steps(key: str, share: float) -> float:
+    """``share`` itself; ValueError where it is none."""
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{key}={share} must be a share of the steps, from 0 to 1; try 0.8")
+    return share

@@ -1,0 +1,89 @@
+"""From the recipe's ``prefix`` section to a policy."""
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+
+from megatron_prefix.config import PrefixConfig
+from megatron_prefix.prefix.adaptive import AdaptivePolicy
+from megatron_prefix.prefix.anchored import AnchoredPolicy
+from megatron_prefix.prefix.fixed import FixedPolicy
+from megatron_prefix.prefix.late import LatePolicy
+from megatron_prefix.prefix.linear import LinearPolicy
+from megatron_prefix.prefix.policy import PrefixObservation, PrefixPolicy, State
+
+PolicyClass = Callable[[PrefixConfig, int], PrefixPolicy]
+
+POLICIES: Mapping[str, PolicyClass] = {
+    "fixed": FixedPolicy,
+    "linear": LinearPolicy,
+    "anchored": AnchoredPolicy,
+    "late": LatePolicy,
+    "adaptive": AdaptivePolicy,
+}
+
+
+class BoundedPolicy:
+    """A user's policy, held to the bounds that packing, cache and context were planned for."""
+
+    def __init__(self, inner: PrefixPolicy, config: PrefixConfig) -> None:
+        self._inner, self._config = inner, config
+
+    def length(self, step: int) -> int:
+        length = self._inner.length(step)
+        whole = isinstance(length, int) and not isinstance(length, bool)
+        if not (whole and 1 <= length <= self._config.max_length):
+            raise ValueError(
+                f"prefix.policy={self._config.policy} answered {length!r} for step {step}: it must "
+                f"be a whole number from 1 to prefix.max_length={self._config.max_length}"
+            )
+        return length
+
+    def observe(self, observation: PrefixObservation) -> None:
+        self._inner.observe(observation)
+
+    def state_dict(self) -> State:
+        return self._inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._inner.load_state_dict(state)
+
+
+def build_policy(config: PrefixConfig, total_steps: int) -> PrefixPolicy:
+    """The policy of a run of ``total_steps`` steps; ValueError for a name or setting that is no
+    good."""
+    if config.min_length < 1:
+        raise ValueError(f"prefix.min_length={config.min_length} must be at least 1 token")
+    if config.max_length < config.min_length:
+        raise ValueError(
+            f"prefix.max_length={config.max_length} is below "
+            f"prefix.min_length={config.min_length}; set it to {config.min_length} or more"
+        )
+    if config.policy in POLICIES:
+        return POLICIES[config.policy](config, total_steps)
+    if ":" in config.policy:
+        return BoundedPolicy(_users_policy(config, total_steps), config)
+    near = difflib.get_close_matches(config.policy, POLICIES, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(POLICIES)}"
+    raise ValueError(
+        f"prefix.policy={config.policy!r} is unknown. {hint} "
+        "(or name your own: package.module:Class)"
+    )
+
+
+def _users_policy(config: PrefixConfig, total_steps: int) -> PrefixPolicy:
+    module_name, _, class_name = config.policy.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"prefix.policy={config.policy!r} cannot be imported ({error}); "
+            "it must be package.module:Class on the Python path"
+        ) from error
+    policy = cls(config, total_steps)
+    if not isinstance(policy, PrefixPolicy):
+        raise ValueError(
+            f"prefix.policy={config.policy!r} lacks one of length, observe, state_dict, "
+            "load_state_dict"
+        )
+    return policy

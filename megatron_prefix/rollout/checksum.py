@@ -1,0 +1,188 @@
+"""The proof that servers hold the trainer's weights: SGLang's own hashes, computed here.
+
+``/weights_checker`` answers a hash of every tensor that a server holds. A :class:`WeightHasher`
+computes the same ones from the tensors that are published, one at a time as they pass by, and
+:func:`verify` compares. SGLang fuses some tensors (q, k and v; gate and up; the experts of a
+layer), splits them over its tensor-parallel ranks and pads the vocabulary; so does the hasher.
+
+Tested against servers with tensor parallel 1 in bf16 and fp32. Servers that hold quantized
+weights, or experts split by expert parallelism or rearranged for a kernel, have other hashes.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_prefix.rollout.client import SglangClient
+from megatron_prefix.rollout.hashing import new_hash
+from megatron_prefix.rollout.protocol import SglangError
+
+VOCABULARY_MULTIPLE = 64  # SGLang's padding of embeddings and heads
+_SHOWN = 6  # tensors that an error names
+
+
+class WeightsDiffer(SglangError):
+    """A server does not hold the weights that were published; the message names the tensors."""
+
+
+@dataclass(frozen=True)
+class ServedLayout:
+    """How a server holds a model, and where: what its hashes depend on."""
+
+    device: str  # cuda | cpu: SGLang hashes differently on each
+    dtype: torch.dtype
+    tensor_model_parallel_size: int = 1
+    num_key_value_heads: int = 1
+    num_experts: int = 0
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor's place in the server's tensor ``fused``: number ``place`` of ``of``."""
+
+    fused: str
+    place: int = 0
+    of: int = 1
+    split: str = ""  # rows | columns | vocabulary | heads; empty: every rank has it whole
+
+
+@dataclass
+class _Fused:
+    """A server's tensor in the making: pieces are hashed in order, early ones wait."""
+
+    device: str
+    of: int
+    hashed: int = 0
+    waiting: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._hash = new_hash(self.device)
+
+    def add(self, place: int, tensor: torch.Tensor) -> None:
+        self.waiting[place] = tensor
+        while self.hashed in self.waiting:
+            self._hash.update(self.waiting.pop(self.hashed))
+            self.hashed += 1
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class WeightHasher:
+    """Hashes a model's tensors as they pass by, under the names that SGLang has for them."""
+
+    def __init__(self, layout: ServedLayout) -> None:
+        self._layout = layout
+        self._fused: dict[tuple[int, str], _Fused] = {}  # by rank and name
+
+    def passing(
+        self, buckets: Iterable[list[tuple[str, torch.Tensor]]]
+    ) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """The same buckets, hashed on their way to ``WeightGroup.publish``."""
+        for bucket in buckets:
+            for name, tensor in bucket:
+                self.add(name, tensor)
+            yield bucket
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """One whole tensor under its Hugging Face name, in any dtype, on any device."""
+        piece = _piece(name, self._layout.num_experts)
+        held = tensor.detach().to(self._layout.dtype)
+        for rank in range(self._layout.tensor_model_parallel_size):
+            fused = self._fused.setdefault(
+                (rank, piece.fused), _Fused(self._layout.device, piece.of)
+            )
+            fused.add(piece.place, self._shard(held, piece.split, rank))
+
+    def _shard(self, tensor: torch.Tensor, split: str, rank: int) -> torch.Tensor:
+        size = self._layout.tensor_model_parallel_size
+        if split == "vocabulary":
+            return _padded_rows(tensor).chunk(size, 0)[rank]
+        if split == "heads":  # with fewer heads than ranks, neighbours have the same one
+            shards = min(size, self._layout.num_key_value_heads)
+            return tensor.chunk(shards, 0)[rank * shards // size]
+        if split == "rows":
+            return tensor.chunk(size, 0)[rank]
+        return tensor.chunk(size, 1)[rank] if split == "columns" else tensor
+
+    def checksums(self) -> dict[int, dict[str, str]]:
+        """By tensor-parallel rank and name. Raises ValueError where a fused tensor lacks a part."""
+        answers: dict[int, dict[str, str]] = {}
+        for (rank, name), fused in self._fused.items():
+            if fused.hashed != fused.of:
+                raise ValueError(f"{name}: {fused.hashed} of its {fused.of} parts were published")
+            answers.setdefault(rank, {})[name] = fused.hexdigest()
+        return answers
+
+
+def verify(client: SglangClient, expected: dict[int, dict[str, str]]) -> None:
+    """Raises WeightsDiffer naming the tensors where the server does not hold ``expected``.
+
+    A tied head that was published under its own name too is not looked for.
+    """
+    served = client.weight_checksums()
+    if sorted(served) != sorted(expected):
+        raise WeightsDiffer(
+            f"{client.url} has tensor-parallel ranks {sorted(served)}, not {sorted(expected)}"
+        )
+    for rank in sorted(expected):
+        wrong = _differences(expected[rank], served[rank])
+        if wrong:
+            more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+            raise WeightsDiffer(
+                f"{client.url} (tensor-parallel rank {rank}) does not hold the published weights: "
+                f"{'; '.join(wrong[:_SHOWN])}{more}"
+            )
+
+
+def _differences(expected: dict[str, str], served: dict[str, str]) -> list[str]:
+    wrong = []
+    for name in sorted(expected.keys() | served.keys()):
+        here, there = (expected.get(name, "not published"), served.get(name, "not on the server"))
+        tied = name == "lm_head.weight" and here == expected.get("model.embed_tokens.weight")
+        if here != there and not tied:
+            wrong.append(f"{name} (trainer {here}, server {there})")
+    return wrong
+
+
+def _padded_rows(tensor: torch.Tensor) -> torch.Tensor:
+    missing = -tensor.shape[0] % VOCABULARY_MULTIPLE
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+
+
+_EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
+_EXPERT_PARTS = {  # the server's tensor, place in it; Mixtral's names after the others'
+    "gate_proj": ("w13_weight", 0),
+    "up_proj": ("w13_weight", 1),
+    "down_proj": ("w2_weight", 0),
+    "w1": ("w13_weight", 0),
+    "w3": ("w13_weight", 1),
+    "w2": ("w2_weight", 0),
+}
+_PARTS = {
+    "self_attn.q_proj": ("self_attn.qkv_proj", 0, 3, "rows"),
+    "self_attn.k_proj": ("self_attn.qkv_proj", 1, 3, "heads"),
+    "self_attn.v_proj": ("self_attn.qkv_proj", 2, 3, "heads"),
+    "mlp.gate_proj": ("mlp.gate_up_proj", 0, 2, "rows"),
+    "mlp.up_proj": ("mlp.gate_up_proj", 1, 2, "rows"),
+}
+_COLUMNS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def _piece(name: str, num_experts: int) -> _Piece:
+    """Where a Hugging Face tensor is on a server."""
+    expert = _EXPERT.fullmatch(name)
+    if expert:
+        fused, place = _EXPERT_PARTS[expert["part"]]
+        each, split = (2, "rows") if fused == "w13_weight" else (1, "columns")
+        place += each * int(expert["expert"])
+        return _Piece(f"{expert['layer']}.{fused}", place, each * num_experts, split)
+    for part, (fused, place, of, split) in _PARTS.items():
+        if f".{part}." in name:
+            return _Piece(name.replace(part, fused), place, of, split)
+    if name in _VOCABULARY:
+        return _Piece(name, split="vocabulary")
+    return _Piece(name, split="columns" if name.endswith(_COLUMNS) else "")

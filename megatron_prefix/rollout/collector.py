@@ -1,0 +1,258 @@
+"""Rollouts of a step: prompts over the servers, stragglers aborted, a deterministic order.
+
+Legend: W rollouts wanted, L the prefix length (``max_new_tokens``).
+"""
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from megatron_prefix.config import RolloutConfig
+from megatron_prefix.rollout.async_client import AsyncGenerator
+from megatron_prefix.rollout.client import Endpoint
+from megatron_prefix.rollout.protocol import Generation, Sampling, SglangError, UnexpectedAnswer
+from megatron_prefix.types import Prompt, Rollout
+
+_ABORT_AGAIN_S = 1.0  # a request that the server had not read yet misses an abort
+
+
+class NoRollouts(SglangError):
+    """Every rollout of a step was aborted or came back empty."""
+
+
+@dataclass(frozen=True)
+class CollectStats:
+    """What a step's sampling cost and gave; counts of rollouts, but for the tokens."""
+
+    started: int
+    aborted: int  # as stragglers, kept or not
+    dropped: int  # aborted with too few tokens, or without any
+    surplus: int  # usable beyond what was wanted
+    tokens: int  # sampled tokens of the rollouts that were returned
+    tokens_sampled: int  # of all: what generation cost
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Collected:
+    rollouts: list[Rollout]  # by prompt, then by sample
+    stats: CollectStats
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One rollout to be: a prompt and the server that is asked."""
+
+    prompt: Prompt
+    server: int
+
+
+@dataclass
+class _Request:
+    """A job that can be aborted, under the id of its latest attempt."""
+
+    server: AsyncGenerator
+    request_id: str = ""
+    task: asyncio.Task[Generation] = field(init=False)
+
+
+class Collector:
+    """Asks the servers for rollouts. Holds connections: close it, or use it as a context."""
+
+    def __init__(
+        self, endpoints: Sequence[Endpoint], rollout: RolloutConfig, stop_token_ids: Sequence[int]
+    ) -> None:
+        assert endpoints, "a collector needs a server"
+        self._rollout = rollout
+        self._stop_token_ids = tuple(stop_token_ids)
+        self._runner = asyncio.Runner()
+        self._servers = self._runner.run(_open(endpoints))
+        # Of one width: SGLang aborts every request whose id starts with the one that it is given.
+        self._request_ids = map(f"{secrets.token_hex(4)}-{{:012d}}".format, itertools.count())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._runner.run(_close(self._servers))
+        self._runner.close()
+
+    def collect(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        policy_version: int,
+        wanted: int = 0,
+    ) -> Collected:
+        """Sample ``rollout.samples_per_prompt`` prefixes of each prompt, of at most L tokens.
+
+        With ``wanted`` (0: all) below that many, the rest is aborted when W have finished, and
+        the first W usable ones in prompt order are returned: those that finished, and aborted
+        ones of at least ``rollout.keep_aborted_above`` x L tokens. Taking them in prompt order
+        rather than by arrival keeps short rollouts from being preferred among those that made it.
+        Fewer come back only where someone else aborts requests.
+
+        Raises NoRollouts where none is usable, UnexpectedAnswer where a server's weights are
+        newer than ``policy_version``, and what the client raises.
+        """
+        started_at = time.monotonic()
+        sampling = Sampling(max_new_tokens, self._rollout.temperature, self._stop_token_ids)
+        jobs = self._assign(prompts)
+        wanted = wanted or len(jobs)
+        assert 0 < wanted <= len(jobs), f"{wanted} rollouts wanted of {len(jobs)} started"
+        asked = self._batched if wanted == len(jobs) else self._with_quorum
+        generations = self._runner.run(asked(jobs, sampling, wanted))
+        self._check_versions(jobs, generations, policy_version)
+        rollouts = _usable(jobs, generations, self._rollout.keep_aborted_above * max_new_tokens)
+        if not rollouts:
+            raise NoRollouts(
+                f"none of {len(jobs)} rollouts is usable: all were aborted or empty; does another "
+                "job abort requests on these servers?"
+            )
+        stats = _statistics(generations, rollouts, wanted, time.monotonic() - started_at)
+        return Collected(rollouts[:wanted], stats)
+
+    def _assign(self, prompts: Sequence[Prompt]) -> list[_Job]:
+        """Neighbouring prompts to one server, the samples of a prompt together: the server's
+        prefix cache then computes a prompt once."""
+        servers, count = len(self._servers), len(prompts)
+        return [
+            _Job(prompt, place * servers // count)
+            for place, prompt in enumerate(prompts)
+            for _ in range(self._rollout.samples_per_prompt)
+        ]
+
+    async def _batched(
+        self, jobs: Sequence[_Job], sampling: Sampling, wanted: int
+    ) -> list[Generation]:
+        """One request a server. Jobs are sorted by server, so the answers join in their order."""
+        batches = [
+            (self._servers[server], [job.prompt.input_ids for job in group])
+            for server, group in itertools.groupby(jobs, key=lambda job: job.server)
+        ]
+        tasks = [
+            asyncio.create_task(server.generate(prompts, sampling)) for server, prompts in batches
+        ]
+        answers = await _all_or_none(tasks)
+        return [generation for answer in answers for generation in answer]
+
+    async def _with_quorum(
+        self, jobs: Sequence[_Job], sampling: Sampling, wanted: int
+    ) -> list[Generation]:
+        """One request a rollout, so that each can be aborted once ``wanted`` have finished."""
+        requests = [_Request(self._servers[job.server]) for job in jobs]
+        for job, request in zip(jobs, requests, strict=True):
+            request.task = asyncio.create_task(self._ask(job, request, sampling))
+        tasks = [request.task for request in requests]
+        try:
+            await _wait_for_quorum(tasks, wanted)
+            while stragglers := [request for request in requests if not request.task.done()]:
+                await asyncio.gather(*(each.server.abort(each.request_id) for each in stragglers))
+                await asyncio.wait([each.task for each in stragglers], timeout=_ABORT_AGAIN_S)
+        except BaseException:
+            await _cancel(tasks)
+            raise
+        return await _all_or_none(tasks)
+
+    async def _ask(self, job: _Job, request: _Request, sampling: Sampling) -> Generation:
+        def fresh_id() -> list[str]:
+            request.request_id = next(self._request_ids)
+            return [request.request_id]
+
+        answers = await request.server.generate([job.prompt.input_ids], sampling, fresh_id)
+        return answers[0]
+
+    def _check_versions(
+        self, jobs: Sequence[_Job], generations: Sequence[Generation], policy_version: int
+    ) -> None:
+        for job, generation in zip(jobs, generations, strict=True):
+            if generation.policy_version > policy_version:
+                url = self._servers[job.server].endpoint.url
+                raise UnexpectedAnswer(
+                    f"{url} sampled with policy version {generation.policy_version}, newer than "
+                    f"the trainer's {policy_version}: publish the trainer's weights first"
+                )
+
+
+async def _open(endpoints: Sequence[Endpoint]) -> list[AsyncGenerator]:
+    return [AsyncGenerator(endpoint) for endpoint in endpoints]
+
+
+async def _close(servers: Sequence[AsyncGenerator]) -> None:
+    for server in servers:
+        await server.close()
+
+
+async def _wait_for_quorum(tasks: Sequence[asyncio.Task[Generation]], wanted: int) -> None:
+    """Return when ``wanted`` generations have finished by themselves, or no task is left."""
+    finished, pending = 0, set(tasks)
+    while pending and finished < wanted:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        finished += sum(_finished(task.result()) for task in done)
+
+
+def _finished(generation: Generation) -> bool:
+    return generation.finish_reason != "abort" and len(generation.token_ids) > 0
+
+
+async def _all_or_none[T](tasks: Sequence[asyncio.Task[T]]) -> list[T]:
+    """All results in order; where one fails, the others are cancelled and its error raised."""
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        await _cancel(tasks)
+        raise
+
+
+async def _cancel[T](tasks: Sequence[asyncio.Task[T]]) -> None:
+    """A server aborts the request of a client that hangs up."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _usable(
+    jobs: Sequence[_Job], generations: Sequence[Generation], tokens_to_keep: float
+) -> list[Rollout]:
+    """The rollouts that may be trained on: finished ones, aborted ones that are long enough."""
+    return [
+        Rollout(
+            prompt_ids=job.prompt.input_ids,
+            prefix_ids=generation.token_ids,
+            rollout_logprobs=generation.logprobs,
+            finish_reason=generation.finish_reason,
+            policy_version=generation.policy_version,
+            prompt_index=job.prompt.index,
+        )
+        for job, generation in zip(jobs, generations, strict=True)
+        if _finished(generation)
+        or (generation.token_ids and len(generation.token_ids) >= tokens_to_keep)
+    ]
+
+
+def _statistics(
+    generations: Sequence[Generation], usable: Sequence[Rollout], wanted: int, seconds: float
+) -> CollectStats:
+    return CollectStats(
+        started=len(generations),
+        aborted=sum(generation.finish_reason == "abort" for generation in generations),
+        dropped=len(generations) - len(usable),
+        surplus=max(0, len(usable) - wanted),
+        tokens=sum(len(rollout.prefix_ids) for rollout in usable[:wanted]),
+        tokens_sampled=sum(len(generation.token_ids) for generation in generations),
+        seconds=seconds,
+    )

@@ -1,0 +1,121 @@
+"""The command line and the environment of an SGLang server. Pure, but for reading config.json."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prefix.config import RolloutConfig
+from megatron_prefix.rollout.protocol import version_label
+
+LOOPBACK = "127.0.0.1"
+_HERE = Path(__file__).resolve().parent
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+_CPU_CACHE_TOKENS = 60000  # of the key-value cache; SGLang's own guess takes most of the memory
+# What torchrun tells its ranks. A server that believed it to be its own would look for the weight
+# group's store at the agent's.
+_TORCHRUN_VARIABLES = (
+    ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_"),
+    ("RANK", "WORLD_SIZE"),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What tells one server from another of the same ``RolloutConfig``."""
+
+    folder: Path  # of the model
+    device: str  # cuda | cpu
+    params_dtype: str  # bf16 | fp32: the student's
+    port: int
+    index: int  # of the server on this machine, from 0
+    seed: int
+
+
+def server_arguments(launch: Launch, rollout: RolloutConfig) -> list[str]:
+    """Arguments of ``sglang.launch_server``; the user's come last and so win."""
+    dtype = launch.params_dtype if rollout.dtype == "auto" else rollout.dtype
+    options = {
+        "--model-path": str(launch.folder),
+        "--host": LOOPBACK,
+        "--port": launch.port,
+        "--device": launch.device,
+        "--dtype": _DTYPES.get(dtype, dtype),
+        "--random-seed": launch.seed + launch.index,
+        "--weight-version": version_label(0),
+    }
+    cache_tokens = rollout.max_total_tokens
+    if launch.device == "cpu":
+        options["--attention-backend"] = "torch_native"
+        cache_tokens = cache_tokens or _CPU_CACHE_TOKENS
+    else:
+        options["--tp-size"] = rollout.server_tensor_parallel_size
+        options["--base-gpu-id"] = launch.index * rollout.server_tensor_parallel_size
+    if cache_tokens:
+        options["--max-total-tokens"] = cache_tokens
+    flags = [
+        "--skip-server-warmup",
+        "--skip-tokenizer-init",  # only token ids travel
+        "--sleep-on-idle",  # an idle scheduler otherwise takes a whole core
+        "--enable-metrics",
+    ]
+    pairs = [word for option, value in options.items() for word in (option, str(value))]
+    return [*pairs, *flags, *rollout.server_args]
+
+
+def server_environment(device: str, architecture: str, scratch: Path) -> dict[str, str]:
+    """The environment of a server's process: this one's, less what is torchrun's or slows it."""
+    prefixes, names = _TORCHRUN_VARIABLES
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        # Without bytecode, each of a server's three processes compiles all of torch and SGLang.
+        if not name.startswith(prefixes) and name not in (*names, "PYTHONDONTWRITEBYTECODE")
+    }
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        # Log-probabilities of the policy, not of its tempered softmax.
+        "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+        "TMPDIR": str(scratch),  # sockets and counters that SGLang does not remove
+        # Otherwise the scheduler's store listens on all of the machine's addresses.
+        "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{scratch / 'rendezvous'}",
+    }
+    if device == "cpu":
+        environment |= _cpu_environment(environment, architecture)
+    return environment
+
+
+def _cpu_environment(environment: dict[str, str], architecture: str) -> dict[str, str]:
+    engine = _HERE / "cpu_engine"
+    paths = [str(engine), environment.get("PYTHONPATH", "")]
+    added = {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+    known = (engine / "served_model" / "model.py").read_text()
+    if f'"{architecture}"' in known:
+        added["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "served_model"
+        added["MEGATRON_PREFIX_ARCHITECTURE"] = architecture
+    return added
+
+
+def served_architecture(folder: Path) -> str:
+    """The first of config.json's ``architectures``."""
+    path = folder / "config.json"
+    try:
+        return str(json.loads(path.read_text())["architectures"][0])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{path} names no architecture to serve ({type(error).__name__}: {error}); "
+            "give a Hugging Face model folder"
+        ) from error
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` as cuda where torch sees a GPU, else cpu."""
+    if device != "auto":
+        return device
+    import torch  # late: most of what imports this module needs no torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,287 @@
+"""The trainer's side of weight publishing: rank 0 of a process group whose other ranks are servers.
+
+The trainer listens on a TCPStore of its own, tells each server by HTTP to join, and broadcasts
+buckets of weights to them: uint8 concatenations that the servers cut up and load. gloo on CPUs,
+NCCL on GPUs. All of it runs on one rank of the trainer; the others take no part.
+"""
+
+import concurrent.futures
+import contextlib
+import itertools
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import (
+    Backend,
+    GroupName,
+    PrefixStore,
+    _new_process_group_helper,
+    _world,
+)
+
+from megatron_prefix.rollout.client import SglangClient
+from megatron_prefix.rollout.protocol import SglangError, version_label
+
+Bucket = list[tuple[str, torch.Tensor]]  # Hugging Face names
+
+
+class WeightSyncFailed(SglangError):
+    """Weights did not reach every server; which ones a server now holds is unknown."""
+
+
+@dataclass(frozen=True)
+class PublishStats:
+    policy_version: int
+    buckets: int
+    tensors: int
+    bytes: int
+    seconds: float
+
+
+class WeightGroup:
+    """The group, joined. Made by :meth:`join`; after a failure, join again."""
+
+    def __init__(
+        self,
+        clients: Sequence[SglangClient],
+        name: str,
+        group: dist.ProcessGroup,
+        store: dist.Store,
+        timeout_s: float,
+    ) -> None:
+        self._clients = list(clients)
+        self._name = name
+        self._group = group
+        self._store = store  # the servers' connections end with it
+        self._timeout_s = timeout_s
+        self._broken = False
+        self._threads = concurrent.futures.ThreadPoolExecutor(
+            max_workers=len(self._clients), thread_name_prefix="weights"
+        )
+
+    @classmethod
+    def join(
+        cls, clients: Sequence[SglangClient], *, backend: str, timeout_s: float = 120.0
+    ) -> "WeightGroup":
+        """Meet all servers. ``backend`` is gloo or nccl; ``timeout_s`` also limits a broadcast.
+
+        Raises WeightSyncFailed naming the server that refused or did not come.
+        """
+        name = f"weights-{secrets.token_hex(6)}"  # a server hangs on one that it had before
+        ranks, world_size = _ranks(clients)
+        store, address, port = _listen([client.url for client in clients], world_size, timeout_s)
+
+        def invite(client: SglangClient, rank: int) -> None:
+            client.join_weight_group(
+                address=address,
+                port=port,
+                rank=rank,
+                world_size=world_size,
+                name=name,
+                backend=backend,
+            )
+
+        threads = concurrent.futures.ThreadPoolExecutor(max_workers=len(clients) + 1)
+        invitations = [
+            threads.submit(invite, client, rank)
+            for client, rank in zip(clients, ranks, strict=True)
+        ]
+        meeting = threads.submit(_make_group, store, name, world_size, backend, timeout_s)
+        threads.shutdown(wait=False)
+        _first_failure([*invitations, meeting], timeout_s, "join the weight group")
+        return cls(clients, name, meeting.result(), store, timeout_s)
+
+    def publish(self, buckets: Iterable[Bucket], policy_version: int) -> PublishStats:
+        """Send a whole model, bucket by bucket, and name it ``policy_version``.
+
+        Two buckets are held at a time: the servers take the new name with the last one, so which
+        one is the last has to be known before it goes. Tensors are on this rank's device, in any
+        dtype: the servers convert to theirs.
+
+        Raises WeightSyncFailed; the group is then of no more use.
+        """
+        if self._broken:
+            raise WeightSyncFailed("this weight group failed before; join a new one")
+        started_at = time.monotonic()
+        count = tensors = size = 0
+        try:
+            self._on_all(SglangClient.begin_weight_update, "begin a weight update")
+            for bucket, last in _marking_last(buckets):
+                size += self._send(bucket, policy_version if last else None)
+                count, tensors = count + 1, tensors + len(bucket)
+            self._on_all(SglangClient.end_weight_update, "end a weight update")
+        except BaseException:
+            self._abandon()
+            raise
+        assert count, "no weights to publish"
+        seconds = time.monotonic() - started_at
+        return PublishStats(policy_version, count, tensors, size, seconds)
+
+    def _send(self, bucket: Bucket, policy_version: int | None) -> int:
+        """Broadcast one bucket; returns its bytes. ``None``: more are to come."""
+        # Wide types first: the servers view each tensor at its offset, which must be aligned.
+        ordered = sorted(bucket, key=lambda named: -named[1].element_size())
+        flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in ordered])
+        body = {
+            "names": [name for name, _ in ordered],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in ordered],
+            "shapes": [list(tensor.shape) for _, tensor in ordered],
+            "group_name": self._name,
+            "load_format": "flattened_bucket",
+            # Once a model: what the cache holds stays wrong until the last tensor has come.
+            "flush_cache": policy_version is not None,
+        }
+        if policy_version is not None:
+            body["weight_version"] = version_label(policy_version)
+        posts = [
+            self._threads.submit(client.receive_weights, body, timeout_s=self._timeout_s)
+            for client in self._clients
+        ]
+        work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
+        _first_failure(posts, self._timeout_s, "receive weights")
+        assert work is not None, "rank 0 is a member"
+        work.wait()
+        return flat.numel()
+
+    def _on_all(self, call: Callable[[SglangClient], None], doing: str) -> None:
+        futures = [self._threads.submit(call, client) for client in self._clients]
+        _first_failure(futures, self._timeout_s, doing)
+
+    def _abandon(self) -> None:
+        """Hang up, so that servers that wait for a broadcast fail now and not at their timeout."""
+        self._broken = True
+        self._group.abort()
+        for client in self._clients:
+            with contextlib.suppress(SglangError):  # it may be the one that failed
+                client.end_weight_update()
+
+    def close(self) -> None:
+        """Leave the group; servers that still run leave it too."""
+        if not self._broken:
+            for client in self._clients:
+                with contextlib.suppress(SglangError):  # a server that is gone has left
+                    client.leave_weight_group(self._name)
+            dist.destroy_process_group(self._group)
+            self._broken = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def publish_from_disk(
+    clients: Sequence[SglangClient], folder: str | Path, policy_version: int
+) -> None:
+    """The fallback: every server loads ``folder``, which it must be able to read.
+
+    Raises RequestRefused with the server's words; it then keeps the weights that it had.
+    """
+    path = str(Path(folder).resolve())
+    with concurrent.futures.ThreadPoolExecutor(max_workers=len(clients)) as threads:
+        futures = [
+            threads.submit(client.load_weights, path, policy_version=policy_version)
+            for client in clients
+        ]
+        for future in futures:
+            future.result()
+
+
+def _ranks(clients: Sequence[SglangClient]) -> tuple[list[int], int]:
+    """The first rank of each server, and the world size. Rank 0 is the trainer."""
+    sizes = [int(client.server_info()["tp_size"]) for client in clients]
+    ends = list(itertools.accumulate(sizes, initial=1))
+    return ends[:-1], ends[-1]
+
+
+def _listen(
+    urls: Sequence[str], world_size: int, timeout_s: float
+) -> tuple[dist.TCPStore, str, int]:
+    """A store on the one address that the servers reach this machine by, and on a free port."""
+    address = _own_address(urls[0])
+    listener = socket.create_server((address, 0))
+    port = int(listener.getsockname()[1])
+    store = dist.TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),  # the store closes it
+    )
+    return store, address, port
+
+
+def _own_address(url: str) -> str:
+    """This machine's address on the way to ``url``; connecting a datagram socket sends nothing."""
+    parts = urlsplit(url)
+    assert parts.hostname, url
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname, parts.port or 80))
+        return str(probe.getsockname()[0])
+
+
+def _make_group(
+    store: dist.Store, name: str, world_size: int, backend: str, timeout_s: float
+) -> dist.ProcessGroup:
+    """A group beside the default one, whatever that is: ``init_process_group`` can be called once
+    a process, and ``new_group`` only has ranks of the default group. The two private names of
+    torch are the same that the servers' side uses."""
+    group, _ = _new_process_group_helper(
+        world_size,
+        0,
+        [],
+        Backend(backend),
+        PrefixStore(name, store),
+        group_name=GroupName(name),
+        timeout=timedelta(seconds=timeout_s),
+    )
+    assert isinstance(group, dist.ProcessGroup), "rank 0 is a member"
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+    return group
+
+
+def _in_thread[T](call: Callable[..., T], *arguments: Any) -> concurrent.futures.Future[T]:
+    """As an executor's submit, in a daemon thread: an interpreter that exits waits for no other."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except Exception as error:  # noqa: BLE001 - raised where the future is read
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="weights", daemon=True).start()
+    return future
+
+
+def _first_failure(
+    futures: Sequence[concurrent.futures.Future[Any]], timeout_s: float, doing: str
+) -> None:
+    """Wait for all; at the first that fails, or after ``timeout_s``, raise WeightSyncFailed."""
+    done, pending = concurrent.futures.wait(
+        futures, timeout_s, return_when=concurrent.futures.FIRST_EXCEPTION
+    )
+    for future in done:
+        error = future.exception()
+        if error is not None:
+            raise WeightSyncFailed(f"a server could not {doing}: {error}") from error
+    if pending:
+        raise WeightSyncFailed(f"a server did not {doing} within {timeout_s:g} s")
+
+
+def _marking_last(buckets: Iterable[Bucket]) -> Iterator[tuple[Bucket, bool]]:
+    """Each bucket, and whether it is the last."""
+    iterator = iter(buckets)
+    bucket = next(iterator, None)
+    while bucket is not None:
+        following = next(iterator, None)
+        yield bucket, following is None
+        bucket = following

@@ -1,0 +1,249 @@
+"""Everything a run reports, on rank 0: JSON lines, TensorBoard, progress; and Python's logging."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from megatron_prefix import jsonl
+from megatron_prefix.config import LogConfig
+from megatron_prefix.progress import progress_view
+from megatron_prefix.tb_writer import TensorBoardWriter
+from megatron_prefix.types import Flops, StepMetrics
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = "megatron_prefix"
+RANK_FORMAT = "%(asctime)s rank %(rank)d %(levelname)s %(name)s: %(message)s"
+
+
+class Evaluation(Protocol):
+    """What :meth:`RunLog.evaluation` reads of a result."""
+
+    @property
+    def accuracy(self) -> float: ...  # 0 to 1
+
+    @property
+    def n(self) -> int: ...  # answers scored
+
+    @property
+    def truncated(self) -> int: ...  # answers that met eval.max_new_tokens
+
+    @property
+    def tokens(self) -> int: ...  # sampled
+
+    @property
+    def seconds(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a run's steps."""
+
+    prefix_tokens: int = 0
+    prompt_tokens: int = 0
+    flops: Flops = field(default_factory=Flops)
+    flops_full: Flops = field(default_factory=Flops)
+    seconds: float = 0.0  # of the steps' phases, evaluations and start left out
+
+    def add(self, record: Mapping[str, Any]) -> "Totals":
+        """With one line of metrics.jsonl; a null (a value that was not finite) adds nothing."""
+        return Totals(
+            self.prefix_tokens + record["prefix_tokens"],
+            self.prompt_tokens + record["prompt_tokens"],
+            self.flops + Flops(**_zero_nulls(record["flops"])),
+            self.flops_full + Flops(**_zero_nulls(record["flops_full"])),
+            self.seconds + sum(_zero_nulls(record["seconds"]).values()),
+        )
+
+
+def sum_records(records: Iterable[Mapping[str, Any]]) -> Totals:
+    totals = Totals()
+    for record in records:
+        totals = totals.add(record)
+    return totals
+
+
+class RunLog:
+    """Writes a run's folder; one process (rank 0) holds it.
+
+    Opening it on a folder that was written before moves every record of a step after
+    ``resume_step`` into ``*.discarded.jsonl``, so no step is counted twice.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        log: LogConfig,
+        total_steps: int,
+        *,
+        console: Console | None = None,
+        resume_step: int = 0,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        self._last_step = resume_step
+        for name in (jsonl.METRICS, jsonl.EVALUATIONS, jsonl.SAMPLES):
+            moved = jsonl.keep_until(folder / name, resume_step)
+            if moved:
+                logger.info("resuming after step %d: moved %d of %s", resume_step, moved, name)
+        self._totals = sum_records(jsonl.read_records(folder / jsonl.METRICS))
+        self._metrics = jsonl.JsonLines(folder / jsonl.METRICS)
+        self._evaluations = jsonl.JsonLines(folder / jsonl.EVALUATIONS)
+        self._samples = jsonl.JsonLines(folder / jsonl.SAMPLES)
+        self._events = jsonl.JsonLines(folder / jsonl.EVENTS)
+        self._tensorboard = (
+            TensorBoardWriter(folder / "tensorboard", log, resume_step) if log.tensorboard else None
+        )
+        self._view = progress_view(console or Console(), total_steps, log.log_interval, resume_step)
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over the run from its first step on, the steps before a resume included."""
+        return self._totals
+
+    def step(self, metrics: StepMetrics) -> None:
+        """One finished step, ``metrics.step`` counting from 1."""
+        record = jsonl.metrics_record(metrics)
+        self._metrics.write(record)
+        self._totals = self._totals.add(record)
+        self._last_step = metrics.step
+        if self._tensorboard:
+            total = self._totals
+            self._tensorboard.step(metrics, total.flops, total.flops_full, total.prefix_tokens)
+        self._view.show(metrics)
+
+    def wants_rollouts(self, step: int) -> bool:
+        """Whether :meth:`rollouts` is due, so that texts are decoded only then."""
+        interval = self._log.sample_rollouts_interval
+        return bool(interval) and self._log.sample_rollouts > 0 and step % interval == 0
+
+    def rollouts(
+        self,
+        step: int,
+        prompt_texts: Sequence[str],
+        prefix_texts: Sequence[str],
+        details: Sequence[Mapping[str, str | int | float]],
+    ) -> None:
+        """The first ``log.sample_rollouts`` of a step's rollouts as text.
+
+        ``details`` holds a few named values a rollout: its finish reason, length, version.
+        """
+        shown = slice(self._log.sample_rollouts)
+        texts = list(zip(prompt_texts, prefix_texts, details, strict=True))[shown]
+        for prompt, prefix, detail in texts:
+            record = {"step": step, "prompt": prompt, "prefix": prefix, "details": dict(detail)}
+            self._samples.write(record)
+        if self._tensorboard:
+            self._tensorboard.rollouts(
+                step, prompt_texts[shown], prefix_texts[shown], details[shown]
+            )
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Accuracy on the held-out set with the weights after ``step`` (0: before training)."""
+        record = {
+            "step": step,
+            "accuracy": jsonl.number(result.accuracy),
+            "n": result.n,
+            "truncated": result.truncated,
+            "tokens": result.tokens,
+            "seconds": jsonl.number(result.seconds),
+        }
+        self._evaluations.write(record)
+        if self._tensorboard:
+            self._tensorboard.evaluation(step, result.accuracy)
+        logger.info(
+            "evaluation after step %d: accuracy %.1f%% of %d, %d truncated, %.1f s",
+            step, 100 * result.accuracy, result.n, result.truncated, result.seconds,
+        )  # fmt: skip
+
+    def event(
+        self,
+        kind: str,
+        message: str,
+        *,
+        level: int = logging.INFO,
+        **fields: str | int | float | bool,
+    ) -> None:
+        """Something that is no step: a save, a signal, a skipped step, a lost server."""
+        record = {"time": time.time(), "step": self._last_step, "kind": kind, "message": message}
+        self._events.write(record | _finite(fields))
+        if self._tensorboard:
+            self._tensorboard.event(self._last_step, kind, message)
+        logger.log(level, "%s: %s", kind, message)
+
+    def close(self) -> None:
+        """Ends the bar and closes every file; once closed, closing again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._view.close()
+        for file in (self._metrics, self._evaluations, self._samples, self._events):
+            file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+def setup_logging(folder: Path, rank: int, console: Console | None = None) -> None:
+    """Sends logging to ``folder/logs/rank_<rank>.log`` and, on rank 0, to the console.
+
+    Every record names its rank. This package is heard from INFO on, others from WARNING on.
+    Called again, it replaces the handlers of its last call.
+    """
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    formatter = logging.Formatter(RANK_FORMAT, defaults={"rank": rank})
+    to_file = logging.FileHandler(logs / f"rank_{rank}.log", encoding="utf-8")
+    to_file.setFormatter(formatter)
+    handlers: list[logging.Handler] = [to_file]
+    if rank == 0:
+        handlers.append(_console_handler(console or Console(), formatter))
+    root = logging.getLogger()
+    for old in [handler for handler in root.handlers if handler.name == PACKAGE]:
+        root.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        handler.name = PACKAGE
+        root.addHandler(handler)
+    logging.getLogger(PACKAGE).setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+def _console_handler(console: Console, formatter: logging.Formatter) -> logging.Handler:
+    """Above the progress bar on a terminal; unwrapped lines where there is none."""
+    if not console.is_terminal:
+        plain = logging.StreamHandler(console.file)
+        plain.setFormatter(formatter)
+        return plain
+    handler = RichHandler(console=console, show_path=False, markup=False)
+    handler.setFormatter(logging.Formatter("rank 0 %(message)s"))
+    return handler
+
+
+def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: jsonl.number(value) if isinstance(value, float) else value
+        for name, value in fields.items()
+    }
+
+
+def _zero_nulls(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value or 0.0 for name, value in values.items()}

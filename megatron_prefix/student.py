@@ -1,0 +1,128 @@
+"""The student's half of a step: forward, the divergence on its prefix positions, backward."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_prefix.config import LossConfig
+from megatron_prefix.loss import prefix_divergence
+from megatron_prefix.mcore.optimizer import TrainableStudent
+from megatron_prefix.mcore.schedule import run_schedule
+from megatron_prefix.types import PrefixBatch, TeacherTargets
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """The sampled token on whose log-probability server and trainer differ most."""
+
+    server: float
+    trainer: float
+
+    @property
+    def difference(self) -> float:
+        return abs(self.server - self.trainer)
+
+
+@dataclass(frozen=True)
+class PrefixSums:
+    """Sums over the prefix tokens of a step, over all ranks, the same on every rank."""
+
+    loss: float
+    kl: Tensor  # float64 [prefix_length]
+    tokens: Tensor  # float64 [prefix_length]
+    logprob_diff: float  # sum of |server - trainer|
+    worst: WorstToken
+
+
+class _Accumulator:
+    """Gathers what the microbatches show, without a device synchronisation."""
+
+    def __init__(self, prefix_length: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.loss, self.diff = zeros(), zeros()
+        self.kl, self.tokens = zeros(prefix_length), zeros(prefix_length)
+        self.worst = zeros(2)  # server, trainer
+
+    @torch.no_grad()
+    def add(self, batch: PrefixBatch, loss: Tensor, kl: Tensor, logprobs: Tensor) -> None:
+        self.loss += loss
+        self.kl.index_add_(0, batch.prefix_offsets, kl.double())
+        self.tokens.index_add_(0, batch.prefix_offsets, torch.ones_like(kl, dtype=torch.float64))
+        if kl.numel():
+            pairs = torch.stack([batch.rollout_logprobs, logprobs], dim=1).double()
+            diff = (pairs[:, 0] - pairs[:, 1]).abs()
+            self.diff += diff.sum()
+            worst = pairs[diff.argmax()]
+            self.worst = _further_apart(self.worst, worst)
+
+
+def forward_backward(
+    student: TrainableStudent,
+    batches: Sequence[PrefixBatch],
+    targets: Sequence[TeacherTargets],
+    teacher_head: Tensor | None,
+    loss: LossConfig,
+    prefix_length: int,
+) -> PrefixSums:
+    """Gradients of this rank's microbatches, reduced over data-parallel ranks, in ``main_grad``.
+
+    ``targets`` and ``teacher_head`` [V/tp, d_t] are given on the last stage alone. Collective.
+    """
+    model = student.model
+    device = batches[0].input_ids.device
+    seen, waiting = _Accumulator(prefix_length, device), iter(targets)
+
+    def divergence(batch: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
+        assert head is not None and teacher_head is not None
+        result = prefix_divergence(
+            hidden,
+            head,
+            next(waiting).hidden,
+            teacher_head,
+            batch.token_weight,
+            divergence=loss.divergence,
+            beta=loss.beta,
+            temperature=loss.temperature,
+            vocab_size=model.hf.shape.vocab_size,
+            tp_group=model.groups.pg.tp,
+            chunk_size=loss.chunk_size or None,
+            sequence_parallel=model.config.sequence_parallel,
+            labels=batch.labels,
+        )
+        seen.add(batch, result.loss.detach(), result.kl, result.label_logprobs)
+        return result.loss
+
+    student.zero_grad()
+    run_schedule(model, student.ddp, batches, divergence, forward_only=False)
+    return _reduce(seen, counts=model.groups.counts)
+
+
+def _further_apart(a: Tensor, b: Tensor) -> Tensor:
+    """The pair [2] whose halves differ more; a NaN counts as differing most."""
+    apart_a, apart_b = ((pair[0] - pair[1]).abs() for pair in (a, b))
+    return torch.where((apart_b > apart_a) | apart_b.isnan(), b, a)
+
+
+def _reduce(seen: _Accumulator, *, counts: bool) -> PrefixSums:
+    """Sums over the world; ranks that hold copies (other stages, other tp ranks) give zeros."""
+    sums = torch.cat([torch.stack([seen.loss, seen.diff]), seen.kl, seen.tokens])
+    if not counts:
+        sums.zero_()
+    dist.all_reduce(sums)
+    pairs = [torch.empty_like(seen.worst) for _ in range(dist.get_world_size())]
+    dist.all_gather(pairs, seen.worst)
+    length, host = seen.kl.numel(), sums.cpu()
+    server, trainer = functools.reduce(_further_apart, pairs).tolist()
+    return PrefixSums(
+        loss=float(host[0]),
+        kl=host[2 : 2 + length],
+        tokens=host[2 + length :],
+        logprob_diff=float(host[1]),
+        worst=WorstToken(server, trainer),
+    )

@@ -1,0 +1,1 @@
+"""Tasks that this project makes itself, with their data, tokenizers and models."""

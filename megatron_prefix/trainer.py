@@ -1,0 +1,206 @@
+"""The loop. A step reads top to bottom in ``train_step``; ``assemble.py`` builds the parts."""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_prefix.batch import pack, plan_microbatches
+from megatron_prefix.conductor import Conductor
+from megatron_prefix.config import Recipe
+from megatron_prefix.mcore.checkpoint import Checkpointer
+from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
+from megatron_prefix.orders import Order, share_order
+from megatron_prefix.phases import Phases
+from megatron_prefix.student import PrefixSums, forward_backward
+from megatron_prefix.teacher import Teacher
+from megatron_prefix.types import StepMetrics
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher(Protocol):
+    """Brings the student's weights to whatever samples from them."""
+
+    def publish(self, version: int) -> None:
+        """Collective over the world; returns when the servers hold ``version``."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer is made of; built alike on every rank but for the conductor."""
+
+    student: TrainableStudent
+    teacher: Teacher
+    teacher_head: Tensor | None  # [V/tp, d_t], on the student's last stage
+    publisher: Publisher
+    checkpointer: Checkpointer
+    conductor: Conductor | None  # on rank 0
+    host_group: dist.ProcessGroup  # gloo, for values that live on the host
+    device: torch.device
+    token_multiple: int  # packed microbatches are padded to a multiple of this
+
+
+class TrainingStopped(RuntimeError):
+    """Too many non-finite steps in a row, or server and trainer disagree."""
+
+
+class Trainer:
+    """Runs a recipe from where its checkpoints are to its last step."""
+
+    def __init__(self, recipe: Recipe, parts: Parts) -> None:
+        self._recipe, self._parts = recipe, parts
+        self._step = 0  # finished steps
+        self._policy_version = 0
+        self._skipped_in_a_row = 0
+
+    def train(self) -> bool:
+        """Train to the last step; False where a signal ended the run early, with its state saved."""
+        self._restore()
+        self._parts.publisher.publish(self._policy_version)
+        self._evaluate_if_due()
+        while self._step < self._recipe.train.steps:
+            phases = Phases(self._synchronize)
+            with phases.phase("rollout"):
+                order = share_order(self._decide, self._parts.host_group)
+            if order.kind == "save_and_stop":
+                self._save(wait=True)
+                return False
+            self.train_step(order, phases)
+            self._after_step()
+        self._save(wait=True)
+        return True
+
+    def train_step(self, order: Order, phases: Phases) -> StepMetrics:
+        """One step on the rollouts of ``order``, the same on every rank."""
+        parts, recipe = self._parts, self._recipe
+        layout = parts.student.model.groups.layout
+        microbatches = recipe.train.global_batch_size // recipe.train.micro_batch_size
+        plan = plan_microbatches(order.rollouts, microbatches, multiple=parts.token_multiple)
+        per_rank = len(plan) // layout.dp
+        first = parts.student.model.groups.dp_rank * per_rank
+        with phases.phase("teacher"):
+            targets = parts.teacher.targets(order.rollouts, plan)
+        with phases.phase("student"):
+            batches = [
+                pack(order.rollouts, plan, m, parts.device) for m in range(first, first + per_rank)
+            ]
+            sums = forward_backward(
+                parts.student, batches, targets, parts.teacher_head, recipe.loss, order.prefix_length
+            )
+        lr = parts.student.lr
+        with phases.phase("optimizer"):
+            update = self._update(sums)
+        with phases.phase("sync"):
+            if update.updated:
+                self._policy_version += 1
+                parts.publisher.publish(self._policy_version)
+        self._step += 1
+        return self._report(order, sums, update, lr, phases)
+
+    def _update(self, sums: PrefixSums) -> UpdateResult:
+        if math.isfinite(sums.loss):
+            return self._parts.student.update()
+        self._parts.student.skip()
+        return UpdateResult(grad_norm=math.nan, updated=False)
+
+    def _report(
+        self, order: Order, sums: PrefixSums, update: UpdateResult, lr: float, phases: Phases
+    ) -> StepMetrics:
+        metrics = step_metrics(
+            self._step, order, sums, update, lr, self._policy_version - update.updated
+        )
+        if self._parts.conductor:
+            metrics = self._parts.conductor.record(metrics, order.rollouts, phases)
+        self._stop_on_trouble(metrics, sums)
+        return metrics
+
+    def _stop_on_trouble(self, metrics: StepMetrics, sums: PrefixSums) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics.skipped else 0
+        limit = self._recipe.train.max_skipped_steps
+        if self._skipped_in_a_row >= limit:
+            raise TrainingStopped(
+                f"step {metrics.step}: {limit} steps in a row had a non-finite loss "
+                f"({metrics.loss}) or gradient norm ({metrics.grad_norm}); the weights are those of "
+                f"step {metrics.step - limit}; resume from the last checkpoint with a lower "
+                f"optimizer.lr={self._recipe.optimizer.lr}"
+            )
+        tolerance = self._recipe.rollout.logprob_tolerance
+        if metrics.policy_lag == 0 and sums.worst.difference > tolerance:
+            raise TrainingStopped(
+                f"step {metrics.step}: a sampled token has log-probability {sums.worst.server:.6f} "
+                f"on the server and {sums.worst.trainer:.6f} in the trainer; they may differ by "
+                f"rollout.logprob_tolerance={tolerance}"
+            )
+
+    def _decide(self) -> Order:
+        assert self._parts.conductor is not None
+        return self._parts.conductor.order(self._step, self._policy_version)
+
+    def _after_step(self) -> None:
+        interval = self._recipe.checkpoint.save_interval
+        self._parts.checkpointer.finalize()
+        if interval and self._step % interval == 0:
+            self._save(wait=False)
+        self._evaluate_if_due()
+
+    def _evaluate_if_due(self) -> None:
+        # The other ranks meanwhile wait in the next order's broadcast.
+        if self._parts.conductor:
+            self._parts.conductor.evaluate_if_due(self._step, self._policy_version)
+
+    def _save(self, *, wait: bool) -> None:
+        state: dict[str, Any] = {"policy_version": self._policy_version}
+        state["layout"] = self._parts.checkpointer.layout_record()
+        if self._parts.conductor:
+            state["conductor"] = self._parts.conductor.state_dict()
+        self._parts.checkpointer.save(self._step, state, wait=wait)
+
+    def _restore(self) -> None:
+        restored = self._parts.checkpointer.restore()
+        if restored is None:
+            return
+        self._step = restored.step
+        self._policy_version = restored.run_state["policy_version"]
+        if self._parts.conductor:
+            self._parts.conductor.resume(restored.step, restored.run_state["conductor"])
+        logger.info("resumed after step %d from %s", restored.step, restored.folder.name)
+
+    def _synchronize(self) -> None:
+        if self._parts.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def step_metrics(
+    step: int,
+    order: Order,
+    sums: PrefixSums,
+    update: UpdateResult,
+    lr: float,
+    sampled_version: int,
+) -> StepMetrics:
+    """What every rank knows of a step; rank 0 adds FLOPs and seconds."""
+    rollouts = order.rollouts
+    reached = sum(len(r.prefix_ids) >= order.prefix_length for r in rollouts)
+    tokens = int(sums.tokens.sum())
+    return StepMetrics(
+        step=step,
+        loss=sums.loss,
+        kl_by_position=(sums.kl / sums.tokens).numpy(),
+        tokens_by_position=sums.tokens.long().numpy(),
+        grad_norm=update.grad_norm,
+        lr=lr,
+        skipped=not update.updated,
+        prefix_length=order.prefix_length,
+        prefix_tokens=tokens,
+        prompt_tokens=sum(len(r.prompt_ids) for r in rollouts),
+        cut_fraction=reached / len(rollouts),
+        policy_version=sampled_version,
+        policy_lag=sum(sampled_version - r.policy_version for r in rollouts) / len(rollouts),
+        logprob_diff_max=sums.worst.difference,
+        logprob_diff_mean=sums.logprob_diff / tokens,
+    )

@@ -1,0 +1,101 @@
+"""The values that travel between the parts: frozen, with a shape and a dtype on every field.
+
+Legend: P prompt tokens, L_i prefix tokens of rollout i, T packed tokens of a microbatch,
+B sequences in it, N prefix positions in it, d_t the teacher's hidden size.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+FinishReason = Literal["stop", "length", "cut", "abort"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of the stream."""
+
+    index: int  # its position in the stream: unique over the run, epochs counted on
+    row: int  # its row in the data set
+    input_ids: tuple[int, ...]  # [P]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled prefix. ``finish_reason``: stop at an end token, length at the prefix length,
+    cut by a per-rollout rule, abort as a straggler."""
+
+    prompt_ids: tuple[int, ...]  # [P]
+    prefix_ids: tuple[int, ...]  # [L_i], an end token included
+    rollout_logprobs: tuple[float, ...]  # [L_i] of the sampled tokens, at temperature 1
+    finish_reason: FinishReason
+    policy_version: int  # of the weights that sampled the last token
+    prompt_index: int
+
+
+@dataclass(frozen=True)
+class PrefixBatch:
+    """One packed microbatch. Position ``prefix_positions[n]`` *predicts* ``labels[n]``."""
+
+    input_ids: "torch.Tensor"  # int64 [T]
+    position_ids: "torch.Tensor"  # int64 [T], from 0 in each sequence
+    cu_seqlens: "torch.Tensor"  # int32 [B+1]; the last sequence may be padding
+    max_seqlen: int
+    prefix_positions: "torch.Tensor"  # int64 [N], indices into T
+    labels: "torch.Tensor"  # int64 [N], the sampled tokens
+    token_weight: "torch.Tensor"  # float32 [N]; sums to 1 over all microbatches of all ranks
+    rollout_logprobs: "torch.Tensor"  # float32 [N], the server's
+    prefix_offsets: "torch.Tensor"  # int64 [N], 0 for a rollout's first sampled token
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """The teacher's final hidden states (after its last norm) for one student microbatch."""
+
+    hidden: "torch.Tensor"  # [N, d_t], in the teacher's params_dtype
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs by part; a multiply-add is two."""
+
+    rollout: float = 0.0
+    teacher: float = 0.0
+    student: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.rollout + self.teacher + self.student
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.rollout + other.rollout, self.teacher + other.teacher, self.student + other.student
+        )
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What a step reports. Values are global: reduced over all ranks."""
+
+    step: int  # from 1
+    loss: float  # the weighted mean divergence that was differentiated
+    kl_by_position: "np.ndarray"  # float64 [prefix_length], mean; NaN where no rollout reached
+    tokens_by_position: "np.ndarray"  # int64 [prefix_length]
+    grad_norm: float
+    lr: float
+    skipped: bool  # a non-finite loss or gradient: no update was made
+    prefix_length: int
+    prefix_tokens: int  # sampled and trained on
+    prompt_tokens: int
+    cut_fraction: float  # of rollouts that reached the prefix length, by design or by cap
+    policy_version: int
+    policy_lag: float  # mean of policy_version - rollout's policy_version
+    logprob_diff_max: float  # |server - trainer| over the step's sampled tokens
+    logprob_diff_mean: float
+    flops: Flops = Flops()
+    flops_full: Flops = Flops()  # the same step's full-length counterfactual
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase

@@ -1,0 +1,334 @@
+"""Whatever can be refused is refused here, in one line, before any server or rank starts.
+
+:func:`validate` needs no GPU and opens no weights: ``plan`` stands on it alone.
+:func:`check_machine` asks whether this machine can run the recipe, and is for ``train``.
+"""
+
+import math
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from megatron_prefix.config import ModelConfig, Recipe
+from megatron_prefix.hf_folder import HfFolder, check_sizes, check_tensors, read_hf_folder
+from megatron_prefix.layout import Layout, layers_by_stage, model_layout
+from megatron_prefix.limits import check_choice, check_settings
+from megatron_prefix.prefix import build_policy
+
+if TYPE_CHECKING:
+    from megatron_prefix.mcore.hf_map import HfModel
+    from megatron_prefix.prompts import PromptStream
+
+_LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class ValidModel:
+    """A model whose folder and layout fit each other."""
+
+    config: ModelConfig
+    hf: "HfModel"
+    layout: Layout
+    layers: tuple[int, ...]  # on each pipeline stage
+
+
+@dataclass(frozen=True)
+class ValidRun:
+    """A recipe that nothing was found to be wrong with."""
+
+    recipe: Recipe
+    world_size: int
+    student: ValidModel
+    teacher: ValidModel
+
+
+def validate(recipe: Recipe) -> ValidRun:
+    """Checks every setting alone and against the others, then the model folders.
+
+    ValueError names the first that cannot be, with its value and what to set instead.
+    """
+    check_settings(recipe)
+    build_policy(recipe.prefix, recipe.train.steps)
+    _check_run(recipe)
+    _check_schedule(recipe)
+    _check_rollout(recipe)
+    _check_data(recipe)
+    world_size = resolve_world_size(recipe)
+    layouts = {owner: model_layout(model, world_size) for owner, model in _models(recipe).items()}
+    _check_batch(recipe, layouts)
+    student, teacher = (
+        _validate_model(recipe, owner, model, layouts[owner])
+        for owner, model in _models(recipe).items()
+    )
+    _check_tokenizers(recipe, min(m.hf.shape.vocab_size for m in (student, teacher)))
+    return ValidRun(recipe, world_size, student, teacher)
+
+
+def check_machine(run: ValidRun) -> None:
+    """ValueError where this machine cannot run what :func:`validate` found sound."""
+    import torch
+
+    from megatron_prefix.mcore.fp8 import refuse_machine
+
+    for owner, model in _models(run.recipe).items():
+        if model.fp8.format != "off":
+            refuse_machine(model.fp8, owner)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if run.recipe.rollout.device == "cuda" and not gpus:
+        raise ValueError("rollout.device=cuda and this machine has no NVIDIA GPU; set it to cpu")
+    if gpus and run.world_size > gpus:
+        raise ValueError(
+            f"{run.world_size} ranks need a GPU each and this machine has {gpus}; set "
+            f"run.world_size={gpus} or less, with layouts that fit"
+        )
+    for port in _own_ports(run.recipe.rollout.server_args):
+        _refuse_used_port(port)
+
+
+def open_prompts(recipe: Recipe) -> "PromptStream":
+    """The recipe's prompts; ValueError for a data set that is missing, broken or has none.
+
+    A hub id is fetched, so ``plan`` does this for local files alone.
+    """
+    from megatron_prefix.prompts import PromptStream
+    from megatron_prefix.tokenizers import load_tokenizer
+
+    return PromptStream(recipe.data, load_tokenizer(recipe.student.hf_path))
+
+
+def resolve_world_size(recipe: Recipe) -> int:
+    """``run.world_size``, or the least number of ranks that both layouts divide."""
+    sizes = {
+        owner: model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+        for owner, model in _models(recipe).items()
+    }
+    least, asked = math.lcm(*sizes.values()), recipe.run.world_size
+    if asked % least:
+        below = asked // least * least
+        near = f"{below} or {below + least}" if below else f"{least}"
+        raise ValueError(
+            f"run.world_size={asked} must be a multiple of tensor*pipeline parallel of the student "
+            f"({sizes['student']}) and of the teacher ({sizes['teacher']}); try {near}"
+        )
+    return asked or least
+
+
+def _models(recipe: Recipe) -> dict[str, ModelConfig]:
+    return {"student": recipe.student, "teacher": recipe.teacher}
+
+
+def _check_run(recipe: Recipe) -> None:
+    name = recipe.run.name
+    if not name or name in (".", "..") or name != Path(name).name:
+        raise ValueError(f"run.name={name!r} must be the name of one folder, like my-run")
+    if not recipe.run.output_dir:
+        raise ValueError("run.output_dir is empty; try run.output_dir=runs")
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    optimizer, steps = recipe.optimizer, recipe.train.steps
+    if optimizer.min_lr > optimizer.lr:
+        raise ValueError(
+            f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; set it to "
+            f"{optimizer.lr / 10:g}"
+        )
+    if optimizer.lr_warmup_steps >= steps:
+        raise ValueError(
+            f"optimizer.lr_warmup_steps={optimizer.lr_warmup_steps} must be less than "
+            f"train.steps={steps}; try {steps // 10}"
+        )
+
+
+def _check_rollout(recipe: Recipe) -> None:
+    rollout = recipe.rollout
+    for url in rollout.server_urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"rollout.server_urls: {url!r} is no URL like http://host:30000")
+    if rollout.api_key_file and not Path(rollout.api_key_file).is_file():
+        raise ValueError(f"rollout.api_key_file={rollout.api_key_file} does not exist")
+    if rollout.replay:
+        folder = Path(rollout.replay)
+        if not folder.is_dir() or not any(folder.iterdir()):
+            raise ValueError(
+                f"rollout.replay={rollout.replay} is no folder of recorded rollouts; record one "
+                "with rollout.record=true"
+            )
+    batch, samples = recipe.train.global_batch_size, rollout.samples_per_prompt
+    if batch % samples:
+        raise ValueError(
+            f"train.global_batch_size={batch} must be a multiple of rollout.samples_per_prompt="
+            f"{samples}; try {_near(batch, samples)}"
+        )
+
+
+def _check_data(recipe: Recipe) -> None:
+    if not recipe.data.path and not recipe.rollout.replay:
+        raise ValueError("data.path is not set; give a .jsonl or .parquet file, or a hub id")
+    for key, path in (("data.path", recipe.data.path), ("eval.path", recipe.eval.path)):
+        local = path.endswith(_LOCAL_SUFFIXES) or path.startswith(("/", ".", "~"))
+        if local and not Path(path).exists():
+            raise ValueError(f"{key}={path} does not exist; give a file, a folder or a hub id")
+    if ":" not in recipe.eval.scorer:  # else a user's own "package.module:function"
+        check_choice("eval.scorer", recipe.eval.scorer, ("math", "exact", "suffix"))
+
+
+def _check_batch(recipe: Recipe, layouts: dict[str, Layout]) -> None:
+    """Every replica takes equally many microbatches; the teacher scores the student's."""
+    batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    least = math.lcm(
+        recipe.rollout.samples_per_prompt, *(micro * layout.dp for layout in layouts.values())
+    )
+    for owner, layout in layouts.items():
+        if batch % (micro * layout.dp):
+            raise ValueError(
+                f"train.global_batch_size={batch} must be a multiple of train.micro_batch_size="
+                f"{micro} * {owner}'s data parallel={layout.dp}; try {_near(batch, least)}"
+            )
+
+
+def _near(value: int, multiple: int) -> str:
+    below = value // multiple * multiple
+    return f"{below} or {below + multiple}" if below else f"{multiple}"
+
+
+def _validate_model(recipe: Recipe, owner: str, model: ModelConfig, layout: Layout) -> ValidModel:
+    folder = read_hf_folder(model.hf_path, owner)
+    hf = _read_family(folder, owner)
+    expected = {
+        name: shape
+        for unit in hf.units
+        for name, shape in zip(unit.hf_names, unit.hf_shapes, strict=True)
+    }
+    check_tensors(folder, expected, owner)
+    _check_tensor_parallel(hf, model, owner)
+    _check_context(recipe, hf, owner)
+    _check_precision(hf, model, owner)
+    return ValidModel(model, hf, layout, _stages(hf, model, owner))
+
+
+def _read_family(folder: HfFolder, owner: str) -> "HfModel":
+    # Brings torch along, which a mistyped setting need not wait for.
+    from megatron_prefix.mcore.hf_map import FAMILIES, read_hf_model
+
+    if folder.config["architectures"][0] in FAMILIES:
+        check_sizes(folder, owner)
+    try:
+        return read_hf_model(str(folder.path))
+    except ValueError as error:
+        raise ValueError(f"{owner}.hf_path={folder.path}: {error}") from error
+
+
+def _check_tensor_parallel(hf: "HfModel", model: ModelConfig, owner: str) -> None:
+    """The vocabulary alone need not divide: each shard is padded, and the loss leaves it out."""
+    tp, shape = model.tensor_model_parallel_size, hf.shape
+    sizes = {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "intermediate_size": shape.ffn_hidden_size,
+    }
+    for name, size in sizes.items():
+        if size % tp:
+            fits = [n for n in range(1, tp) if all(s % n == 0 for s in sizes.values())]
+            raise ValueError(
+                f"{owner}.tensor_model_parallel_size={tp} does not divide {name}={size} of "
+                f"{hf.path}; try {fits[-1]}"
+            )
+    if model.sequence_parallel and tp == 1:
+        raise ValueError(
+            f"{owner}.sequence_parallel=true needs {owner}.tensor_model_parallel_size above 1; set "
+            "it to false"
+        )
+
+
+def _stages(hf: "HfModel", model: ModelConfig, owner: str) -> tuple[int, ...]:
+    layers, pp = hf.shape.num_layers, model.pipeline_model_parallel_size
+    first = model.num_layers_in_first_pipeline_stage
+    if pp > layers:
+        raise ValueError(
+            f"{owner}.pipeline_model_parallel_size={pp} is more than the {layers} layers of "
+            f"{hf.path}; try {layers}"
+        )
+    if first and pp == 1:
+        raise ValueError(
+            f"{owner}.num_layers_in_first_pipeline_stage={first} needs "
+            f"{owner}.pipeline_model_parallel_size above 1; set it to 0"
+        )
+    try:
+        return layers_by_stage(layers, pp, first)
+    except ValueError as error:
+        raise ValueError(f"{owner}.{error}") from error
+
+
+def _check_context(recipe: Recipe, hf: "HfModel", owner: str) -> None:
+    context, prompt = hf.shape.max_position_embeddings, recipe.data.max_prompt_length
+    answers = {"prefix.max_length": recipe.prefix.max_length}
+    if owner == "student" and recipe.eval.path:
+        answers["eval.max_new_tokens"] = recipe.eval.max_new_tokens
+    for key, length in answers.items():
+        if prompt + length > context:
+            raise ValueError(
+                f"data.max_prompt_length={prompt} + {key}={length} is above "
+                f"max_position_embeddings={context} of {owner}.hf_path={hf.path}; shorten one"
+            )
+
+
+def _check_precision(hf: "HfModel", model: ModelConfig, owner: str) -> None:
+    from megatron_prefix.mcore.fp8 import refuse_names
+
+    if model.fp8.format == "off":
+        return
+    refuse_names(model.fp8, owner)
+    if model.params_dtype != "bf16":
+        raise ValueError(
+            f"{owner}.fp8.format={model.fp8.format} needs {owner}.params_dtype=bf16, not "
+            f"{model.params_dtype}"
+        )
+    tp, shape = model.tensor_model_parallel_size, hf.shape
+    widths = {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size / tensor parallel": shape.ffn_hidden_size // tp,
+        "query width / tensor parallel": shape.num_attention_heads * shape.kv_channels // tp,
+    }
+    for name, width in widths.items():
+        if model.fp8.recipe == "blockwise" and width % 128:
+            raise ValueError(
+                f"{owner}.fp8.recipe=blockwise works on blocks of 128 and {name} is {width} in "
+                f"{hf.path}; take {owner}.fp8.recipe=tensorwise"
+            )
+
+
+def _check_tokenizers(recipe: Recipe, smallest_vocab: int) -> None:
+    from megatron_prefix.tokenizers import check_same_tokenizer, load_tokenizer
+
+    check_same_tokenizer(recipe.student.hf_path, recipe.teacher.hf_path)
+    largest = max(load_tokenizer(recipe.student.hf_path).get_vocab().values())
+    if largest >= smallest_vocab:
+        raise ValueError(
+            f"the tokenizer of student.hf_path={recipe.student.hf_path} has id {largest} and the "
+            f"smaller vocabulary has {smallest_vocab} rows; give checkpoints that know every token"
+        )
+
+
+def _own_ports(server_args: Sequence[str]) -> list[int]:
+    """Ports that the recipe asks for itself; the others are chosen among the free ones."""
+    return [
+        int(value)
+        for name, value in zip(server_args, server_args[1:], strict=False)
+        if name == "--port" and value.isdigit()
+    ]
+
+
+def _refuse_used_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(
+                f"rollout.server_args: port {port} is in use ({error.strerror}); leave --port out "
+                "and a free one is taken"
+            ) from error

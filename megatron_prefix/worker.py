@@ -1,0 +1,90 @@
+"""What a rank runs: ``python -m megatron_prefix.worker``, under our launcher or under torchrun.
+
+The environment says which rank (RANK, WORLD_SIZE, MASTER_*, LOCAL_RANK), MEGATRON_PREFIX_RECORD names
+the resolved recipe and MEGATRON_PREFIX_ENDPOINTS a file with the servers' addresses.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_prefix.config import Recipe
+from megatron_prefix.recipe import load_record
+from megatron_prefix.rollout.client import Endpoint
+from megatron_prefix.run_log import setup_logging
+
+logger = logging.getLogger(__name__)
+DONE, FAILED, SAVED = 0, 1, 75
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGINT or SIGUSR1; looked at between steps."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+
+    def __call__(self) -> bool:
+        return self.signal != 0
+
+
+def main() -> int:
+    """The exit code: 0 done, 75 saved after a signal, 1 failed."""
+    stop = StopFlag()
+    recipe = load_record(Path(os.environ["MEGATRON_PREFIX_RECORD"]))
+    rank = int(os.environ["RANK"])
+    folder = Path(recipe.run.output_dir, recipe.run.name)
+    setup_logging(folder, rank)
+    try:
+        return _train(recipe, folder, stop)
+    except (RuntimeError, ValueError, OSError) as error:
+        logger.debug("traceback", exc_info=True)
+        logger.error("%s: %s", type(error).__name__, error, exc_info=rank != 0)
+        return FAILED
+
+
+def _train(recipe: Recipe, folder: Path, stop: StopFlag) -> int:
+    from megatron_prefix.mcore.cpu import adapt_to_cpu
+
+    adapt_to_cpu()  # before anything of Megatron is imported
+    from megatron_prefix.assemble import assemble
+
+    _join_world(recipe)
+    with assemble(recipe, folder, _endpoints(), stop) as trainer:
+        finished = trainer.train()
+    dist.barrier()
+    dist.destroy_process_group()
+    return DONE if finished else SAVED
+
+
+def _join_world(recipe: Recipe) -> None:
+    timeout = timedelta(seconds=recipe.run.distributed_timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl", timeout=timeout)
+    else:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def _endpoints() -> list[Endpoint]:
+    path = os.environ.get("MEGATRON_PREFIX_ENDPOINTS")
+    if not path or int(os.environ["RANK"]) != 0:
+        return []
+    return [Endpoint(**entry) for entry in json.loads(Path(path).read_text())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What the distributed tests run on each rank: models in a layout, and a few training steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_prefix.mcore.cpu import adapt_to_cpu
+
+adapt_to_cpu()
+
+from megatron_prefix.batch import pack, plan_microbatches  # noqa: E402
+from megatron_prefix.config import LossConfig, ModelConfig, OptimizerConfig  # noqa: E402
+from megatron_prefix.layout import model_layout  # noqa: E402
+from megatron_prefix.mcore.groups import build_groups, initialize_megatron  # noqa: E402
+from megatron_prefix.mcore.hf_map import read_hf_model  # noqa: E402
+from megatron_prefix.mcore.model import MegatronModel, build_model  # noqa: E402
+from megatron_prefix.mcore.optimizer import TrainableStudent, make_trainable  # noqa: E402
+from megatron_prefix.mcore.weights import head_shard, hf_buckets, load_hf_weights  # noqa: E402
+from megatron_prefix.student import forward_backward  # noqa: E402
+from megatron_prefix.teacher import ColocatedTeacher  # noqa: E402
+from megatron_prefix.types import Rollout  # noqa: E402
+
+CPU = torch.device("cpu")
+MICROBATCHES = 4
+LONGEST_PREFIX = 17
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout of student and teacher."""
+
+    student: ModelConfig
+    teacher: ModelConfig
+    # eps far above any gradient makes Adam linear: updates compare as gradients do, where Adam
+    # itself would blow rounding of tiny gradients up to whole steps.
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1.0, adam_eps=1.0, clip_grad=0.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What some steps left: on rank 0 the exported weights."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    kl: list[torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+def model_config(folder: Path, tp: int = 1, pp: int = 1, **settings: object) -> ModelConfig:
+    return ModelConfig(
+        hf_path=str(folder),
+        params_dtype="fp32",
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        **settings,
+    )
+
+
+def rollouts(count: int = 8, vocab: int = 62, seed: int = 0) -> list[Rollout]:
+    """Prompts and prefixes of unlike lengths, one of a single token.
+
+    Ids from 3 on: transformers zeroes the padding token's embedding and gives it no gradient.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, vocab, (length,), generator=generator).tolist())
+
+    lengths = [1 + 16 * i // max(1, count - 1) for i in range(count)]
+    return [
+        Rollout(ids(5 + i), ids(length), (0.0,) * length, "length", 0, i)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def build(config: ModelConfig, world_size: int, *, owner: str) -> MegatronModel:
+    groups = build_groups(model_layout(config, world_size))
+    hf = read_hf_model(config.hf_path)
+    model = build_model(config, hf, groups, owner=owner, with_head=owner == "student")
+    load_hf_weights(model)
+    return model
+
+
+@dataclass(frozen=True)
+class World:
+    """Student and teacher on this rank, ready to step."""
+
+    student: TrainableStudent
+    teacher: ColocatedTeacher
+    head: torch.Tensor | None
+
+    @classmethod
+    def build(cls, case: Case, world_size: int) -> "World":
+        initialize_megatron(1)
+        student = build(case.student, world_size, owner="student")
+        teacher = build(case.teacher, world_size, owner="teacher")
+        groups, head = student.groups, None
+        if groups.is_last_stage:
+            vocab = student.hf.shape.vocab_size
+            head = head_shard(teacher, student.vocab_rows, groups.tp_rank, vocab)
+        trainable = make_trainable(student, case.optimizer, 100)
+        return cls(trainable, ColocatedTeacher(teacher, groups.layout, CPU), head)
+
+    def step(self, sampled: Sequence[Rollout], *, multiple: int = 8):
+        groups = self.student.model.groups
+        plan = plan_microbatches(sampled, MICROBATCHES, multiple=multiple)
+        per_rank = MICROBATCHES // groups.layout.dp
+        mine = range(groups.dp_rank * per_rank, (groups.dp_rank + 1) * per_rank)
+        batches = [pack(sampled, plan, m, CPU) for m in mine]
+        targets = self.teacher.targets(sampled, plan)
+        return forward_backward(
+            self.student, batches, targets, self.head, LossConfig(), LONGEST_PREFIX
+        )
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        # A bucket smaller than the model, so that several are made.
+        buckets = hf_buckets(self.student.model, 1 << 14, torch.float32)
+        return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
+
+
+def train(case: Case, world_size: int, steps: int) -> Run:
+    """``steps`` steps on fixed rollouts; call it on every rank."""
+    world = World.build(case, world_size)
+    losses, norms, kls = [], [], []
+    for step in range(steps):
+        sums = world.step(rollouts(seed=step))
+        losses.append(sums.loss)
+        kls.append(sums.kl)
+        norms.append(world.student.update().grad_norm)
+    return Run(losses, norms, kls, world.weights())

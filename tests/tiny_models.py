@@ -1,0 +1,77 @@
+"""Random checkpoints of a few thousand parameters, written by ``transformers`` itself."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+EOS_TOKEN_ID = 2
+
+
+def _write(folder: Path, architecture: str, sizes: dict[str, Any], seed: int) -> Path:
+    """One random fp32 checkpoint in ``folder``: safetensors, config.json, generation_config.json.
+
+    The initial spread is wide, so that a token's successor is far from a tie and greedy decoding
+    by two engines can be compared token for token.
+    """
+    torch.manual_seed(seed)
+    config_class = getattr(transformers, f"{architecture}Config")
+    model_class = getattr(transformers, f"{architecture}ForCausalLM")
+    config = config_class(**sizes)
+    model = model_class(config).to(torch.float32).eval()
+    _spread_norms_and_biases(model)
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=1, eos_token_id=EOS_TOKEN_ID, pad_token_id=0, do_sample=False
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _spread_norms_and_biases(model: torch.nn.Module) -> None:
+    """Freshly made norms are all ones and biases all zeros, which would hide a lost tensor."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            assert torch.isfinite(parameter).all(), name
+
+
+def _sizes(overrides: dict[str, Any], **family: Any) -> dict[str, Any]:
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.2,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": EOS_TOKEN_ID,
+        "pad_token_id": 0,
+        "dtype": "float32",
+    }
+    return sizes | family | overrides
+
+
+def write_tiny_qwen3(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Qwen3: qk-norm, no biases, tied embeddings; ``overrides`` are Qwen3Config's fields."""
+    sizes = _sizes(overrides, tie_word_embeddings=True)
+    return _write(Path(folder), "Qwen3", sizes, seed)
+
+
+def write_tiny_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Llama: untied embeddings, no qk-norm; ``overrides`` are LlamaConfig's fields."""
+    sizes = _sizes(overrides, tie_word_embeddings=False)
+    return _write(Path(folder), "Llama", sizes, seed)
+
+
+def write_tiny_qwen2(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Qwen2: biases on q, k and v; ``overrides`` are Qwen2Config's fields."""
+    sizes = _sizes(overrides, tie_word_embeddings=True)
+    return _write(Path(folder), "Qwen2", sizes, seed)

@@ -1,0 +1,223 @@
+"""Prefix policies: bounds, promised order, state, and the refusal of settings that cannot be."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_prefix.config import (
+    AdaptiveConfig,
+    AnchoredConfig,
+    LateConfig,
+    LinearConfig,
+    PrefixConfig,
+)
+from megatron_prefix.prefix import PrefixObservation, PrefixPolicy, build_policy
+from megatron_prefix.prefix.registry import POLICIES
+
+NEVER_SHORTER = ("fixed", "linear", "late", "adaptive")
+
+
+class HalfPolicy:
+    """A user's own: the half of max_length, or whatever options.length says."""
+
+    def __init__(self, config: PrefixConfig, total_steps: int) -> None:
+        self._length = int(config.options.get("length", config.max_length // 2))
+        self.seen = 0.0
+
+    def length(self, step: int) -> int:
+        return self._length
+
+    def observe(self, observation: PrefixObservation) -> None:
+        self.seen += 1
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.seen = state["seen"]
+
+
+class NoPolicy:
+    def __init__(self, config: PrefixConfig, total_steps: int) -> None:
+        self.config = config
+
+
+def observation(step: int, length: int, kl: float) -> PrefixObservation:
+    return PrefixObservation(step, length, kl, np.full(length, kl))
+
+
+def lengths(policy: PrefixPolicy, kls: list[float], first: int = 0) -> list[int]:
+    """Lengths of ``len(kls)`` steps, each observed with its KL."""
+    seen = []
+    for step, kl in enumerate(kls, start=first):
+        seen.append(policy.length(step))
+        policy.observe(observation(step, seen[-1], kl))
+    return seen
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> PrefixConfig:
+    low = draw(st.integers(1, 200))
+    share = st.floats(0.0, 1.0)
+    return PrefixConfig(
+        policy=draw(st.sampled_from(sorted(POLICIES))),
+        min_length=low,
+        max_length=draw(st.integers(low, 4000)),
+        linear=LinearConfig(over=draw(share)),
+        anchored=AnchoredConfig(every=draw(st.integers(1, 12))),
+        late=LateConfig(full_after=draw(share)),
+        adaptive=AdaptiveConfig(
+            factor=draw(st.floats(1.01, 4.0)),
+            threshold=draw(st.floats(0.01, 1.0)),
+            momentum=draw(st.floats(0.0, 0.99)),
+        ),
+    )
+
+
+KLS = st.lists(st.floats(0.0, 2.0) | st.just(math.nan), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(configs(), KLS)
+def test_lengths_stay_within_bounds_and_grow_where_promised(
+    config: PrefixConfig, kls: list[float]
+) -> None:
+    seen = lengths(build_policy(config, len(kls)), kls)
+    assert all(config.min_length <= length <= config.max_length for length in seen)
+    if config.policy in NEVER_SHORTER:
+        assert seen == sorted(seen)
+
+
+@settings(deadline=None)
+@given(configs(), KLS, st.data())
+def test_resumed_policy_goes_on_as_if_it_had_never_stopped(
+    config: PrefixConfig, kls: list[float], data: st.DataObject
+) -> None:
+    stop = data.draw(st.integers(0, len(kls)))
+    whole = lengths(build_policy(config, len(kls)), kls)
+    before = build_policy(config, len(kls))
+    head = lengths(before, kls[:stop])
+    saved = json.loads(json.dumps(before.state_dict(), allow_nan=False))
+    after = build_policy(config, len(kls))
+    after.load_state_dict(saved)
+    assert after.state_dict() == before.state_dict()
+    assert head + lengths(after, kls[stop:], first=stop) == whole
+
+
+@settings(deadline=None)
+@given(configs(), st.integers(0, 500))
+def test_asking_for_a_length_changes_nothing(config: PrefixConfig, step: int) -> None:
+    policy = build_policy(config, 100)
+    state, first = policy.state_dict(), policy.length(step)
+    assert policy.length(step) == first
+    assert policy.state_dict() == state
+
+
+def test_fixed_is_min_length() -> None:
+    policy = build_policy(PrefixConfig(policy="fixed", min_length=9, max_length=75), 200)
+    assert {policy.length(step) for step in range(200)} == {9}
+
+
+def test_linear_starts_at_min_and_reaches_max_after_its_share() -> None:
+    config = PrefixConfig("linear", 10, 90, linear=LinearConfig(over=0.8))
+    policy = build_policy(config, 100)
+    assert [policy.length(step) for step in (0, 20, 40, 79, 80, 99, 150)] == [
+        10,
+        30,
+        50,
+        89,
+        90,
+        90,
+        90,
+    ]
+
+
+def test_linear_over_nothing_is_full_from_the_start() -> None:
+    config = PrefixConfig("linear", 10, 90, linear=LinearConfig(over=0.0))
+    assert build_policy(config, 100).length(0) == 90
+
+
+def test_anchored_is_full_at_the_last_of_every_n_steps() -> None:
+    config = PrefixConfig("anchored", 9, 75, anchored=AnchoredConfig(every=4))
+    policy = build_policy(config, 100)
+    assert [policy.length(step) for step in range(8)] == [9, 9, 9, 75, 9, 9, 9, 75]
+
+
+def test_late_is_short_then_full() -> None:
+    config = PrefixConfig("late", 9, 75, late=LateConfig(full_after=0.8))
+    policy = build_policy(config, 200)
+    assert [policy.length(step) for step in (0, 159, 160, 199)] == [9, 9, 75, 75]
+
+
+def test_adaptive_grows_when_the_average_falls_under_its_threshold_and_begins_anew() -> None:
+    settings = AdaptiveConfig(factor=2.0, threshold=0.3, momentum=0.5)
+    config = PrefixConfig("adaptive", 8, 20, adaptive=settings)
+    policy = build_policy(config, 100)
+    # Averages: 0.5; (0.5 + 0.3) / 2 = 0.4; (0.4 + 0.1) / 2 = 0.25 < 0.3, grow; anew 0.31; 0.295.
+    assert lengths(policy, [0.5, 0.3, 0.1, 0.31, 0.28, 0.0]) == [8, 8, 8, 16, 16, 20]
+    assert policy.length(6) == 20
+
+
+def test_adaptive_takes_no_step_without_a_kl_into_account() -> None:
+    config = PrefixConfig("adaptive", 8, 20)
+    policy = build_policy(config, 100)
+    assert lengths(policy, [math.nan, math.inf, math.nan]) == [8, 8, 8]
+    assert policy.state_dict() == {"length": 8}
+
+
+def test_a_users_own_policy_is_found_by_its_path_and_keeps_state() -> None:
+    config = PrefixConfig(policy=f"{__name__}:HalfPolicy", min_length=2, max_length=30)
+    policy = build_policy(config, 10)
+    assert lengths(policy, [0.1, 0.2]) == [15, 15]
+    assert policy.state_dict() == {"seen": 2.0}
+    policy.load_state_dict({"seen": 7.0})
+    assert policy.state_dict() == {"seen": 7.0}
+
+
+@pytest.mark.parametrize("length", [0, -3, 31])
+def test_a_users_length_out_of_bounds_is_named(length: int) -> None:
+    config = PrefixConfig(
+        f"{__name__}:HalfPolicy", min_length=2, max_length=30, options={"length": length}
+    )
+    policy = build_policy(config, 10)
+    with pytest.raises(ValueError, match=rf"answered {length} for step 4: .*max_length=30"):
+        policy.length(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"min_length": 0}, "prefix.min_length=0"),
+        ({"min_length": 80}, "prefix.max_length=75 is below prefix.min_length=80"),
+        ({"policy": "anchord"}, "Did you mean 'anchored'"),
+        ({"policy": "zzz"}, "Choose one of fixed, linear"),
+        ({"policy": "no.such.module:Policy"}, "cannot be imported"),
+        ({"policy": f"{__name__}:Missing"}, "cannot be imported"),
+        ({"policy": f"{__name__}:NoPolicy"}, "lacks one of length"),
+        ({"policy": "linear", "linear": LinearConfig(1.5)}, "prefix.linear.over=1.5"),
+        ({"policy": "late", "late": LateConfig(-0.1)}, "prefix.late.full_after=-0.1"),
+        ({"policy": "anchored", "anchored": AnchoredConfig(0)}, "prefix.anchored.every=0"),
+        ({"policy": "adaptive", "adaptive": AdaptiveConfig(factor=1.0)}, "factor=1.0"),
+        ({"policy": "adaptive", "adaptive": AdaptiveConfig(momentum=1.0)}, "momentum=1.0"),
+        ({"policy": "adaptive", "adaptive": AdaptiveConfig(threshold=0.0)}, "threshold=0.0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_line(
+    change: dict[str, object], message: str
+) -> None:
+    config = replace(PrefixConfig("fixed", 9, 75), **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError) as refused:
+        build_policy(config, 100)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_schedule_refuses_the_state_of_another_policy() -> None:
+    policy = build_policy(PrefixConfig("linear", 9, 75), 100)
+    with pytest.raises(ValueError, match="of another policy than LinearPolicy"):
+        policy.load_state_dict({"length": 9})
