@@ -14,7 +14,6 @@ from rich.console import Console
 
 from megatron_prefix.conductor import Conductor, Evaluator, RolloutSource, Staff
 from megatron_prefix.config import Recipe
-from megatron_prefix.evaluate import EvalResult, evaluate
 from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore import fp8
 from megatron_prefix.mcore.checkpoint import Checkpointer
@@ -182,6 +181,8 @@ def _evaluator(
 ) -> Evaluator | None:
     if not recipe.eval.path or not endpoints:
         return None
+    from megatron_prefix.evaluate import EvalResult, evaluate
+
     greedy = replace(recipe.rollout, temperature=0.0, samples_per_prompt=1, over_sample=1.0)
     collector = stack.enter_context(Collector(endpoints, greedy, stops))
 

@@ -104,12 +104,18 @@ def evaluate(
     """Asks for a greedy answer to each problem and scores it with ``eval.scorer``.
 
     ``data`` (default: ``DataConfig()``) says how prompts are written. Raises ValueError as
-    :func:`load_eval_set` and :func:`~megatron_prefix.scorers.load_scorer` do.
+    :func:`load_eval_set` and :func:`~megatron_prefix.scorers.load_scorer` do, RuntimeError where
+    answers are missing.
     """
     scorer = load_scorer(config.scorer)
     problems = load_eval_set(config, tokenizer, data or DataConfig())
     start = time.monotonic()
     rollouts = collect_fn(problems.prompts, config.max_new_tokens)
+    if len(rollouts) != len(problems.prompts):
+        raise RuntimeError(
+            f"{len(problems.prompts)} answers were asked for and {len(rollouts)} came; "
+            "does another job abort requests on these servers?"
+        )
     samples = tuple(
         _sample(tokenizer, scorer, prompt, answer, rollout)
         for prompt, answer, rollout in zip(

@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.chat_template": ("auto", "always", "never"),
     "data.overlong": ("drop", "error"),
     "rollout.device": ("auto", "cuda", "cpu"),
-    "rollout.dtype": ("auto", *_DTYPES),
+    "rollout.dtype": ("auto", *_DTYPES, "fp16"),
     "rollout.weight_sync": ("distributed", "disk"),
     "loss.divergence": ("reverse_kl", "forward_kl", "jsd"),
     "optimizer.lr_decay_style": ("linear", "cosine", "constant", "inverse-square-root"),

@@ -129,8 +129,11 @@ class Trainer:
                 f"step {metrics.step - limit}; resume from the last checkpoint with a lower "
                 f"optimizer.lr={self._recipe.optimizer.lr}"
             )
-        tolerance = self._recipe.rollout.logprob_tolerance
-        if metrics.policy_lag == 0 and sums.worst.difference > tolerance:
+        rollout = self._recipe.rollout
+        tolerance = rollout.logprob_tolerance
+        # A replay may well be of other weights, and rollouts that lag are.
+        on_policy = not rollout.replay and metrics.policy_lag == 0
+        if on_policy and sums.worst.difference > tolerance:
             raise TrainingStopped(
                 f"step {metrics.step}: a sampled token has log-probability {sums.worst.server:.6f} "
                 f"on the server and {sums.worst.trainer:.6f} in the trainer; they may differ by "

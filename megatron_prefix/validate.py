@@ -1,12 +1,10 @@
 """Whatever can be refused is refused here, in one line, before any server or rank starts.
 
-:func:`validate` needs no GPU and opens no weights: ``plan`` stands on it alone.
-:func:`check_machine` asks whether this machine can run the recipe, and is for ``train``.
+No GPU is needed, no weight is read and nothing is fetched: ``plan`` stands on it alone.
+``preflight.py`` asks what only the machine that trains can answer.
 """
 
 import math
-import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +13,13 @@ from urllib.parse import urlsplit
 from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.hf_folder import HfFolder, check_sizes, check_tensors, read_hf_folder
 from megatron_prefix.layout import Layout, layers_by_stage, model_layout
-from megatron_prefix.limits import check_choice, check_settings
+from megatron_prefix.limits import check_settings
 from megatron_prefix.prefix import build_policy
 
 if TYPE_CHECKING:
     from megatron_prefix.mcore.hf_map import HfModel
-    from megatron_prefix.prompts import PromptStream
 
+_OUR_ARGUMENTS = ("--model-path", "--host", "--port", "--device", "--dtype", "--weight-version")
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -67,36 +65,10 @@ def validate(recipe: Recipe) -> ValidRun:
     return ValidRun(recipe, world_size, student, teacher)
 
 
-def check_machine(run: ValidRun) -> None:
-    """ValueError where this machine cannot run what :func:`validate` found sound."""
-    import torch
-
-    from megatron_prefix.mcore.fp8 import refuse_machine
-
-    for owner, model in _models(run.recipe).items():
-        if model.fp8.format != "off":
-            refuse_machine(model.fp8, owner)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if run.recipe.rollout.device == "cuda" and not gpus:
-        raise ValueError("rollout.device=cuda and this machine has no NVIDIA GPU; set it to cpu")
-    if gpus and run.world_size > gpus:
-        raise ValueError(
-            f"{run.world_size} ranks need a GPU each and this machine has {gpus}; set "
-            f"run.world_size={gpus} or less, with layouts that fit"
-        )
-    for port in _own_ports(run.recipe.rollout.server_args):
-        _refuse_used_port(port)
-
-
-def open_prompts(recipe: Recipe) -> "PromptStream":
-    """The recipe's prompts; ValueError for a data set that is missing, broken or has none.
-
-    A hub id is fetched, so ``plan`` does this for local files alone.
-    """
-    from megatron_prefix.prompts import PromptStream
-    from megatron_prefix.tokenizers import load_tokenizer
-
-    return PromptStream(recipe.data, load_tokenizer(recipe.student.hf_path))
+def is_local(path: str) -> bool:
+    """Whether a data set's path can only mean this machine, not the hub."""
+    named = path.endswith(_LOCAL_SUFFIXES) or path.startswith(("/", ".", "~"))
+    return bool(path) and (named or Path(path).exists())
 
 
 def resolve_world_size(recipe: Recipe) -> int:
@@ -148,6 +120,12 @@ def _check_rollout(recipe: Recipe) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"rollout.server_urls: {url!r} is no URL like http://host:30000")
+    for argument in rollout.server_args:
+        if argument.partition("=")[0] in _OUR_ARGUMENTS:
+            raise ValueError(
+                f"rollout.server_args: {argument} is set by the trainer for each server; leave it "
+                "out (free ports are found, rollout.dtype and rollout.device are settings)"
+            )
     if rollout.api_key_file and not Path(rollout.api_key_file).is_file():
         raise ValueError(f"rollout.api_key_file={rollout.api_key_file} does not exist")
     if rollout.replay:
@@ -169,11 +147,8 @@ def _check_data(recipe: Recipe) -> None:
     if not recipe.data.path and not recipe.rollout.replay:
         raise ValueError("data.path is not set; give a .jsonl or .parquet file, or a hub id")
     for key, path in (("data.path", recipe.data.path), ("eval.path", recipe.eval.path)):
-        local = path.endswith(_LOCAL_SUFFIXES) or path.startswith(("/", ".", "~"))
-        if local and not Path(path).exists():
+        if is_local(path) and not Path(path).expanduser().exists():
             raise ValueError(f"{key}={path} does not exist; give a file, a folder or a hub id")
-    if ":" not in recipe.eval.scorer:  # else a user's own "package.module:function"
-        check_choice("eval.scorer", recipe.eval.scorer, ("math", "exact", "suffix"))
 
 
 def _check_batch(recipe: Recipe, layouts: dict[str, Layout]) -> None:
@@ -311,24 +286,3 @@ def _check_tokenizers(recipe: Recipe, smallest_vocab: int) -> None:
             f"the tokenizer of student.hf_path={recipe.student.hf_path} has id {largest} and the "
             f"smaller vocabulary has {smallest_vocab} rows; give checkpoints that know every token"
         )
-
-
-def _own_ports(server_args: Sequence[str]) -> list[int]:
-    """Ports that the recipe asks for itself; the others are chosen among the free ones."""
-    return [
-        int(value)
-        for name, value in zip(server_args, server_args[1:], strict=False)
-        if name == "--port" and value.isdigit()
-    ]
-
-
-def _refuse_used_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ValueError(
-                f"rollout.server_args: port {port} is in use ({error.strerror}); leave --port out "
-                "and a free one is taken"
-            ) from error

@@ -64,7 +64,9 @@ STUDENT_A = ToyModel(
     (Stage("random", 750, 4e-3, warmup_steps=50), Stage("sorted", 20, 5e-4)),
     seed=201,
 )
-STUDENT_B = ToyModel(64, 2, 192, (Stage("sorted", 300, 2e-3, warmup_steps=20),), seed=300)
+STUDENT_B = ToyModel(
+    64, 2, 192, (Stage("sorted", 300, 2e-3, warmup_steps=20, final_lr=0.15),), seed=300
+)
 MODELS = {"teacher": TEACHER, "student_a": STUDENT_A, "student_b": STUDENT_B}
 
 
@@ -94,7 +96,7 @@ def build_model(toy: ToyModel) -> Qwen3ForCausalLM:
 
 def lr_at(stage: Stage, step: int) -> float:
     """The learning rate of a step, from 0."""
-    warmup = min(1.0, (step + 1) / (stage.warmup_steps + 1))
+    warmup = min(1.0, (step + 1) / max(1, stage.warmup_steps))
     return stage.lr * warmup * (1.0 - (1.0 - stage.final_lr) * step / stage.steps)
 
 

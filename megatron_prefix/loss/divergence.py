@@ -56,6 +56,15 @@ class Merged:
         return self.sum_s.log() - self.sum_t.log()
 
 
+@dataclass(frozen=True)
+class WholeRows:
+    """What the passes make of C tokens where one rank holds the whole vocabulary."""
+
+    statistics: Tensor  # fp64 [C, 5]
+    values: Tensor  # fp64 [C], the divergence of each token
+    gradient: Tensor  # [C, V], to the student's logits; of no meaning where none was wanted
+
+
 def empty_statistics(logits: Tensor) -> Tensor:
     """Statistics, fp64 [C, 5], of a shard without a real row; on ``logits``.device."""
     result = logits.new_zeros((logits.shape[0], STATISTICS), dtype=torch.float64)

@@ -6,15 +6,23 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.loss import native_kernels, torch_kernels
-from megatron_prefix.loss.divergence import Divergence, Merged
+from megatron_prefix.loss.divergence import Divergence, Merged, WholeRows
 
 
 class Kernels(Protocol):
-    """The three passes over a chunk's logits, fp32 [C, V] each, contiguous.
+    """The passes over a chunk's logits, fp32 [C, V] each, contiguous.
 
     What a pass leaves in the two buffers is for the next pass of the same kernels alone. V may
-    be 0. ``torch_kernels`` documents the values.
+    be 0, but not for ``one_rank``. ``torch_kernels`` documents the values.
     """
+
+    def one_rank(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        token_weight: Tensor | None,
+        divergence: Divergence,
+    ) -> WholeRows: ...
 
     def statistics(self, student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor: ...
 

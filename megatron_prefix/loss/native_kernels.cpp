@@ -134,6 +134,7 @@ float row_max(const float* x, int64_t n) {
 }
 
 void scale_row(float* x, int64_t n, float factor) {
+  if (factor == 1.f) return;
   for (int64_t j = 0; j < n; ++j) x[j] *= factor;
 }
 
@@ -196,6 +197,30 @@ void row_gradient(float* x, const float* y, int64_t n, bool forward, float first
   }
 }
 
+// All passes over a row that holds the whole vocabulary; weight is null where no gradient is wanted.
+template <int kDivergence>
+void whole_row(float* x, float* y, int64_t n, float inverse_temperature, float beta,
+               const float* weight, double* statistics, double* value) {
+  row_statistics<kDivergence>(x, y, n, statistics);
+  const double sum_s = statistics[1], sum_t = statistics[3], cross = statistics[4];
+  const double log_ratio = std::log(sum_s) - std::log(sum_t);
+  const double factor = weight ? double(*weight) * inverse_temperature : 0.0;
+  double first = factor / sum_s, second = -cross / sum_s;
+  *value = cross / sum_s - log_ratio;
+  if (kDivergence == kForward) {
+    second = factor / sum_t;
+    *value = cross / sum_t + log_ratio;
+  } else if (kDivergence == kJsd) {
+    double mixture[2];
+    const double log_odds = std::log(beta) - std::log1p(-beta);
+    row_mixture(x, y, n, 1 / sum_s, 1 / sum_t, log_ratio + log_odds, beta, mixture);
+    first = -(1.0 - beta) * factor;
+    second = -mixture[0];
+    *value = mixture[1];
+  }
+  if (weight) row_gradient(x, y, n, kDivergence == kForward, first, second);
+}
+
 template <class RowPass>
 void over_rows(int64_t rows, int threads, RowPass pass) {
   auto share = [&](int64_t from, int64_t to) {
@@ -218,10 +243,8 @@ void statistics(float* x, float* y, int64_t rows, int64_t n, int threads, int di
                 float inverse_temperature, double* out) {
   over_rows(rows, threads, [=](int64_t row) {
     float *student = x + row * n, *teacher = y + row * n;
-    if (inverse_temperature != 1.f) {
-      scale_row(student, n, inverse_temperature);
-      scale_row(teacher, n, inverse_temperature);
-    }
+    scale_row(student, n, inverse_temperature);
+    scale_row(teacher, n, inverse_temperature);
     auto pass = divergence == kReverse   ? row_statistics<kReverse>
                 : divergence == kForward ? row_statistics<kForward>
                                          : row_statistics<kJsd>;
@@ -242,6 +265,23 @@ void logit_gradient(float* x, float* y, int64_t rows, int64_t n, int threads, in
                     const float* first, const float* second) {
   over_rows(rows, threads, [=](int64_t row) {
     row_gradient(x + row * n, y + row * n, n, divergence == kForward, first[row], second[row]);
+  });
+}
+
+// All passes, where one rank holds the whole vocabulary. weight: [rows] or null;
+// out: [rows, 5] as of statistics(); values: [rows].
+void one_rank(float* x, float* y, int64_t rows, int64_t n, int threads, int divergence,
+              float inverse_temperature, float beta, const float* weight, double* out,
+              double* values) {
+  over_rows(rows, threads, [=](int64_t row) {
+    float *student = x + row * n, *teacher = y + row * n;
+    scale_row(student, n, inverse_temperature);
+    scale_row(teacher, n, inverse_temperature);
+    auto pass = divergence == kReverse   ? whole_row<kReverse>
+                : divergence == kForward ? whole_row<kForward>
+                                         : whole_row<kJsd>;
+    pass(student, teacher, n, inverse_temperature, beta, weight ? weight + row : nullptr,
+         out + 5 * row, values + row);
   });
 }
 

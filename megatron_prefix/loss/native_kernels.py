@@ -1,8 +1,8 @@
 """The elementwise passes of a chunk in C++, for the CPU; the contract of ``torch_kernels``.
 
-The library is compiled for this machine's processor at its first use, with whatever C++ compiler
-there is, and cached beside torch's own extensions. Without a compiler ``library()`` is None and
-``torch_kernels`` does the work, three times slower.
+The library is compiled for this machine's processor at its first use, in half a second, with
+whatever C++ compiler there is, and cached in the user's cache folder. Without a compiler
+``library()`` is None and ``torch_kernels`` does the work.
 """
 
 import ctypes
@@ -11,18 +11,19 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root
 
 from megatron_prefix.loss.divergence import (
     MIXTURE_STATISTICS,
     Divergence,
     Merged,
+    WholeRows,
     empty_statistics,
     mixture_offset,
 )
@@ -46,40 +47,58 @@ _KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None, with a warning, where it cannot be compiled or loaded."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     try:
-        path = _library_path()
+        if compiler is None:
+            raise FileNotFoundError("no C++ compiler was found; install g++")
+        path = _library_path(compiler)
         if not path.exists():
-            _compile(path)
+            _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", None) or error
-        logging.getLogger(__name__).warning(
-            "the loss runs without its C++ kernels, about a fifth slower: %s", told
-        )
+        logging.getLogger(__name__).warning("the loss runs without its C++ kernels: %s", told)
         return None
 
 
-def _library_path() -> Path:
+def _library_path(compiler: str) -> Path:
     """One file for each source, compiler and processor: ``-march=native`` does not travel."""
-    compiler = subprocess.run(
-        [get_cxx_compiler(), "--version"], check=True, capture_output=True, text=True
-    )
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = next((line for line in lines if line.startswith("flags")), platform.machine())
-    told = "\n".join((_SOURCE.read_text(), *_FLAGS, compiler.stdout, processor))
-    name = f"kernels_{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
-    return Path(get_default_build_root()) / "megatron_prefix" / name
+    told = "\n".join((_SOURCE.read_text(), *_FLAGS, version.stdout, processor))
+    name = f"loss_kernels_{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    return Path.home() / ".cache" / "megatron_prefix" / name
 
 
-def _compile(path: Path) -> None:
+def _compile(compiler: str, path: Path) -> None:
     """Into a file of its own first: other ranks may be compiling the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        command = [get_cxx_compiler(), *_FLAGS, str(_SOURCE), "-o", str(built)]
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         os.replace(built, path)
+
+
+def one_rank(
+    student: Tensor, teacher: Tensor, token_weight: Tensor | None, divergence: Divergence
+) -> WholeRows:
+    """See ``torch_kernels.one_rank``."""
+    statistics = empty_statistics(student)
+    values = torch.empty(student.shape[0], dtype=torch.float64)
+    _call(
+        "one_rank",
+        student,
+        teacher,
+        *_settings(divergence),
+        ctypes.c_float(divergence.beta),
+        ctypes.c_void_p(None) if token_weight is None else token_weight.contiguous(),
+        statistics,
+        values,
+    )
+    return WholeRows(statistics, values, student)
 
 
 def statistics(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
@@ -89,8 +108,7 @@ def statistics(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tens
         "statistics",
         student,
         teacher,
-        ctypes.c_int(_KINDS[divergence.name]),
-        ctypes.c_float(1 / divergence.temperature),
+        *_settings(divergence),
         result,
     )
     return result
@@ -119,6 +137,10 @@ def logit_gradient(
     kind = ctypes.c_int(_KINDS[divergence.name])
     _call("logit_gradient", student, teacher, kind, first, second)
     return student
+
+
+def _settings(divergence: Divergence) -> tuple[ctypes.c_int, ctypes.c_float]:
+    return ctypes.c_int(_KINDS[divergence.name]), ctypes.c_float(1 / divergence.temperature)
 
 
 def _call(name: str, student: Tensor, teacher: Tensor, *arguments: object) -> None:

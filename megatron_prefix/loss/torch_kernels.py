@@ -30,13 +30,38 @@ from megatron_prefix.loss.divergence import (
     SUM_T,
     Divergence,
     Merged,
+    WholeRows,
     empty_statistics,
+    gradient_factors,
+    merge_statistics,
     mixture_offset,
+    token_values,
 )
 
 # Two buffers and a temporary of this size stay in a 2 MiB second-level cache.
 _CPU_BLOCK_BYTES = 256 << 10
 _GPU_BLOCK_BYTES = 64 << 20
+
+
+def one_rank(
+    student: Tensor, teacher: Tensor, token_weight: Tensor | None, divergence: Divergence
+) -> WholeRows:
+    """All passes at once, where this rank holds the whole vocabulary.
+
+    ``token_weight`` fp32 [C], or None where no gradient is wanted.
+    """
+    all_statistics = empty_statistics(student)
+    values = all_statistics.new_empty(student.shape[0])
+    for rows in row_blocks(student):
+        x, y = student[rows], teacher[rows]
+        all_statistics[rows] = statistics(x, y, divergence)
+        merged = merge_statistics(all_statistics[None, rows], 0, divergence)
+        sums = mixture(x, y, merged, divergence) if divergence.name == "jsd" else None
+        values[rows] = token_values(merged, sums, divergence)
+        if token_weight is not None:
+            factors = gradient_factors(merged, sums, token_weight[rows], divergence)
+            logit_gradient(x, y, *factors, divergence)
+    return WholeRows(all_statistics, values, student)
 
 
 def statistics(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:

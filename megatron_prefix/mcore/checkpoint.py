@@ -121,6 +121,7 @@ class Checkpointer:
         )
         self._student.model.module.load_state_dict(state["model"])
         self._student.optimizer.load_state_dict(state["optimizer"])
+        self._student.scheduler.num_steps = 0  # Megatron adds the saved steps to those it has
         self._student.scheduler.load_state_dict(state["scheduler"])
         if same_layout:
             _load_rng(state["rng"])

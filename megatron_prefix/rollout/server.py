@@ -39,6 +39,7 @@ _POLL_S = 0.2
 # Between SIGTERM and SIGKILL. SGLang may sleep for 5 s before it looks at a SIGTERM, and then takes
 # 4 s to leave; it has nothing to save.
 _TERMINATE_S = 2.0
+_GROUP_S = 5.0  # for killed processes to be gone
 _LOG_LINES = 4  # of a dead server's log in the error
 
 
@@ -89,10 +90,15 @@ class Server:
         self.scratch.cleanup()
 
     def _kill_group(self) -> None:
-        """Once only: later, the group's number may be another's."""
+        """Once only: later, the group's number may be another's. Waits until the group is gone,
+        though not for ever: where no init reaps them, dead children stay in it."""
         self.swept = True
+        deadline = time.monotonic() + _GROUP_S
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            while time.monotonic() < deadline:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.poll()
+                time.sleep(0.01)
 
 
 def start_server(
@@ -246,21 +252,24 @@ def server_pool(
     All of them are stopped when the block ends, however it ends.
     """
     servers: list[Server] = []
-    try:
+    with contextlib.ExitStack() as stack:
         for index in range(rollout.num_servers):
-            log = Path(log_folder, f"server-{index}.log")
-            servers.append(
-                start_server(
-                    model_path,
-                    rollout,
-                    params_dtype=params_dtype,
-                    log_path=log,
-                    index=index,
-                    seed=seed,
-                )
+            server = start_server(
+                model_path,
+                rollout,
+                params_dtype=params_dtype,
+                log_path=Path(log_folder, f"server-{index}.log"),
+                index=index,
+                seed=seed,
             )
+            stack.callback(server.stop)
+            servers.append(server)
+        stack.callback(_terminate, servers)  # runs first: the servers then stop side by side
         wait_healthy(servers, timeout_s=rollout.start_timeout_s, should_stop=should_stop)
         yield servers
-    finally:
-        for server in servers:
-            server.stop()
+
+
+def _terminate(servers: Sequence[Server]) -> None:
+    for server in servers:
+        if server.exit_code() is None:
+            server.process.terminate()

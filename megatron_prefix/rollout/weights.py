@@ -59,8 +59,8 @@ class WeightGroup:
         store: dist.Store,
         timeout_s: float,
     ) -> None:
+        self.name = name  # the servers' for it; no other start has it
         self._clients = list(clients)
-        self._name = name
         self._group = group
         self._store = store  # the servers' connections end with it
         self._timeout_s = timeout_s
@@ -136,7 +136,7 @@ class WeightGroup:
             "names": [name for name, _ in ordered],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in ordered],
             "shapes": [list(tensor.shape) for _, tensor in ordered],
-            "group_name": self._name,
+            "group_name": self.name,
             "load_format": "flattened_bucket",
             # Once a model: what the cache holds stays wrong until the last tensor has come.
             "flush_cache": policy_version is not None,
@@ -170,7 +170,7 @@ class WeightGroup:
         if not self._broken:
             for client in self._clients:
                 with contextlib.suppress(SglangError):  # a server that is gone has left
-                    client.leave_weight_group(self._name)
+                    client.leave_weight_group(self.name)
             dist.destroy_process_group(self._group)
             self._broken = True
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,186 @@
+"""The command ``megatron-prefix``: reads arguments, reports users' errors in one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_prefix.config import Recipe
+
+DONE, FAILURE, BAD_INPUT = 0, 1, 2
+
+_RECIPES = """\
+RECIPE is a Python file with `def recipe() -> Recipe`, the name of one in recipes/, an importable
+package.module, or the recipe.yaml of a run's folder, which repeats that run's settings.
+Settings are laid over it in this order: recipe < --overlay FILE < section.key=value ...
+"""
+_EXIT_CODES = """\
+exit codes:
+  0   done
+  1   failure while running; the run folder's logs say more
+  2   bad input, told in one line on stderr; nothing was started
+  75  stopped by a signal with everything saved; the same command goes on
+"""
+_EXAMPLES = {
+    "main": """\
+examples:
+  megatron-prefix doctor                             what can this machine run?
+  megatron-prefix plan recipes/quickstart.py         what would it cost? starts nothing
+  megatron-prefix train recipes/quickstart.py        run it
+  megatron-prefix train recipes/quickstart.py train.steps=50 prefix.policy=anchored
+""",
+    "train": """\
+examples:
+  megatron-prefix train recipes/quickstart.py
+  megatron-prefix train quickstart run.name=short prefix.policy=fixed prefix.min_length=9
+  megatron-prefix train quickstart --overlay cluster.yaml optimizer.lr=1e-4
+  megatron-prefix train runs/short/recipe.yaml run.name=again      the same settings once more
+Ctrl-C or SIGTERM saves and ends with exit code 75; the same command resumes. A second one kills.
+""",
+    "plan": """\
+examples:
+  megatron-prefix plan recipes/quickstart.py
+  megatron-prefix plan quickstart student.tensor_model_parallel_size=4 run.world_size=8
+  megatron-prefix plan quickstart --json | jq .cost.run.ratio
+""",
+    "doctor": """\
+examples:
+  megatron-prefix doctor
+  megatron-prefix doctor --json
+Exit code 0 where this machine can run the CPU path at least, 1 where it cannot.
+""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. A user's error is one line on stderr."""
+    arguments = _parse(argv)
+    try:
+        return arguments.command(arguments)
+    except ValueError as error:
+        print(f"megatron-prefix: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes positional arguments from one place alone: settings after an option come
+    back as unknown."""
+    parser = build_parser()
+    arguments, others = parser.parse_known_args(argv)
+    strange = [text for text in others if text.startswith("-") or "overrides" not in arguments]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if others:
+        arguments.overrides = [*arguments.overrides, *others]
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-prefix",
+        description="On-policy prefix distillation in Megatron-Core, with rollouts from SGLang.",
+        epilog=_EXAMPLES["main"] + "\n" + _EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    train = _command(commands, "train", "run a recipe on this machine", _train)
+    _recipe_arguments(train)
+    train.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on where the run folder's last checkpoint is (default); "
+        "--no-resume refuses a folder that holds a run",
+    )
+    plan = _command(commands, "plan", "validate a recipe and lay it out, starting nothing", _plan)
+    _recipe_arguments(plan)
+    plan.add_argument("--json", action="store_true", help="every number, exact")
+    doctor = _command(commands, "doctor", "what this machine has, can run, and lacks", _doctor)
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    summary: str,
+    run: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    about = summary[0].upper() + summary[1:] + "."
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=about if name == "doctor" else f"{about}\n\n{_RECIPES}",
+        epilog=_EXAMPLES[name] + "\n" + _EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a file, a name, a module or a record")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings, typed; the last wins"
+    )
+    parser.add_argument("--overlay", default="", metavar="FILE", help="a YAML file of settings")
+
+
+def _load(arguments: argparse.Namespace) -> Recipe:
+    from megatron_prefix.recipe import load_recipe
+
+    return load_recipe(arguments.recipe, arguments.overlay, arguments.overrides)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megatron_prefix.preflight import check_data_sets, check_machine
+    from megatron_prefix.recipe import RECORD_NAME, check_run_folder
+    from megatron_prefix.validate import validate
+
+    recipe = _load(arguments)
+    folder = Path(recipe.run.output_dir, recipe.run.name)
+    if not arguments.resume and (folder / RECORD_NAME).exists():
+        raise ValueError(f"--no-resume: {folder} holds a run; set another run.name or remove it")
+    check_run_folder(folder, recipe)
+    check_machine(validate(recipe))
+    check_data_sets(recipe)
+    from megatron_prefix.launcher import launch_local
+
+    return launch_local(recipe)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from megatron_prefix.plan import first_prompt_lengths, make_plan
+    from megatron_prefix.plan_view import plan_json, print_plan
+    from megatron_prefix.validate import validate
+
+    run = validate(_load(arguments))
+    plan = make_plan(run, first_prompt_lengths(run))
+    if arguments.json:
+        print(plan_json(plan))
+    else:
+        from rich.console import Console
+
+        print_plan(plan, Console())
+    return DONE
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from megatron_prefix.doctor import examine, findings_json, print_findings
+
+    findings = examine()
+    if arguments.json:
+        print(findings_json(findings))
+    else:
+        from rich.console import Console
+
+        print_findings(findings, Console())
+    return DONE if findings.cpu_path else FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What only the machine that trains can answer: its GPUs, its Transformer Engine, its data sets."""
+
+from typing import TYPE_CHECKING
+
+from megatron_prefix.config import Recipe
+from megatron_prefix.validate import ValidRun
+
+if TYPE_CHECKING:
+    from megatron_prefix.prompts import PromptStream
+
+
+def check_machine(run: ValidRun) -> None:
+    """ValueError where this machine cannot run what ``validate`` found sound."""
+    import torch
+
+    from megatron_prefix.mcore.fp8 import refuse_machine
+
+    recipe = run.recipe
+    for owner, model in (("student", recipe.student), ("teacher", recipe.teacher)):
+        if model.fp8.format != "off":
+            refuse_machine(model.fp8, owner)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if recipe.rollout.device == "cuda" and not gpus:
+        raise ValueError("rollout.device=cuda and this machine has no NVIDIA GPU; set it to cpu")
+    if gpus and run.world_size > gpus:
+        raise ValueError(
+            f"{run.world_size} ranks need a GPU each and this machine has {gpus}; set "
+            f"run.world_size={gpus} or less, with layouts that fit"
+        )
+
+
+def check_data_sets(recipe: Recipe) -> None:
+    """Opens both data sets, fetching those of the hub; ValueError for one that is missing, broken,
+    without the named columns, or without a prompt that fits."""
+    if not recipe.rollout.replay:
+        open_prompts(recipe)
+    if recipe.eval.path:
+        from megatron_prefix.evaluate import load_eval_set
+        from megatron_prefix.scorers import load_scorer
+        from megatron_prefix.tokenizers import load_tokenizer
+
+        load_scorer(recipe.eval.scorer)
+        load_eval_set(recipe.eval, load_tokenizer(recipe.student.hf_path), recipe.data)
+
+
+def open_prompts(recipe: Recipe) -> "PromptStream":
+    """The recipe's prompts, from the first on; ValueError as in :func:`check_data_sets`."""
+    from megatron_prefix.prompts import PromptStream
+    from megatron_prefix.tokenizers import load_tokenizer
+
+    return PromptStream(recipe.data, load_tokenizer(recipe.student.hf_path))

@@ -1,0 +1,235 @@
+"""Server processes: how they start, what they say when they cannot, and that none is left."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_prefix.config import RolloutConfig
+from megatron_prefix.rollout import guard
+from megatron_prefix.rollout.client import SglangClient
+from megatron_prefix.rollout.command import LOOPBACK, Launch, server_arguments, server_environment
+from megatron_prefix.rollout.protocol import RequestRefused
+from megatron_prefix.rollout.server import (
+    Server,
+    ServerFailed,
+    checked_port,
+    free_port,
+    last_errors,
+    server_pool,
+    start_server,
+    wait_healthy,
+)
+
+CPU = RolloutConfig(device="cpu")
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float = 120.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return true()
+
+
+def running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run; a zombie is only waiting for its parent to look."""
+    return [
+        process
+        for process in processes
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port {port} is in use .*choose another port"):
+            checked_port(port)
+    assert checked_port(port) == port
+
+
+def test_a_server_does_not_start_on_a_port_in_use(model_folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port {port} is in use"):
+            start_server(model_folder, CPU, params_dtype="fp32", log_path=log, port=port)
+    assert not log.exists()
+
+
+def test_a_free_port_is_free() -> None:
+    assert checked_port(free_port()) > 1024
+
+
+def test_a_folder_without_a_model_is_refused_before_a_process_starts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config.json names no architecture"):
+        start_server(tmp_path, CPU, params_dtype="fp32", log_path=tmp_path / "server.log")
+    assert not (tmp_path / "server.log").exists()
+
+
+def test_a_server_that_cannot_start_fails_with_its_logs_last_words(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """Config without weights; the log is appended to, and only this start's part is quoted."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copy(model_folder / "config.json", broken)
+    log = tmp_path / "logs" / "server-0.log"
+    log.parent.mkdir()
+    log.write_text("an Error of last week\n")
+    with (
+        pytest.raises(ServerFailed) as caught,
+        server_pool(broken, CPU, params_dtype="fp32", log_folder=log.parent),
+    ):
+        pass
+    message = str(caught.value)
+    assert f"log: {log}" in message
+    assert "Cannot find any model weights" in message
+    assert "last week" not in message
+    assert "\n" not in message
+    assert log.read_text().startswith("an Error of last week\n\n=== 20")
+
+
+def test_a_server_that_is_too_slow_is_named(model_folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    server = start_server(model_folder, CPU, params_dtype="fp32", log_path=log)
+    try:
+        with pytest.raises(ServerFailed, match=r"not answer within 0.1 s; raise rollout.start_t"):
+            wait_healthy([server], timeout_s=0.1)
+        wait_healthy([server], timeout_s=60.0, should_stop=lambda: True)  # returns at once
+        assert server.exit_code() is None
+        children = [psutil.Process(server.process.pid)]
+    finally:
+        server.stop()
+    assert running(children) == []
+    assert not Path(server.scratch.name).exists()
+
+
+def test_nothing_is_left_after_stop(server: Server, model_folder: Path, tmp_path: Path) -> None:
+    """Its scheduler and detokenizer are gone too; another server is not touched."""
+    other = start_server(model_folder, CPU, params_dtype="fp32", log_path=tmp_path / "log")
+    main = psutil.Process(other.process.pid)
+    assert wait_until(lambda: len(main.children(recursive=True)) >= 2), last_errors(other.log_path)
+    family = [main, *main.children(recursive=True)]
+    other.stop()
+    assert running(family) == []
+    assert other.exit_code() is not None
+    with pytest.raises(ServerFailed, match=r"ended with exit code -?\d+; log: "):
+        other.raise_if_dead()
+    server.raise_if_dead()
+
+
+STARTER = """
+import sys, time
+from megatron_prefix.config import RolloutConfig
+from megatron_prefix.rollout.server import start_server
+server = start_server(sys.argv[1], RolloutConfig(device="cpu"), params_dtype="fp32",
+                      log_path=sys.argv[2])
+print(server.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_nothing_is_left_when_the_parent_is_killed(model_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STARTER, str(model_folder), str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        main = psutil.Process(int(parent.stdout.readline()))
+        assert wait_until(lambda: len(main.children(recursive=True)) >= 2)
+        family = [main, *main.children(recursive=True)]
+        assert len(running(family)) >= 3
+        parent.send_signal(signal.SIGKILL)
+    assert wait_until(lambda: not running(family), timeout_s=20.0), running(family)
+
+
+def test_the_guard_starts_nothing_for_a_parent_that_is_gone() -> None:
+    elsewhere = 2**22 + 1  # above Linux's largest process number
+    command = [sys.executable, guard.__file__, str(elsewhere), "/bin/echo", "started"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 1
+    assert answer.stdout == ""
+    assert f"the parent process {elsewhere} is gone" in answer.stderr
+
+
+def test_a_server_is_in_a_session_of_its_own(server: Server) -> None:
+    """So that the terminal's Ctrl-C reaches the trainer only."""
+    assert os.getsid(server.process.pid) == server.process.pid != os.getsid(0)
+
+
+def test_only_the_holder_of_the_key_is_served(server: Server) -> None:
+    stranger = dataclasses.replace(server.endpoint, api_key="guess")
+    with SglangClient(stranger) as client, pytest.raises(RequestRefused, match=r"with 401"):
+        client.model_info()
+    key = server.endpoint.api_key
+    assert len(key) > 30
+    assert key not in " ".join(psutil.Process(server.process.pid).cmdline())
+    for private in (server.log_path, Path(server.scratch.name, "server.yaml")):
+        assert stat.S_IMODE(private.stat().st_mode) == 0o600
+
+
+def test_a_server_listens_on_loopback_only(server: Server) -> None:
+    main = psutil.Process(server.process.pid)
+    listening = [
+        connection.laddr.ip
+        for process in [main, *main.children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    assert set(listening) == {LOOPBACK}
+
+
+def test_a_servers_environment_has_nothing_of_torchruns(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    on_gpu = server_environment("cuda", "Qwen3ForCausalLM", tmp_path)
+    gone = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}
+    assert not (gone | {"PYTHONDONTWRITEBYTECODE"}) & on_gpu.keys()
+    assert on_gpu["CUDA_VISIBLE_DEVICES"] == "3"
+    assert on_gpu["PYTHONPATH"] == "mine", "the stand-in must never shadow a GPU's kernels"
+    assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in on_gpu
+    on_cpu = server_environment("cpu", "Qwen3ForCausalLM", tmp_path)
+    assert on_cpu["PYTHONPATH"].endswith(f"cpu_engine{os.pathsep}mine")
+    assert on_cpu["MEGATRON_PREFIX_ARCHITECTURE"] == "Qwen3ForCausalLM"
+    unknown = server_environment("cpu", "FalconForCausalLM", tmp_path)
+    assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in unknown
+
+
+def option(arguments: list[str], name: str) -> str:
+    return arguments[arguments.index(name) + 1]
+
+
+def test_arguments_follow_the_recipe() -> None:
+    rollout = RolloutConfig(server_tensor_parallel_size=2, server_args=("--log-level", "debug"))
+    launch = Launch(Path("model"), "cuda", "bf16", port=7, index=3, seed=100)
+    on_gpu = server_arguments(launch, rollout)
+    assert option(on_gpu, "--tp-size") == "2"
+    assert option(on_gpu, "--base-gpu-id") == "6"
+    assert option(on_gpu, "--dtype") == "bfloat16"
+    assert option(on_gpu, "--random-seed") == "103"
+    assert on_gpu[-2:] == ["--log-level", "debug"]
+    assert "--max-total-tokens" not in on_gpu
+    assert "--attention-backend" not in on_gpu
+    on_cpu = server_arguments(
+        dataclasses.replace(launch, device="cpu"),
+        dataclasses.replace(rollout, dtype="fp32", max_total_tokens=500),
+    )
+    assert option(on_cpu, "--attention-backend") == "torch_native"
+    assert option(on_cpu, "--dtype") == "float32"
+    assert option(on_cpu, "--max-total-tokens") == "500"
+    assert "--tp-size" not in on_cpu
