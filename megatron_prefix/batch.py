@@ -62,7 +62,7 @@ def pack(
     """Microbatch ``microbatch`` of ``plan`` as tensors on ``device``."""
     chosen = [rollouts[index] for index in plan.members[microbatch]]
     lengths = [sequence_length(rollout) for rollout in chosen]
-    longest = max(lengths, default=plan.tokens)
+    longest = max(lengths, default=0) or plan.tokens
     lengths += _padding_lengths(plan.tokens - sum(lengths), longest)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.zeros(plan.tokens, np.int64)

@@ -72,25 +72,20 @@ def _joined(ranks: Sequence[int]) -> str:
 
 
 def _ranks(plan: Plan) -> Table:
-    columns = ["rank", "student tp,dp,pp", "teacher tp,dp,pp", "weights", "gradients"]
-    table = _table("Bytes a rank", [*columns, "optimizer", "teacher", "teacher's head", "together"])
+    unit, size = _unit(max(rank.total for rank in plan.ranks))
+    columns = ["rank", "student", "teacher", "weights", "grads", "optimizer", "teacher", "head"]
+    table = _table(f"{unit} a rank (student and teacher at tp,dp,pp)", [*columns, "sum"])
     for rank in plan.ranks[:RANKS_SHOWN]:
-        table.add_row(
-            str(rank.rank),
-            _comma(rank.student_at),
-            _comma(rank.teacher_at),
-            *map(
-                scaled_bytes,
-                (
-                    rank.student_weights,
-                    rank.student_gradients,
-                    rank.student_optimizer,
-                    rank.teacher_weights,
-                    rank.teacher_head,
-                    rank.total,
-                ),
-            ),
+        held = (
+            rank.student_weights,
+            rank.student_gradients,
+            rank.student_optimizer,
+            rank.teacher_weights,
+            rank.teacher_head,
+            rank.total,
         )
+        places = (_comma(rank.student_at), _comma(rank.teacher_at))
+        table.add_row(str(rank.rank), *places, *(f"{held_bytes / size:.2f}" for held_bytes in held))
     return table
 
 
@@ -161,9 +156,9 @@ def scaled(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def scaled_bytes(value: int) -> str:
-    """Three digits and a binary prefix: 1.5 GiB."""
-    for power, prefix in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if value >= 1024**power:
-            return f"{value / 1024**power:.1f} {prefix}"
-    return f"{value} B"
+def _unit(largest: int) -> tuple[str, int]:
+    """The binary unit in which ``largest`` bytes have one to four digits."""
+    for power, name in ((3, "GiB"), (2, "MiB")):
+        if largest >= 1024**power:
+            return name, 1024**power
+    return "KiB", 1024

@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss import checks
-from megatron_prefix.loss.chunks import Task, run_chunks
+from megatron_prefix.loss.chunks import run_chunks
 from megatron_prefix.loss.divergence import Divergence
+from megatron_prefix.loss.task import Task
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,17 @@ from pathlib import Path
 
 import torch
 
-from megatron_prefix.mcore.cpu import adapt_to_cpu
-
-adapt_to_cpu()
-
-from megatron_prefix.batch import pack, plan_microbatches  # noqa: E402
-from megatron_prefix.config import LossConfig, ModelConfig, OptimizerConfig  # noqa: E402
-from megatron_prefix.layout import model_layout  # noqa: E402
-from megatron_prefix.mcore.groups import build_groups, initialize_megatron  # noqa: E402
-from megatron_prefix.mcore.hf_map import read_hf_model  # noqa: E402
-from megatron_prefix.mcore.model import MegatronModel, build_model  # noqa: E402
-from megatron_prefix.mcore.optimizer import TrainableStudent, make_trainable  # noqa: E402
-from megatron_prefix.mcore.weights import head_shard, hf_buckets, load_hf_weights  # noqa: E402
-from megatron_prefix.student import forward_backward  # noqa: E402
-from megatron_prefix.teacher import ColocatedTeacher  # noqa: E402
-from megatron_prefix.types import Rollout  # noqa: E402
+from megatron_prefix.batch import pack, plan_microbatches
+from megatron_prefix.config import LossConfig, ModelConfig, OptimizerConfig
+from megatron_prefix.layout import model_layout
+from megatron_prefix.mcore.groups import build_groups, initialize_megatron
+from megatron_prefix.mcore.hf_map import read_hf_model
+from megatron_prefix.mcore.model import MegatronModel, build_model
+from megatron_prefix.mcore.optimizer import TrainableStudent, make_trainable
+from megatron_prefix.mcore.weights import head_shard, hf_buckets, load_hf_weights
+from megatron_prefix.student import forward_backward
+from megatron_prefix.teacher import ColocatedTeacher
+from megatron_prefix.types import Rollout
 
 CPU = torch.device("cpu")
 MICROBATCHES = 4

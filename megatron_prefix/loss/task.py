@@ -1,0 +1,186 @@
+"""One call of the loss: its inputs, how it is cut into chunks, and what the chunks fill in.
+
+Legend: N prefix positions, C positions of a chunk, V real vocabulary rows of this rank's shard,
+R tensor-parallel ranks.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_prefix.loss import gemm
+from megatron_prefix.loss.divergence import Divergence
+from megatron_prefix.loss.kernels import Kernels, kernels_for
+from megatron_prefix.loss.labels import label_columns, label_logprobs
+
+
+@dataclass(frozen=True)
+class ChunkLimits:
+    """Bounds on C. A short chunk pays for reading and writing the weights and dW once more; a
+    long one only for memory."""
+
+    buffer_bytes: int  # of all logits in memory
+    shortest: int
+    longest: int
+
+
+CPU_LIMITS = ChunkLimits(buffer_bytes=64 << 20, shortest=128, longest=512)
+GPU_LIMITS = ChunkLimits(buffer_bytes=1 << 30, shortest=2048, longest=4096)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Detached inputs, see ``prefix_divergence``."""
+
+    student_hidden: Tensor  # [N, d_s]
+    student_weight: Tensor  # [V/R, d_s], padded rows included
+    teacher_hidden: Tensor  # [N, d_t]
+    teacher_weight: Tensor  # [V/R, d_t]
+    token_weight: Tensor  # fp32 [N]
+    labels: Tensor | None  # int64 [N]
+    divergence: Divergence
+    vocab_size: int
+    tp_group: ProcessGroup | None  # None: one rank
+    chunk_size: int | None
+    reduce_hidden_gradient: bool
+    hidden_gradient: bool  # wanted
+    weight_gradient: bool  # wanted
+    main_grad: Tensor | None  # [V/R, d_s]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.tp_group is None else dist.get_rank(self.tp_group)
+
+    @property
+    def first_row(self) -> int:
+        return self.rank * self.student_weight.shape[0]
+
+    @property
+    def real_rows(self) -> int:
+        return min(max(self.vocab_size - self.first_row, 0), self.student_weight.shape[0])
+
+    @property
+    def chunks_in_flight(self) -> int:
+        return 1 if self.tp_group is None else 2
+
+    @property
+    def chunks(self) -> list[slice]:
+        """Of nearly equal length, and the same on all ranks: real rows must not count here."""
+        positions = self.student_hidden.shape[0]
+        size = self.chunk_size or self._chosen_size(positions)
+        return [slice(at, min(at + size, positions)) for at in range(0, positions, size)]
+
+    def _chosen_size(self, positions: int) -> int:
+        limits = GPU_LIMITS if self.student_hidden.is_cuda else CPU_LIMITS
+        bytes_a_token = 2 * 4 * self.student_weight.shape[0] * self.chunks_in_flight
+        size = limits.buffer_bytes // max(bytes_a_token, 1)
+        size = min(max(size, limits.shortest), limits.longest)
+        return max(1, math.ceil(positions / math.ceil(max(positions, 1) / size)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results on every rank; gradients None where they are not wanted or are in main_grad."""
+
+    loss: Tensor  # fp32 scalar
+    kl: Tensor  # fp32 [N]
+    label_logprobs: Tensor | None  # fp32 [N]
+    hidden_gradient: Tensor | None  # [N, d_s], the hidden states' dtype
+    weight_gradient: Tensor | None  # fp32 [V/R, d_s]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A task under way: the real rows of the heads, and the results that its chunks fill in."""
+
+    task: Task
+    kernels: Kernels
+    student_weight: Tensor  # [V, d_s]
+    teacher_weight: Tensor  # [V, d_t]
+    kl: Tensor  # fp64 [N]
+    label_logprobs: Tensor  # fp32 [N], or [0] without labels
+    hidden_gradient: Tensor | None  # [N, d_s]
+    weight_gradient: Tensor | None  # fp32 [V/R, d_s], main_grad itself where that is fp32
+    reductions: list[dist.Work] = field(default_factory=list)  # of the hidden gradient, under way
+
+    @property
+    def differentiates(self) -> bool:
+        return self.task.hidden_gradient or self.task.weight_gradient
+
+    def student_logits(self, positions: slice, out: Tensor) -> None:
+        gemm.logits_into(out, self.task.student_hidden[positions], self.student_weight)
+
+    def teacher_logits(self, positions: slice, out: Tensor) -> None:
+        gemm.logits_into(out, self.task.teacher_hidden[positions], self.teacher_weight)
+
+    def label_columns(self, positions: slice, logits: Tensor) -> Tensor:
+        """What labels add to this rank's statistics, fp64 [C, 0 to 2], from raw ``logits``."""
+        task = self.task
+        if task.labels is None:
+            return self.kl.new_empty((len(logits), 0))
+        temperature = task.divergence.temperature
+        return label_columns(logits, task.labels[positions], task.first_row, temperature)
+
+    def set_label_logprobs(self, positions: slice, gathered: Tensor) -> None:
+        """``gathered`` fp64 [R, C, >=5]: everyone's statistics and label columns."""
+        task = self.task
+        if task.labels is not None:
+            self.label_logprobs[positions] = label_logprobs(
+                gathered, task.labels[positions], task.vocab_size, task.divergence.temperature
+            )
+
+    def backpropagate(self, positions: slice, logit_gradient: Tensor) -> None:
+        """Both GEMMs of a chunk's logit gradient [C, V]; sends ``dh`` off to be summed."""
+        task = self.task
+        if self.hidden_gradient is not None:
+            out = self.hidden_gradient[positions]
+            gemm.hidden_gradient_into(out, logit_gradient, self.student_weight)
+            if task.tp_group is not None and task.reduce_hidden_gradient:
+                reduction = dist.all_reduce(out, group=task.tp_group, async_op=True)
+                self.reductions.append(reduction)
+        if self.weight_gradient is not None:
+            total = self.weight_gradient[: task.real_rows]
+            gemm.add_weight_gradient(total, logit_gradient, task.student_hidden[positions])
+
+    def outcome(self) -> Outcome:
+        for reduction in self.reductions:
+            reduction.wait()
+        task, weight_gradient = self.task, self.weight_gradient
+        if weight_gradient is not None and task.main_grad is not None:
+            if weight_gradient is not task.main_grad:
+                task.main_grad.add_(weight_gradient)
+            weight_gradient = None
+        return Outcome(
+            loss=(task.token_weight.double() * self.kl).sum().float(),
+            kl=self.kl.float(),
+            label_logprobs=None if task.labels is None else self.label_logprobs,
+            hidden_gradient=self.hidden_gradient,
+            weight_gradient=weight_gradient,
+        )
+
+
+def begin(task: Task) -> Work:
+    positions = task.student_hidden.shape[0]
+    real = slice(0, task.real_rows)
+    return Work(
+        task=task,
+        kernels=kernels_for(task.student_hidden.device),
+        student_weight=task.student_weight[real],
+        teacher_weight=task.teacher_weight[real],
+        kl=task.token_weight.new_empty(positions, dtype=torch.float64),
+        label_logprobs=task.token_weight.new_empty(0 if task.labels is None else positions),
+        hidden_gradient=torch.empty_like(task.student_hidden) if task.hidden_gradient else None,
+        weight_gradient=_weight_accumulator(task),
+    )
+
+
+def _weight_accumulator(task: Task) -> Tensor | None:
+    if not task.weight_gradient:
+        return None
+    if task.main_grad is not None and task.main_grad.dtype == torch.float32:
+        return task.main_grad
+    return torch.zeros_like(task.student_weight, dtype=torch.float32)

@@ -1,0 +1,53 @@
+"""Rank 0's decision reaches every rank whole; its failure ends every rank with its words."""
+
+import pytest
+import torch.distributed as dist
+
+from megatron_prefix.orders import Order, share_order
+from megatron_prefix.types import Rollout
+from tests.distributed.ranks import run_ranks
+
+ROLLOUTS = (
+    Rollout((1, 2, 3), (4, 5), (-0.1, -2.5), "length", 7, 11),
+    Rollout((9,), (), (), "abort", 6, 12),
+    Rollout((1,), (2,), (-3.25,), "stop", 7, 13),
+)
+
+
+def received(order: Order) -> Order:
+    return share_order(lambda: order, dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    "order", [Order("train", 5, ROLLOUTS), Order("save_and_stop"), Order("train", 1, ())]
+)
+def test_every_rank_gets_what_rank_0_decided(order: Order) -> None:
+    for got in run_ranks(3, received, order):
+        assert (got.kind, got.prefix_length) == (order.kind, order.prefix_length)
+        assert len(got.rollouts) == len(order.rollouts)
+        for mine, sent in zip(got.rollouts, order.rollouts, strict=True):
+            assert mine.prompt_ids == sent.prompt_ids
+            assert mine.prefix_ids == sent.prefix_ids
+            assert mine.rollout_logprobs == pytest.approx(sent.rollout_logprobs)
+            assert mine.finish_reason == sent.finish_reason
+            assert (mine.policy_version, mine.prompt_index) == (
+                sent.policy_version,
+                sent.prompt_index,
+            )
+
+
+def failing() -> str:
+    def decide() -> Order:
+        raise ConnectionError("the server is gone")
+
+    try:
+        share_order(decide, dist.group.WORLD)
+    except (RuntimeError, ConnectionError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_failure_on_rank_0_is_one_on_every_rank() -> None:
+    first, *others = run_ranks(3, failing)
+    assert first == "ConnectionError: the server is gone"
+    assert others == ["RuntimeError: rank 0 failed: ConnectionError: the server is gone"] * 2

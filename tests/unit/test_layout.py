@@ -1,0 +1,33 @@
+"""Rank arithmetic against Megatron's order, and layers over stages."""
+
+import pytest
+
+from megatron_prefix.config import ModelConfig
+from megatron_prefix.layout import Layout, layers_by_stage, model_layout
+
+
+def test_ranks_and_coordinates_are_inverse_and_tensor_parallel_runs_fastest() -> None:
+    layout = Layout(tp=2, dp=3, pp=4)
+    seen = [layout.rank(tp, dp, pp) for pp in range(4) for dp in range(3) for tp in range(2)]
+    assert seen == list(range(24))
+    assert all(layout.rank(*layout.coordinates(rank)) == rank for rank in range(24))
+    assert layout.last_stage(1) == (20, 21)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pp", "first", "expected"),
+    [(4, 1, 0, (4,)), (4, 2, 0, (2, 2)), (3, 2, 0, (2, 1)), (7, 3, 0, (3, 2, 2)), (5, 2, 1, (1, 4))],
+)
+def test_layers_by_stage(layers: int, pp: int, first: int, expected: tuple[int, ...]) -> None:
+    assert layers_by_stage(layers, pp, first) == expected
+
+
+def test_layers_that_do_not_divide_name_a_first_stage_that_would() -> None:
+    with pytest.raises(ValueError, match=r"num_layers_in_first_pipeline_stage=2 leaves 5 of 7 .*try 3"):
+        layers_by_stage(7, 3, 2)
+
+
+def test_a_world_that_does_not_divide_names_one_that_would() -> None:
+    model = ModelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    with pytest.raises(ValueError, match="world size 6 is no multiple of .*2\\*2; start 8 ranks"):
+        model_layout(model, 6)
