@@ -14,6 +14,7 @@ from rich.console import Console
 
 from megatron_prefix.conductor import Conductor, Evaluator, RolloutSource, Staff
 from megatron_prefix.config import Recipe
+from megatron_prefix.evaluate import EvalResult, evaluate
 from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore import fp8
 from megatron_prefix.mcore.checkpoint import Checkpointer
@@ -74,6 +75,7 @@ def assemble(
                 conductor=_conductor(recipe, folder, endpoints, stop_requested, stack),
                 host_group=dist.new_group(backend="gloo"),
                 device=device,
+                export_folder=folder / "hf",
                 token_multiple=token_multiple(recipe),
             ),
         )
@@ -181,8 +183,6 @@ def _evaluator(
 ) -> Evaluator | None:
     if not recipe.eval.path or not endpoints:
         return None
-    from megatron_prefix.evaluate import EvalResult, evaluate
-
     greedy = replace(recipe.rollout, temperature=0.0, samples_per_prompt=1, over_sample=1.0)
     collector = stack.enter_context(Collector(endpoints, greedy, stops))
 
@@ -193,7 +193,7 @@ def _evaluator(
             )
             return collected.rollouts
 
-        return evaluate(recipe.eval, tokenizer, answers)
+        return evaluate(recipe.eval, tokenizer, answers, recipe.data)
 
     return run
 

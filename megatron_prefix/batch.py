@@ -32,8 +32,8 @@ def plan_microbatches(
 ) -> MicrobatchPlan:
     """Spread ``rollouts`` over ``count`` microbatches, longest first onto the emptiest.
 
-    Every microbatch has the same T, a multiple of ``multiple``, so that pipeline stages exchange one
-    shape. ValueError where there is nothing to train on.
+    Every microbatch has the same T, a multiple of ``multiple``, so that pipeline stages exchange
+    one shape. ValueError where there is nothing to train on.
     """
     lengths = [sequence_length(rollout) for rollout in rollouts]
     prefix_tokens = sum(len(rollout.prefix_ids) for rollout in rollouts)

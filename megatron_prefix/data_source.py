@@ -28,7 +28,9 @@ Row = dict[str, Any]
 class RowSource(Protocol):
     """A data set that can be read again and again, from any point of any pass."""
 
-    num_rows: int  # 0: not known, the set is streamed
+    @property
+    def num_rows(self) -> int:
+        """Rows of the set; 0 where it is streamed and their number is not known."""
 
     def read(self, epoch: int, start: int) -> Iterator[tuple[int, Row]]:
         """Row numbers and rows of a pass in its order, from the ``start``-th on."""
@@ -71,7 +73,10 @@ class StreamSource:
     section: str
     path: str
     block: int = STREAM_BLOCK
-    num_rows: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return 0
 
     def read(self, epoch: int, start: int) -> Iterator[tuple[int, Row]]:
         number, offset = divmod(start, self.block)

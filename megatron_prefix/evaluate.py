@@ -78,7 +78,9 @@ def load_eval_set(
         )
     source = _as_data(config, data)
     encoder = PromptEncoder(tokenizer, source, section="eval")
-    prompts, answers, dropped = [], [], 0
+    prompts: list[Prompt] = []
+    answers: list[str] = []
+    dropped = 0
     rows = open_source(source, "eval").in_order()
     for number, row in islice(rows, config.samples or None):
         answer, ids = _answer(config, number, row), encoder.encode(number, row)
@@ -182,16 +184,24 @@ def _sample(
     rollout: Rollout,
 ) -> EvalSample:
     assert rollout.prompt_index == prompt.index, "rollouts come in the prompts' order"
-    ids = list(rollout.prefix_ids)
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    verdict = scorer(Generated(text, raw=tokenizer.decode(ids)), answer)
+    text = _text(tokenizer, rollout.prefix_ids, skip_special_tokens=True)
+    raw = _text(tokenizer, rollout.prefix_ids, skip_special_tokens=False)
+    verdict = scorer(Generated(text, raw), answer)
     return EvalSample(
         row=prompt.row,
-        prompt=tokenizer.decode(list(prompt.input_ids)),
+        prompt=_text(tokenizer, prompt.input_ids, skip_special_tokens=False),
         generated=text,
         answer=answer,
         correct=bool(verdict),
         parsed=verdict is not None,
         finish_reason=rollout.finish_reason,
-        tokens=len(ids),
+        tokens=len(rollout.prefix_ids),
     )
+
+
+def _text(
+    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], *, skip_special_tokens: bool
+) -> str:
+    text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str)  # one sequence was given, so it is no list
+    return text

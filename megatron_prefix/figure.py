@@ -48,8 +48,8 @@ def quickstart_figure(run_folder: Path, png_path: Path) -> None:
 
     history = load_run(run_folder)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 7.2), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+        figure = Figure(figsize=(11, 7.2))
+        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
         axes = figure.subplots(2, 2)
         draw_kl(axes[0, 0], history)
         draw_accuracy(axes[0, 1], history)
@@ -96,10 +96,10 @@ def draw_accuracy(axes: "Axes", history: RunHistory) -> None:
         names = [f"after step {step}" if step else "before" for step in steps]
         axes.set_xticks(x, names)
         axes.set_xlim(-0.6, len(steps) - 0.4)
-    for i in {0, len(steps) - 1}:
+    for x_i, percent_i in {x[0]: percent[0], x[-1]: percent[-1]}.items():
         axes.annotate(
-            f"{percent[i]:.1f}%", (x[i], percent[i]), (0, 6), textcoords="offset points",
-            ha="center", fontweight="bold",
+            f"{percent_i:.1f}%", (x_i, percent_i), (0, 7), textcoords="offset points",
+            ha="center", fontweight="bold", bbox={"fc": "white", "ec": "none", "pad": 1},
         )  # fmt: skip
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
@@ -113,16 +113,11 @@ def draw_flops(axes: "Axes", history: RunHistory) -> None:
     unit, name = unit_of(max(full[-1], spent[-1].sum()))
     axes.stackplot(history.step, spent.T / unit, labels=FLOPS_PARTS, colors=PART_COLOURS)
     axes.plot(history.step, full / unit, color=INK, lw=1.4, ls="--", label="full length")
-    total = spent[-1].sum()
-    if full[-1]:
-        axes.annotate(
-            f"{total / full[-1]:.2f}x of full length", (history.step[-1], total / unit), (-4, 6),
-            textcoords="offset points", ha="right", va="bottom", fontweight="bold",
-        )  # fmt: skip
     axes.set_ylim(0)
     axes.set_ylabel(f"{name}FLOP, cumulative")
     axes.set_xlabel("step")
-    axes.set_title("Compute")
+    share = f": {spent[-1].sum() / full[-1]:.2f}x of full length" if full[-1] else ""
+    axes.set_title("Compute" + share)
     axes.legend(loc="upper left")
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -17,11 +16,10 @@ from types import FrameType
 from megatron_prefix.config import Recipe
 from megatron_prefix.recipe import check_run_folder, save_record
 from megatron_prefix.rollout import guard
-from megatron_prefix.rollout.client import Endpoint
+from megatron_prefix.rollout.addresses import recipe_endpoints
 from megatron_prefix.rollout.server import Server, free_port, start_server
 from megatron_prefix.validate import resolve_world_size
 
-logger = logging.getLogger(__name__)
 DONE, FAILED, SAVED = 0, 1, 75  # exit codes; 75: stopped by a signal, state saved, can be resumed
 POLL_S = 0.1
 GRACE_S = 20.0  # a failing run's other ranks get this long before SIGKILL
@@ -39,16 +37,15 @@ def launch_local(recipe: Recipe) -> int:
         stops = stack.enter_context(_count_signals())
         servers = _start_servers(recipe, folder, stack)
         endpoints = stack.enter_context(_endpoints_file(recipe, servers))
+        arguments = [str(record), "--endpoints", str(endpoints)]
         ranks = [
-            _start_rank(rank, command, folder, stack)
-            for rank, command in enumerate(_rank_commands(recipe, record, endpoints))
+            _start_rank(rank, settings, arguments, folder, stack)
+            for rank, settings in enumerate(_rank_settings(recipe))
         ]
         return _watch(ranks, servers, stops)
 
 
-def _start_servers(
-    recipe: Recipe, folder: Path, stack: contextlib.ExitStack
-) -> list[Server]:
+def _start_servers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> list[Server]:
     """Our own servers, starting; none where the recipe names running ones or replays."""
     if recipe.rollout.server_urls or recipe.rollout.replay:
         return []
@@ -73,23 +70,13 @@ def _endpoints_file(recipe: Recipe, servers: Sequence[Server]) -> Iterator[Path]
     with tempfile.TemporaryDirectory(prefix="megatron-prefix-") as folder:
         path = Path(folder, "endpoints.json")
         path.touch(mode=0o600)
-        path.write_text(json.dumps([asdict(e) for e in endpoints_of(recipe, servers)]))
+        ours = [server.endpoint for server in servers]
+        endpoints = ours or recipe_endpoints(recipe.rollout)
+        path.write_text(json.dumps([asdict(endpoint) for endpoint in endpoints]))
         yield path
 
 
-def endpoints_of(recipe: Recipe, servers: Sequence[Server]) -> list[Endpoint]:
-    """Where rank 0 finds the servers: ours, or those that the recipe names."""
-    if servers:
-        return [server.endpoint for server in servers]
-    rollout = recipe.rollout
-    key = Path(rollout.api_key_file).read_text().strip() if rollout.api_key_file else ""
-    return [
-        Endpoint(url, key, rollout.request_timeout_s, rollout.retries)
-        for url in rollout.server_urls
-    ]
-
-
-def _rank_commands(recipe: Recipe, record: Path, endpoints: Path) -> list[dict[str, str]]:
+def _rank_settings(recipe: Recipe) -> list[dict[str, str]]:
     """The environment of each rank, as torchrun would set it."""
     count = resolve_world_size(recipe)
     shared = {
@@ -98,14 +85,16 @@ def _rank_commands(recipe: Recipe, record: Path, endpoints: Path) -> list[dict[s
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "MEGATRON_PREFIX_RECORD": str(record),
-        "MEGATRON_PREFIX_ENDPOINTS": str(endpoints),
     }
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def _start_rank(
-    rank: int, settings: dict[str, str], folder: Path, stack: contextlib.ExitStack
+    rank: int,
+    settings: dict[str, str],
+    arguments: Sequence[str],
+    folder: Path,
+    stack: contextlib.ExitStack,
 ) -> subprocess.Popen[bytes]:
     """A rank in a session of its own: a terminal's Ctrl-C reaches us alone, and we tell the ranks.
 
@@ -121,7 +110,7 @@ def _start_rank(
         output = stack.enter_context(path.open("ab"))
     process = subprocess.Popen(
         [sys.executable, guard.__file__, str(os.getpid()), sys.executable]
-        + ["-m", "megatron_prefix.worker"],
+        + ["-m", "megatron_prefix.worker", *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=output,

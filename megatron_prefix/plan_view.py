@@ -73,7 +73,7 @@ def _joined(ranks: Sequence[int]) -> str:
 
 def _ranks(plan: Plan) -> Table:
     unit, size = _unit(max(rank.total for rank in plan.ranks))
-    columns = ["rank", "student", "teacher", "weights", "grads", "optimizer", "teacher", "head"]
+    columns = ["rank", "student", "teacher", "weights", "grads", "adam", "teacher", "head"]
     table = _table(f"{unit} a rank (student and teacher at tp,dp,pp)", [*columns, "sum"])
     for rank in plan.ranks[:RANKS_SHOWN]:
         held = (

@@ -7,7 +7,7 @@ is all that a checkpoint needs. Prompts longer than ``data.max_prompt_length`` a
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from megatron_prefix.config import DataConfig
 from megatron_prefix.data_source import Row, open_source, require_columns
@@ -94,11 +94,12 @@ class PromptEncoder:
                 *messages,
             ]
         try:
-            return self.tokenizer.apply_chat_template(
+            ids = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False
             )
         except TemplateError as error:
             raise self._error(number, f"is refused by the chat template: {error}") from error
+        return cast(list[int], ids)
 
     def _error(self, number: int, what: str) -> ValueError:
         where = f"{self.section}.path={self.data.path}: row {number}"

@@ -27,7 +27,9 @@ from megatron_prefix.config import Recipe
 
 RECORD_NAME = "recipe.yaml"
 _BOOLEANS = ("true", "false", "on", "off", "yes", "no")
-_SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries the recipes inside the package, a checkout beside it.
+_SHIPPED = (_PACKAGE.parent / "recipes", _PACKAGE / "recipes")
 
 # What a resumed run may change: where it runs, how it is laid out, how long it trains, what it
 # reports. Whatever is not listed identifies the run. The schedules of the prefix length and of the
@@ -138,7 +140,7 @@ def _base_recipe(source: str) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         return load_record(path)
     if path.suffix != ".py":
-        named = [folder / f"{source}.py" for folder in (Path("recipes"), _SHIPPED)]
+        named = [folder / f"{source}.py" for folder in (Path("recipes"), *_SHIPPED)]
         found = [file for file in named if file.is_file()]
         if not found:
             return _call_factory(_import_by_name(source), source)
@@ -150,7 +152,7 @@ def _import_by_name(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, TypeError, ValueError) as error:
-        shipped = sorted(file.stem for file in _SHIPPED.glob("*.py"))
+        shipped = sorted({file.stem for folder in _SHIPPED for file in folder.glob("*.py")})
         raise ValueError(
             f"recipe {name!r} is neither a file, nor a name in recipes/, nor a module "
             f"({error}).{_did_you_mean(name, shipped)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from rich import get_console
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -101,7 +102,9 @@ class RunLog:
         self._tensorboard = (
             TensorBoardWriter(folder / "tensorboard", log, resume_step) if log.tensorboard else None
         )
-        self._view = progress_view(console or Console(), total_steps, log.log_interval, resume_step)
+        self._view = progress_view(
+            console or get_console(), total_steps, log.log_interval, resume_step
+        )
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -205,8 +208,10 @@ class RunLog:
 def setup_logging(folder: Path, rank: int, console: Console | None = None) -> None:
     """Sends logging to ``folder/logs/rank_<rank>.log`` and, on rank 0, to the console.
 
-    Every record names its rank. This package is heard from INFO on, others from WARNING on.
-    Called again, it replaces the handlers of its last call.
+    Every record names its rank. The file holds this package's records from DEBUG on, the console
+    from INFO on; of other packages both hold warnings and errors. The console is rich's own unless
+    one is given, as in :class:`RunLog`: only then do records land above the progress bar. Called
+    again, it replaces the handlers of its last call.
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -215,7 +220,7 @@ def setup_logging(folder: Path, rank: int, console: Console | None = None) -> No
     to_file.setFormatter(formatter)
     handlers: list[logging.Handler] = [to_file]
     if rank == 0:
-        handlers.append(_console_handler(console or Console(), formatter))
+        handlers.append(_console_handler(console or get_console(), formatter))
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if handler.name == PACKAGE]:
         root.removeHandler(old)
@@ -223,18 +228,20 @@ def setup_logging(folder: Path, rank: int, console: Console | None = None) -> No
     for handler in handlers:
         handler.name = PACKAGE
         root.addHandler(handler)
-    logging.getLogger(PACKAGE).setLevel(logging.INFO)
+    logging.getLogger(PACKAGE).setLevel(logging.DEBUG)
     logging.captureWarnings(True)
 
 
 def _console_handler(console: Console, formatter: logging.Formatter) -> logging.Handler:
     """Above the progress bar on a terminal; unwrapped lines where there is none."""
-    if not console.is_terminal:
-        plain = logging.StreamHandler(console.file)
-        plain.setFormatter(formatter)
-        return plain
-    handler = RichHandler(console=console, show_path=False, markup=False)
-    handler.setFormatter(logging.Formatter("rank 0 %(message)s"))
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, markup=False)
+        formatter = logging.Formatter("rank 0 %(message)s")
+    else:
+        handler = logging.StreamHandler(console.file)
+    handler.setFormatter(formatter)
+    handler.setLevel(logging.INFO)
     return handler
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from megatron_prefix.batch import pack, plan_microbatches
 from megatron_prefix.conductor import Conductor
 from megatron_prefix.config import Recipe
 from megatron_prefix.mcore.checkpoint import Checkpointer
+from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
 from megatron_prefix.orders import Order, share_order
 from megatron_prefix.phases import Phases
@@ -42,6 +44,7 @@ class Parts:
     conductor: Conductor | None  # on rank 0
     host_group: dist.ProcessGroup  # gloo, for values that live on the host
     device: torch.device
+    export_folder: Path  # of the trained student, as a Hugging Face folder
     token_multiple: int  # packed microbatches are padded to a multiple of this
 
 
@@ -59,7 +62,7 @@ class Trainer:
         self._skipped_in_a_row = 0
 
     def train(self) -> bool:
-        """Train to the last step; False where a signal ended the run early, with its state saved."""
+        """Train to the last step; False where a signal ended the run early, its state saved."""
         self._restore()
         self._parts.publisher.publish(self._policy_version)
         self._evaluate_if_due()
@@ -73,6 +76,9 @@ class Trainer:
             self.train_step(order, phases)
             self._after_step()
         self._save(wait=True)
+        if self._recipe.checkpoint.export_hf:
+            model = self._parts.student.model
+            export_hf(model, self._parts.export_folder, model.config.params_dtype)
         return True
 
     def train_step(self, order: Order, phases: Phases) -> StepMetrics:
@@ -90,7 +96,12 @@ class Trainer:
                 pack(order.rollouts, plan, m, parts.device) for m in range(first, first + per_rank)
             ]
             sums = forward_backward(
-                parts.student, batches, targets, parts.teacher_head, recipe.loss, order.prefix_length
+                parts.student,
+                batches,
+                targets,
+                parts.teacher_head,
+                recipe.loss,
+                order.prefix_length,
             )
         lr = parts.student.lr
         with phases.phase("optimizer"):
@@ -125,8 +136,8 @@ class Trainer:
         if self._skipped_in_a_row >= limit:
             raise TrainingStopped(
                 f"step {metrics.step}: {limit} steps in a row had a non-finite loss "
-                f"({metrics.loss}) or gradient norm ({metrics.grad_norm}); the weights are those of "
-                f"step {metrics.step - limit}; resume from the last checkpoint with a lower "
+                f"({metrics.loss}) or gradient norm ({metrics.grad_norm}); the weights are those "
+                f"of step {metrics.step - limit}; resume from the last checkpoint with a lower "
                 f"optimizer.lr={self._recipe.optimizer.lr}"
             )
         rollout = self._recipe.rollout

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from megatron_prefix.config import ModelConfig, Recipe
-from megatron_prefix.hf_folder import HfFolder, check_sizes, check_tensors, read_hf_folder
+from megatron_prefix.hf_folder import check_sizes, check_tensors, read_hf_folder
 from megatron_prefix.layout import Layout, layers_by_stage, model_layout
 from megatron_prefix.limits import check_settings
 from megatron_prefix.prefix import build_policy
@@ -49,18 +49,18 @@ def validate(recipe: Recipe) -> ValidRun:
     ValueError names the first that cannot be, with its value and what to set instead.
     """
     check_settings(recipe)
-    build_policy(recipe.prefix, recipe.train.steps)
+    _check_policy(recipe)
     _check_run(recipe)
     _check_schedule(recipe)
     _check_rollout(recipe)
     _check_data(recipe)
     world_size = resolve_world_size(recipe)
     layouts = {owner: model_layout(model, world_size) for owner, model in _models(recipe).items()}
-    _check_batch(recipe, layouts)
     student, teacher = (
         _validate_model(recipe, owner, model, layouts[owner])
         for owner, model in _models(recipe).items()
     )
+    _check_batch(recipe, layouts)
     _check_tokenizers(recipe, min(m.hf.shape.vocab_size for m in (student, teacher)))
     return ValidRun(recipe, world_size, student, teacher)
 
@@ -90,6 +90,13 @@ def resolve_world_size(recipe: Recipe) -> int:
 
 def _models(recipe: Recipe) -> dict[str, ModelConfig]:
     return {"student": recipe.student, "teacher": recipe.teacher}
+
+
+def _check_policy(recipe: Recipe) -> None:
+    """A user's own policy that leaves its bounds by schedule says so now, not in mid-run."""
+    policy = build_policy(recipe.prefix, recipe.train.steps)
+    for step in range(recipe.train.steps):
+        policy.length(step)
 
 
 def _check_run(recipe: Recipe) -> None:
@@ -171,30 +178,38 @@ def _near(value: int, multiple: int) -> str:
 
 
 def _validate_model(recipe: Recipe, owner: str, model: ModelConfig, layout: Layout) -> ValidModel:
-    folder = read_hf_folder(model.hf_path, owner)
-    hf = _read_family(folder, owner)
-    expected = {
-        name: shape
-        for unit in hf.units
-        for name, shape in zip(unit.hf_names, unit.hf_shapes, strict=True)
-    }
-    check_tensors(folder, expected, owner)
+    hf = read_model(model.hf_path, owner)
     _check_tensor_parallel(hf, model, owner)
     _check_context(recipe, hf, owner)
     _check_precision(hf, model, owner)
     return ValidModel(model, hf, layout, _stages(hf, model, owner))
 
 
-def _read_family(folder: HfFolder, owner: str) -> "HfModel":
+def read_model(hf_path: str, owner: str) -> "HfModel":
+    """The family, sizes and names of a folder that holds every tensor they ask for, whole.
+
+    ``owner`` is for messages. ValueError as in ``hf_folder.py``, and for a family or a variant of
+    one that is not supported.
+    """
     # Brings torch along, which a mistyped setting need not wait for.
     from megatron_prefix.mcore.hf_map import FAMILIES, read_hf_model
 
+    folder = read_hf_folder(hf_path, owner)
     if folder.config["architectures"][0] in FAMILIES:
         check_sizes(folder, owner)
     try:
-        return read_hf_model(str(folder.path))
+        hf = read_hf_model(hf_path)
     except ValueError as error:
-        raise ValueError(f"{owner}.hf_path={folder.path}: {error}") from error
+        raise ValueError(f"{owner}.hf_path={hf_path}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{owner}.hf_path={hf_path}: config.json has no {error}") from error
+    expected = {
+        name: shape
+        for unit in hf.units
+        for name, shape in zip(unit.hf_names, unit.hf_shapes, strict=True)
+    }
+    check_tensors(folder, expected, owner)
+    return hf
 
 
 def _check_tensor_parallel(hf: "HfModel", model: ModelConfig, owner: str) -> None:

@@ -1,9 +1,11 @@
-"""What a rank runs: ``python -m megatron_prefix.worker``, under our launcher or under torchrun.
+"""What a rank runs, under our launcher or under torchrun, which say which rank it is:
 
-The environment says which rank (RANK, WORLD_SIZE, MASTER_*, LOCAL_RANK), MEGATRON_PREFIX_RECORD names
-the resolved recipe and MEGATRON_PREFIX_ENDPOINTS a file with the servers' addresses.
+    torchrun --nproc-per-node 8 -m megatron_prefix.worker runs/NAME/recipe.yaml
+
+Without ``--endpoints`` the servers are those at the recipe's ``rollout.server_urls``.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -18,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.recipe import load_record
+from megatron_prefix.rollout.addresses import recipe_endpoints
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.run_log import setup_logging
 
@@ -42,27 +45,28 @@ class StopFlag:
 
 def main() -> int:
     """The exit code: 0 done, 75 saved after a signal, 1 failed."""
+    arguments = _arguments()
     stop = StopFlag()
-    recipe = load_record(Path(os.environ["MEGATRON_PREFIX_RECORD"]))
+    recipe = load_record(arguments.record)
     rank = int(os.environ["RANK"])
     folder = Path(recipe.run.output_dir, recipe.run.name)
     setup_logging(folder, rank)
     try:
-        return _train(recipe, folder, stop)
+        return _train(recipe, folder, _endpoints(recipe, arguments.endpoints), stop)
     except (RuntimeError, ValueError, OSError) as error:
         logger.debug("traceback", exc_info=True)
         logger.error("%s: %s", type(error).__name__, error, exc_info=rank != 0)
         return FAILED
 
 
-def _train(recipe: Recipe, folder: Path, stop: StopFlag) -> int:
+def _train(recipe: Recipe, folder: Path, endpoints: list[Endpoint], stop: StopFlag) -> int:
     from megatron_prefix.mcore.cpu import adapt_to_cpu
 
     adapt_to_cpu()  # before anything of Megatron is imported
     from megatron_prefix.assemble import assemble
 
     _join_world(recipe)
-    with assemble(recipe, folder, _endpoints(), stop) as trainer:
+    with assemble(recipe, folder, endpoints, stop) as trainer:
         finished = trainer.train()
     dist.barrier()
     dist.destroy_process_group()
@@ -79,11 +83,22 @@ def _join_world(recipe: Recipe) -> None:
         dist.init_process_group("gloo", timeout=timeout)
 
 
-def _endpoints() -> list[Endpoint]:
-    path = os.environ.get("MEGATRON_PREFIX_ENDPOINTS")
-    if not path or int(os.environ["RANK"]) != 0:
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_prefix.worker", description="One rank of a run."
+    )
+    parser.add_argument("record", type=Path, help="the run's resolved recipe.yaml")
+    parser.add_argument("--endpoints", type=Path, help="JSON of the servers' addresses and keys")
+    return parser.parse_args()
+
+
+def _endpoints(recipe: Recipe, file: Path | None) -> list[Endpoint]:
+    """For rank 0, which alone talks to the servers."""
+    if int(os.environ["RANK"]) != 0:
         return []
-    return [Endpoint(**entry) for entry in json.loads(Path(path).read_text())]
+    if file is None:
+        return recipe_endpoints(recipe.rollout)
+    return [Endpoint(**entry) for entry in json.loads(file.read_text())]
 
 
 if __name__ == "__main__":

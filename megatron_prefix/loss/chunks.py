@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_prefix.loss.buffers import logits_buffer
+from megatron_prefix.loss.buffers import empty_fp32
 from megatron_prefix.loss.divergence import gradient_factors, merge_statistics, token_values
 from megatron_prefix.loss.task import Outcome, Task, Work, begin
 
@@ -30,7 +30,7 @@ def run_chunks(task: Task) -> Outcome:
 def _buffer_pair(work: Work, positions: int) -> tuple[Tensor, Tensor]:
     """For student and teacher logits, fp32 [C, V] each."""
     shape, device = (positions, work.task.real_rows), work.kl.device
-    return logits_buffer(shape, device), logits_buffer(shape, device)
+    return empty_fp32(shape, device), empty_fp32(shape, device)
 
 
 def _run_on_one_rank(work: Work, student: Tensor, teacher: Tensor) -> None:

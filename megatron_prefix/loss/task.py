@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss import gemm
+from megatron_prefix.loss.buffers import zeros_fp32
 from megatron_prefix.loss.divergence import Divergence
 from megatron_prefix.loss.kernels import Kernels, kernels_for
 from megatron_prefix.loss.labels import label_columns, label_logprobs
@@ -30,6 +31,13 @@ class ChunkLimits:
 
 CPU_LIMITS = ChunkLimits(buffer_bytes=64 << 20, shortest=128, longest=512)
 GPU_LIMITS = ChunkLimits(buffer_bytes=1 << 30, shortest=2048, longest=4096)
+
+
+def chosen_chunk(positions: int, rows: int, limits: ChunkLimits) -> int:
+    """C for ``positions`` and ``rows``, the vocabulary rows of all chunks in flight together."""
+    size = limits.buffer_bytes // (2 * 4 * max(rows, 1))
+    size = min(max(size, limits.shortest), limits.longest)
+    return max(1, math.ceil(positions / math.ceil(max(positions, 1) / size)))
 
 
 @dataclass(frozen=True)
@@ -71,15 +79,10 @@ class Task:
     def chunks(self) -> list[slice]:
         """Of nearly equal length, and the same on all ranks: real rows must not count here."""
         positions = self.student_hidden.shape[0]
-        size = self.chunk_size or self._chosen_size(positions)
-        return [slice(at, min(at + size, positions)) for at in range(0, positions, size)]
-
-    def _chosen_size(self, positions: int) -> int:
         limits = GPU_LIMITS if self.student_hidden.is_cuda else CPU_LIMITS
-        bytes_a_token = 2 * 4 * self.student_weight.shape[0] * self.chunks_in_flight
-        size = limits.buffer_bytes // max(bytes_a_token, 1)
-        size = min(max(size, limits.shortest), limits.longest)
-        return max(1, math.ceil(positions / math.ceil(max(positions, 1) / size)))
+        rows = self.student_weight.shape[0] * self.chunks_in_flight
+        size = self.chunk_size or chosen_chunk(positions, rows, limits)
+        return [slice(at, min(at + size, positions)) for at in range(0, positions, size)]
 
 
 @dataclass(frozen=True)
@@ -183,4 +186,4 @@ def _weight_accumulator(task: Task) -> Tensor | None:
         return None
     if task.main_grad is not None and task.main_grad.dtype == torch.float32:
         return task.main_grad
-    return torch.zeros_like(task.student_weight, dtype=torch.float32)
+    return zeros_fp32(task.student_weight.shape, task.student_weight.device)

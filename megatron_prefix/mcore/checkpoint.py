@@ -89,8 +89,8 @@ class Checkpointer:
     def restore(self) -> Restored | None:
         """Load the newest checkpoint that verifies; None where there is none.
 
-        One that fails its checksums is named in a warning and the one before it is tried. ValueError
-        where checkpoints are there and none verifies.
+        One that fails its checksums is named in a warning and the one before it is tried.
+        ValueError where checkpoints are there and none verifies.
         """
         folders = _agree([str(f) for f in reversed(saved_steps(self._folder))])
         for folder in folders:

@@ -1,4 +1,4 @@
-"""The one adapter that lets Megatron-Core 0.19.2 run where there is no CUDA; a no-op where there is.
+"""The one adapter that lets Megatron-Core 0.19.2 run without CUDA; a no-op where CUDA is.
 
 Megatron-Core asks torch.cuda for devices, streams and RNG states without asking first whether there
 is a GPU. This file answers those calls on the CPU and touches nothing else. Call
@@ -35,7 +35,7 @@ def adapt_to_cpu() -> bool:
     if getattr(torch, "_megatron_prefix_on_cpu", False):
         return True
     torch._megatron_prefix_on_cpu = True  # type: ignore[attr-defined]
-    # SGLang brings flash_mla; megatron.core imports it where found and dies of OSError (no libcuda).
+    # SGLang brings flash_mla; megatron.core imports it where found and dies of it: no libcuda.
     sys.modules["flash_mla"] = None  # type: ignore[assignment]
     _adapt_devices()
     _adapt_streams()
@@ -119,9 +119,7 @@ def _adapt_rng() -> None:
             self.states_[name] = torch.Generator().manual_seed(seed).get_state()
 
         @contextlib.contextmanager
-        def fork(
-            self, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME
-        ) -> Iterator[None]:
+        def fork(self, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
             outer = torch.get_rng_state()
             torch.set_rng_state(self.states_[name])
             try:
@@ -155,7 +153,9 @@ class CpuFusedAdam(torch.optim.Optimizer):
     ) -> None:
         if not adam_w_mode:
             raise ValueError("on a CPU only decoupled weight decay (AdamW) is implemented")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

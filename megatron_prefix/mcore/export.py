@@ -50,9 +50,7 @@ def export_hf(model: MegatronModel, folder: Path, dtype: torch.dtype) -> None:
     dist.barrier()
 
 
-def _finish(
-    model: MegatronModel, folder: Path, files: dict[str, str], dtype: torch.dtype
-) -> None:
+def _finish(model: MegatronModel, folder: Path, files: dict[str, str], dtype: torch.dtype) -> None:
     index = {"metadata": {}, "weight_map": dict(sorted(files.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     config = {**model.hf.config, "dtype": str(dtype).removeprefix("torch.")}

@@ -1,7 +1,7 @@
 """FP8 settings, validated here because Megatron-Core accepts any name.
 
-Sources: Transformer Engine's recipes; blockwise (128x128, DeepSeek style) needs CUDA 12.9 and Hopper,
-mxfp8 and nvfp4 need Blackwell.
+Sources: Transformer Engine's recipes; blockwise (128x128, DeepSeek style) needs CUDA 12.9 and
+Hopper, mxfp8 and nvfp4 need Blackwell.
 """
 
 import importlib.util

@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         assert config.normalization == "RMSNorm", config.normalization
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # finalize_model_grads sums the gradients of so marked parameters over tensor-parallel ranks.
+        # finalize_model_grads sums gradients of parameters so marked over tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,9 +102,7 @@ def _unpack(packed: Tensor, where: Tensor | tuple[int, int]) -> Tensor:
     return packed[where]
 
 
-def _repack(
-    padded: Tensor, where: Tensor | tuple[int, int], params: PackedSeqParams
-) -> Tensor:
+def _repack(padded: Tensor, where: Tensor | tuple[int, int], params: PackedSeqParams) -> Tensor:
     """[B, S, h * d] -> [T, h * d]."""
     if isinstance(where, tuple):
         return padded.flatten(0, 1)

@@ -104,7 +104,7 @@ def load_hf_weights(model: MegatronModel) -> None:
 
 
 def vocab_rows(reader: HfReader, name: str, rows: int, rank: int) -> Tensor:
-    """Shard ``rank`` of a vocabulary matrix at ``rows`` a shard, zeros beyond the real vocabulary."""
+    """Shard ``rank`` of a vocabulary matrix, ``rows`` rows, zeros beyond the real vocabulary."""
     real = reader.rows(name, rank * rows, (rank + 1) * rows)
     return torch.nn.functional.pad(real, (0, 0, 0, rows - real.shape[0]))
 

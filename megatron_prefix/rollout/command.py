@@ -9,9 +9,18 @@ from megatron_prefix.config import RolloutConfig
 from megatron_prefix.rollout.protocol import version_label
 
 LOOPBACK = "127.0.0.1"
-_HERE = Path(__file__).resolve().parent
+# Put on the path of a server on a CPU, and of no other: it has a package named sgl_kernel.
+_CPU_ENGINE = Path(__file__).resolve().with_name("cpu_engine")
+# SGLang's modules of the models that a CPU serves: of these, only the wanted one is imported.
+SERVED_MODULES = {
+    "LlamaForCausalLM": "llama",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
-_CPU_CACHE_TOKENS = 60000  # of the key-value cache; SGLang's own guess takes most of the memory
+_CPU_CACHE_TOKENS = 60000  # SGLang's own guess takes most of the memory
 # What torchrun tells its ranks. A server that believed it to be its own would look for the weight
 # group's store at the agent's.
 _TORCHRUN_VARIABLES = (
@@ -86,17 +95,16 @@ def server_environment(device: str, architecture: str, scratch: Path) -> dict[st
 
 
 def _cpu_environment(environment: dict[str, str], architecture: str) -> dict[str, str]:
-    engine = _HERE / "cpu_engine"
-    paths = [str(engine), environment.get("PYTHONPATH", "")]
+    paths = [str(_CPU_ENGINE), environment.get("PYTHONPATH", "")]
     added = {
         "SGLANG_USE_CPU_ENGINE": "1",
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }
-    known = (engine / "served_model" / "model.py").read_text()
-    if f'"{architecture}"' in known:
+    if architecture in SERVED_MODULES:
         added["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "served_model"
-        added["MEGATRON_PREFIX_ARCHITECTURE"] = architecture
+        module = f"sglang.srt.models.{SERVED_MODULES[architecture]}"
+        added["MEGATRON_PREFIX_SERVED_MODEL"] = f"{module}:{architecture}"
     return added
 
 

@@ -61,6 +61,8 @@ class MixedWordHash:
         whole = data.numel() // 4 * 4
         # A copy: a view of the tail would keep the whole tensor alive.
         self._rest = data[whole:].clone()
+        if whole == 0:
+            return
         for words in data[:whole].view(torch.int32).split(_CHUNK_WORDS):
             self._add(words.to(torch.int64) & _WORD)
 

@@ -9,6 +9,7 @@ trainer alone, which then saves and stops it in order.
 import contextlib
 import json
 import os
+import random
 import secrets
 import shlex
 import signal
@@ -35,6 +36,7 @@ from megatron_prefix.rollout.command import (
 from megatron_prefix.rollout.protocol import ServerUnavailable
 
 _GUARD = Path(__file__).resolve().with_name("guard.py")
+_FIRST_PORT = 10000
 _POLL_S = 0.2
 # Between SIGTERM and SIGKILL. SGLang may sleep for 5 s before it looks at a SIGTERM, and then takes
 # 4 s to leave; it has nothing to save.
@@ -144,10 +146,18 @@ def start_server(
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of loopback that nothing listens on now, and that no socket gets by chance.
+
+    Ports that the kernel hands out by itself are left alone: a server binds its port after half a
+    minute of imports, and by then a rank's gloo socket would have it now and then.
+    """
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as limits:
+        first_handed_out = int(limits.read().split()[0])
+    for port in random.SystemRandom().sample(range(_FIRST_PORT, first_handed_out), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
+    raise ServerFailed(f"no free port of {_FIRST_PORT} to {first_handed_out - 1} in 100 tries")
 
 
 def checked_port(port: int) -> int:

@@ -32,6 +32,7 @@ from torch.distributed.distributed_c10d import (
 from megatron_prefix.rollout.client import SglangClient
 from megatron_prefix.rollout.protocol import SglangError, version_label
 
+_JOIN = "join the weight group"
 Bucket = list[tuple[str, torch.Tensor]]  # Hugging Face names
 
 
@@ -91,14 +92,13 @@ class WeightGroup:
                 backend=backend,
             )
 
-        threads = concurrent.futures.ThreadPoolExecutor(max_workers=len(clients) + 1)
         invitations = [
-            threads.submit(invite, client, rank)
-            for client, rank in zip(clients, ranks, strict=True)
+            _in_thread(invite, client, rank) for client, rank in zip(clients, ranks, strict=True)
         ]
-        meeting = threads.submit(_make_group, store, name, world_size, backend, timeout_s)
-        threads.shutdown(wait=False)
-        _first_failure([*invitations, meeting], timeout_s, "join the weight group")
+        # In a thread too: without all members it returns at its timeout only, and an invitation
+        # that was refused should be heard of at once.
+        meeting = _in_thread(_make_group, store, name, world_size, backend, timeout_s)
+        _first_failure([*invitations, meeting], timeout_s, _JOIN)
         return cls(clients, name, meeting.result(), store, timeout_s)
 
     def publish(self, buckets: Iterable[Bucket], policy_version: int) -> PublishStats:
@@ -164,15 +164,19 @@ class WeightGroup:
         for client in self._clients:
             with contextlib.suppress(SglangError):  # it may be the one that failed
                 client.end_weight_update()
+        self._leave()
+
+    def _leave(self) -> None:
+        for client in self._clients:
+            with contextlib.suppress(SglangError):  # a server that is gone has left
+                client.leave_weight_group(self.name)
 
     def close(self) -> None:
         """Leave the group; servers that still run leave it too."""
         if not self._broken:
-            for client in self._clients:
-                with contextlib.suppress(SglangError):  # a server that is gone has left
-                    client.leave_weight_group(self.name)
-            dist.destroy_process_group(self._group)
             self._broken = True
+            self._leave()
+            dist.destroy_process_group(self._group)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

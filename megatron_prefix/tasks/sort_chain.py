@@ -132,8 +132,8 @@ def _one_problem(
     if plan == "corrupt" and rng.random() < CORRUPT_SHARE:
         corrupted = int(rng.integers(1, NUM_LETTERS + 1))
     shuffled = NUM_LETTERS if plan == "random" else corrupted
-    order = rng.permutation(NUM_LETTERS)[:shuffled] if shuffled else []
-    opening = [letters[place] for place in order]
+    order = rng.permutation(NUM_LETTERS) if shuffled else np.arange(NUM_LETTERS)
+    opening = [letters[place] for place in order[:shuffled]]
     rest = sorted(set(letters) - set(opening))
     return Problem(prompt, response_of("".join(opening + rest), digit_of)), corrupted
 

@@ -27,9 +27,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def in_layout(case: Case, tp: int, pp: int) -> Case:
-    student = replace(
-        case.student, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
-    )
+    student = replace(case.student, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     return replace(case, student=student)
 
 

@@ -205,7 +205,7 @@ def test_a_servers_environment_has_nothing_of_torchruns(
     assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in on_gpu
     on_cpu = server_environment("cpu", "Qwen3ForCausalLM", tmp_path)
     assert on_cpu["PYTHONPATH"].endswith(f"cpu_engine{os.pathsep}mine")
-    assert on_cpu["MEGATRON_PREFIX_ARCHITECTURE"] == "Qwen3ForCausalLM"
+    assert on_cpu["MEGATRON_PREFIX_SERVED_MODEL"] == "sglang.srt.models.qwen3:Qwen3ForCausalLM"
     unknown = server_environment("cpu", "FalconForCausalLM", tmp_path)
     assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in unknown
 

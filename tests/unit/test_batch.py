@@ -17,9 +17,9 @@ def rollout(prompt: int, prefix: int, index: int = 0) -> Rollout:
     return Rollout(ids[:prompt], ids[prompt:], logprobs, "length", 0, index)
 
 
-lengths = st.lists(
-    st.tuples(st.integers(1, 9), st.integers(0, 7)), min_size=1, max_size=12
-).filter(lambda pairs: any(prefix for _, prefix in pairs))
+lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 7)), min_size=1, max_size=12).filter(
+    lambda pairs: any(prefix for _, prefix in pairs)
+)
 
 
 @given(lengths, st.integers(1, 4), st.sampled_from([1, 2, 8]))

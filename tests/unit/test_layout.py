@@ -16,14 +16,22 @@ def test_ranks_and_coordinates_are_inverse_and_tensor_parallel_runs_fastest() ->
 
 @pytest.mark.parametrize(
     ("layers", "pp", "first", "expected"),
-    [(4, 1, 0, (4,)), (4, 2, 0, (2, 2)), (3, 2, 0, (2, 1)), (7, 3, 0, (3, 2, 2)), (5, 2, 1, (1, 4))],
+    [
+        (4, 1, 0, (4,)),
+        (4, 2, 0, (2, 2)),
+        (3, 2, 0, (2, 1)),
+        (7, 3, 0, (3, 2, 2)),
+        (5, 2, 1, (1, 4)),
+    ],
 )
 def test_layers_by_stage(layers: int, pp: int, first: int, expected: tuple[int, ...]) -> None:
     assert layers_by_stage(layers, pp, first) == expected
 
 
 def test_layers_that_do_not_divide_name_a_first_stage_that_would() -> None:
-    with pytest.raises(ValueError, match=r"num_layers_in_first_pipeline_stage=2 leaves 5 of 7 .*try 3"):
+    with pytest.raises(
+        ValueError, match=r"num_layers_in_first_pipeline_stage=2 leaves 5 of 7 .*try 3"
+    ):
         layers_by_stage(7, 3, 2)
 
 

@@ -303,7 +303,9 @@ def test_every_record_names_its_rank_and_only_rank_0_speaks(tmp_path: Path) -> N
     assert "rank 3 INFO megatron_prefix.part: from three" in log_of(tmp_path, 3)
     setup_logging(tmp_path, 0, console)
     log.info("from %s", "zero")
+    log.debug("where it was")
     assert "rank 0 INFO megatron_prefix.part: from zero" in text.getvalue()
+    assert "where it was" not in text.getvalue() and "where it was" in log_of(tmp_path, 0)
     assert "from zero" in log_of(tmp_path, 0) and "from zero" not in log_of(tmp_path, 3)
 
 

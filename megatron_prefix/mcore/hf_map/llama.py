@@ -20,7 +20,7 @@ BUILT_IN = {
 
 
 def transformer_settings(hf: dict[str, Any]) -> dict[str, Any]:
-    """TransformerConfig fields of this family beyond the shared sizes; ValueError if unsupported."""
+    """TransformerConfig fields beyond the shared sizes; ValueError for an unsupported variant."""
     for name in ("attention_bias", "mlp_bias"):
         if hf.get(name):
             raise ValueError(f"{name}=true: Llama with biases is not supported")

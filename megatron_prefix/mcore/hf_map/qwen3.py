@@ -14,7 +14,7 @@ ARCHITECTURE = "Qwen3ForCausalLM"
 
 
 def transformer_settings(hf: dict[str, Any]) -> dict[str, Any]:
-    """TransformerConfig fields of this family beyond the shared sizes; ValueError if unsupported."""
+    """TransformerConfig fields beyond the shared sizes; ValueError for an unsupported variant."""
     if hf.get("use_sliding_window"):
         raise ValueError(
             "use_sliding_window=true: Qwen3 with sliding-window attention is not supported; "

@@ -1,7 +1,7 @@
 """What a family file says: how Hugging Face tensors become Megatron-Core parameters, and back.
 
-A :class:`Unit` is one Megatron parameter at tensor parallel 1 and the Hugging Face tensors that make
-it. Families differ in configuration and in which units a layer has; packing is shared here.
+A :class:`Unit` is one Megatron parameter at tensor parallel 1 and the Hugging Face tensors that
+make it. Families differ in configuration and in which units a layer has; packing is shared here.
 Legend: g key-value groups, q query heads a group, d head size, H hidden size, F ffn size.
 """
 
@@ -18,7 +18,7 @@ Unpack = Callable[[Tensor], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Unit:
-    """One Megatron parameter, whole, by its global name ("decoder.layers.3.mlp.linear_fc1.weight")."""
+    """One whole Megatron parameter by its global name, "decoder.layers.3.mlp.linear_fc1.weight"."""
 
     megatron_name: str
     hf_names: tuple[str, ...]
@@ -101,9 +101,7 @@ def embedding_units(shape: DenseShape) -> list[Unit]:
         ),
     ]
     if not shape.tied:
-        units.append(
-            Unit("output_layer.weight", ("lm_head.weight",), (table,), last, shard_axis=0)
-        )
+        units.append(Unit("output_layer.weight", ("lm_head.weight",), (table,), last, shard_axis=0))
     return units
 
 

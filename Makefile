@@ -1,0 +1,42 @@
+# Each target installs what it needs by itself: `env` builds .venv once and is quick afterwards.
+PYTHON := .venv/bin/python
+BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+
+# Without bytecode every rank and server would compile all of torch anew at its start.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help env quickstart test lint format bench gpu-test
+
+help:
+	@echo "make quickstart   run the main job on this machine, without a GPU; results in runs/quickstart"
+	@echo "make test         run the tests; those that need a GPU are skipped where there is none"
+	@echo "make lint         ruff and mypy"
+	@echo "make format       let ruff rewrite the files, and renew the tables of docs/configuration.md"
+	@echo "make bench        every benchmark in its quick form"
+	@echo "make gpu-test     only the tests that need a GPU"
+	@echo "make env          only build .venv"
+
+env:
+	@tools/env.sh
+
+quickstart: env
+	$(PYTHON) tools/quickstart.py
+
+test: env
+	$(PYTHON) -m pytest
+
+lint: env
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+format: env
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+	$(PYTHON) tools/config_table.py
+
+bench: env
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script --quick"; $(PYTHON) $$script --quick; done
+
+gpu-test: env
+	$(PYTHON) -m pytest -m gpu

@@ -1,0 +1,205 @@
+"""The main job on real text, as a user starts it: servers, ranks, signals, resume, replay."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import transformers
+
+from megatron_prefix.tokenizers import write_byte_tokenizer
+from tests.tiny_models import write_tiny_qwen3
+
+ASSETS = Path(__file__).parents[1] / "assets"
+STEPS = 8
+BYTES = {"vocab_size": 264, "eos_token_id": 261, "bos_token_id": None, "pad_token_id": None}
+
+
+def children_of(name: str) -> list[str]:
+    """Command lines of living processes that mention ``name``."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:  # it ended meanwhile
+                continue
+            if name in words:
+                found.append(words)
+    return found
+
+
+class Job:
+    """``megatron-prefix train`` on GSM8K with two tiny models, in a folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.folder = root, root / "runs" / "job"
+        models = root / "models"
+        self.student = write_tiny_qwen3(models / "student", initializer_range=0.05, **BYTES)
+        self.teacher = write_tiny_qwen3(
+            models / "teacher", seed=1, hidden_size=96, num_hidden_layers=3, **BYTES
+        )
+        for folder in (self.student, self.teacher):
+            write_byte_tokenizer(folder)
+            settings = json.loads((folder / "generation_config.json").read_text())
+            settings |= {"eos_token_id": 261, "bos_token_id": None, "pad_token_id": None}
+            (folder / "generation_config.json").write_text(json.dumps(settings))
+
+    def command(self, *overrides: str, name: str = "job") -> list[str]:
+        settings = {
+            "run.name": name,
+            "run.output_dir": self.root / "runs",
+            "student.hf_path": self.student,
+            "student.tensor_model_parallel_size": 2,
+            "teacher.hf_path": self.teacher,
+            "teacher.pipeline_model_parallel_size": 2,
+            "data.path": ASSETS / "gsm8k_8.jsonl",
+            "train.steps": STEPS,
+            "train.global_batch_size": 8,
+            "train.micro_batch_size": 4,
+            "prefix.min_length": 3,
+            "prefix.max_length": 12,
+            "optimizer.lr_warmup_steps": 2,
+            "rollout.record": "true",
+            "rollout.device": "cpu",
+            "rollout.logprob_tolerance": 0.001,
+        }
+        words = [f"{key}={value}" for key, value in settings.items()]
+        return [sys.executable, "-m", "megatron_prefix.cli", "train", "gsm8k_bytes"] + [
+            *words,
+            *overrides,
+        ]
+
+    def records(self, name: str = "job") -> list[dict]:
+        file = self.root / "runs" / name / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def run(self, *overrides: str, name: str = "job") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*overrides, name=name), capture_output=True, text=True, timeout=400
+        )
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def interrupted(job: Job) -> tuple[int, int]:
+    """Exit code and steps of a first start that got SIGTERM after its third step."""
+    process = subprocess.Popen(
+        job.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 300
+    while len(job.records()) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert len(job.records()) >= 3, output
+    return process.returncode, len(job.records())
+
+
+@pytest.fixture(scope="module")
+def resumed(job: Job, interrupted: tuple[int, int]) -> subprocess.CompletedProcess[str]:
+    return job.run()
+
+
+def test_a_signal_saves_and_ends_with_75_and_no_process_is_left(
+    job: Job, interrupted: tuple[int, int]
+) -> None:
+    code, steps = interrupted
+    assert code == 75
+    assert 3 <= steps < STEPS
+    saved = [folder.name for folder in (job.folder / "checkpoints").iterdir()]
+    assert saved == [f"step_{steps:08d}"]
+    assert children_of(str(job.root)) == []
+
+
+def test_the_same_command_goes_on_to_the_end(
+    job: Job, interrupted: tuple[int, int], resumed: subprocess.CompletedProcess[str]
+) -> None:
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"resumed after step {interrupted[1]}" in resumed.stdout + resumed.stderr
+    assert [record["step"] for record in job.records()] == list(range(1, STEPS + 1))
+    assert children_of(str(job.root)) == []
+
+
+def test_server_and_trainer_agree_at_every_step(
+    job: Job, resumed: subprocess.CompletedProcess[str]
+) -> None:
+    for record in job.records():
+        assert record["logprob_diff_max"] < 1e-3
+        assert record["policy_lag"] == 0
+        assert record["policy_version"] == record["step"] - 1
+    assert "checksums agree" in resumed.stdout + resumed.stderr
+
+
+def test_the_prefix_length_follows_its_schedule_through_sampler_mask_and_log(
+    job: Job, resumed: subprocess.CompletedProcess[str]
+) -> None:
+    lengths = [record["prefix_length"] for record in job.records()]
+    assert lengths == sorted(lengths)
+    assert (lengths[0], lengths[-1]) == (3, 12)
+    for record in job.records():
+        assert len(record["kl_by_position"]) == record["prefix_length"]
+        assert record["prefix_tokens"] <= 8 * record["prefix_length"]
+        assert record["flops"]["student"] < record["flops_full"]["student"] or (
+            record["prefix_length"] == 12
+        )
+
+
+def test_replayed_without_interruption_it_is_the_same_run_to_the_last_bit(
+    job: Job, resumed: subprocess.CompletedProcess[str]
+) -> None:
+    recorded = job.folder / "rollouts"
+    result = job.run(f"rollout.replay={recorded}", "rollout.record=false", name="replayed")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for live, replayed in zip(job.records(), job.records("replayed"), strict=True):
+        for key in ("loss", "grad_norm", "lr", "kl_by_position", "prefix_tokens"):
+            assert live[key] == replayed[key], (live["step"], key)
+
+
+def test_what_was_trained_is_exported_and_loads(
+    job: Job, resumed: subprocess.CompletedProcess[str]
+) -> None:
+    before = transformers.AutoModelForCausalLM.from_pretrained(job.student).state_dict()
+    after = transformers.AutoModelForCausalLM.from_pretrained(job.folder / "hf").state_dict()
+    assert sorted(before) == sorted(after)
+    assert any(not before[name].equal(after[name]) for name in before)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job.folder / "hf")
+    assert tokenizer.decode(tokenizer.encode("2+2", add_special_tokens=False)) == "2+2"
+
+
+def test_a_run_folder_of_another_recipe_is_refused(
+    job: Job, resumed: subprocess.CompletedProcess[str]
+) -> None:
+    result = job.run("optimizer.lr=0.5")
+    assert result.returncode == 2
+    assert "optimizer.lr" in result.stderr
+    assert "0.5" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_non_finite_steps_are_skipped_counted_and_end_the_run(
+    job: Job, resumed: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    broken = transformers.AutoModelForCausalLM.from_pretrained(job.student)
+    broken.model.norm.weight.data[0] = float("nan")
+    broken.save_pretrained(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 261}')
+    result = job.run(
+        f"student.hf_path={tmp_path}",
+        f"rollout.replay={job.folder / 'rollouts'}",
+        "train.max_skipped_steps=3",
+        name="broken",
+    )
+    assert result.returncode == 1
+    assert "3 steps in a row had a non-finite loss" in result.stdout + result.stderr
+    assert [record["skipped"] for record in job.records("broken")] == [True] * 3

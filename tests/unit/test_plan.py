@@ -1,0 +1,212 @@
+"""The plan's groups, parameters, bytes and costs, against counts made in another way."""
+
+import io
+import json
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from rich.console import Console
+
+from megatron_prefix.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrefixConfig,
+    Recipe,
+    TrainConfig,
+)
+from megatron_prefix.hf_folder import read_hf_folder
+from megatron_prefix.layout import Layout
+from megatron_prefix.plan import (
+    first_prompt_lengths,
+    make_plan,
+    padded_vocab_size,
+    rank_groups,
+)
+from megatron_prefix.plan_view import plan_json, print_plan
+from megatron_prefix.prefix import model_shape, step_flops
+from megatron_prefix.tokenizers import write_byte_tokenizer
+from megatron_prefix.validate import ValidRun, validate
+from tests.tiny_models import write_tiny_llama, write_tiny_qwen3
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_qwen3(folder / "student", vocab_size=265)
+    write_tiny_llama(folder / "teacher", vocab_size=272, num_hidden_layers=3)
+    for name in ("student", "teacher"):
+        write_byte_tokenizer(folder / name)
+    rows = [json.dumps({"prompt": "x" * length}) for length in (10, 20, 30)]
+    (folder / "prompts.jsonl").write_text("\n".join(rows))
+    return Recipe(
+        student=ModelConfig(hf_path=str(folder / "student"), params_dtype="fp32"),
+        teacher=ModelConfig(hf_path=str(folder / "teacher"), params_dtype="bf16"),
+        data=DataConfig(
+            path=str(folder / "prompts.jsonl"), max_prompt_length=64, chat_template="never"
+        ),
+        prefix=PrefixConfig("anchored", 9, 75),
+        train=TrainConfig(steps=20, global_batch_size=32, micro_batch_size=4),
+    )
+
+
+def laid_out(
+    recipe: Recipe, student: tuple[int, int], teacher: tuple[int, int], world: int = 0
+) -> ValidRun:
+    def over(model: ModelConfig, sizes: tuple[int, int]) -> ModelConfig:
+        tp, pp = sizes
+        return replace(model, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+
+    return validate(
+        replace(
+            recipe,
+            student=over(recipe.student, student),
+            teacher=over(recipe.teacher, teacher),
+            run=replace(recipe.run, world_size=world),
+        )
+    )
+
+
+def elements(path: str) -> int:
+    total = 0
+    for entry in read_hf_folder(path, "student").tensors.values():
+        size = 1
+        for side in entry.shape:
+            size *= side
+        total += size
+    return total
+
+
+@pytest.mark.parametrize(("tp", "dp", "pp"), list(product((1, 2), (1, 2, 3), (1, 2))))
+def test_groups_split_the_world_with_tensor_parallel_neighbours(tp: int, dp: int, pp: int) -> None:
+    layout = Layout(tp=tp, dp=dp, pp=pp)
+    groups = rank_groups(layout)
+    for kind, size in (("tp", tp), ("dp", dp), ("pp", pp)):
+        assert {len(group) for group in groups[kind]} == {size}
+        assert sorted(rank for group in groups[kind] for rank in group) == list(range(tp * dp * pp))
+    strides = {"tp": 1, "dp": tp, "pp": tp * dp}
+    for kind, stride in strides.items():
+        for group in groups[kind]:
+            assert group == tuple(range(group[0], group[0] + stride * len(group), stride))
+
+
+def test_one_rank_holds_every_parameter_of_the_folder(recipe: Recipe) -> None:
+    plan = make_plan(laid_out(recipe, (1, 1), (1, 1)))
+    rank = plan.ranks[0]
+    student = elements(recipe.student.hf_path)
+    assert plan.student.parameters == student
+    # Padded to 272 rows of 64: seven more than the vocabulary has.
+    assert rank.student_parameters == student + 7 * 64
+    assert rank.student_weights == rank.student_gradients == 4 * rank.student_parameters
+    assert rank.student_optimizer == 8 * rank.student_parameters
+    # The teacher's trunk has no head: untied, 272 rows of 64 in bf16.
+    assert rank.teacher_weights == 2 * (elements(recipe.teacher.hf_path) - 272 * 64)
+    assert rank.teacher_head == 2 * 272 * 64
+    assert rank.total == (
+        rank.student_weights
+        + rank.student_gradients
+        + rank.student_optimizer
+        + rank.teacher_weights
+        + rank.teacher_head
+    )
+
+
+def test_tensor_parallel_ranks_share_all_but_norms(recipe: Recipe) -> None:
+    whole = make_plan(laid_out(recipe, (1, 1), (1, 1))).ranks[0]
+    halves = make_plan(laid_out(recipe, (2, 1), (1, 1))).ranks
+    norms = 2 * (2 * 64 + 2 * 16) + 64  # two layers of two norms and qk-norms, and the last
+    assert [rank.student_parameters for rank in halves] == [
+        (whole.student_parameters - norms) // 2 + norms
+    ] * 2
+    assert [rank.teacher_head for rank in halves] == [whole.teacher_head // 2] * 2
+
+
+def test_pipeline_stages_sum_up_with_the_tied_head_copied(recipe: Recipe) -> None:
+    whole = make_plan(laid_out(recipe, (1, 1), (1, 1)))
+    stages = make_plan(laid_out(recipe, (1, 2), (1, 2)))
+    together = sum(rank.student_parameters for rank in stages.ranks)
+    assert together == whole.ranks[0].student_parameters + 272 * 64
+    assert [rank.teacher_head for rank in stages.ranks] == [0, whole.ranks[0].teacher_head]
+    teachers = sum(rank.teacher_weights for rank in stages.ranks)
+    assert teachers == whole.ranks[0].teacher_weights
+    assert stages.teacher.layers_by_stage == (2, 1)
+
+
+@pytest.mark.parametrize(("dtype", "moments"), [("fp32", 8), ("bf16", 12)])
+def test_the_distributed_optimizer_shares_its_state(
+    recipe: Recipe, dtype: str, moments: int
+) -> None:
+    recipe = replace(recipe, student=replace(recipe.student, params_dtype=dtype))
+    sharing = make_plan(laid_out(recipe, (1, 1), (1, 1), world=4)).ranks[0]
+    alone = replace(recipe, optimizer=OptimizerConfig(use_distributed_optimizer=False))
+    keeping = make_plan(laid_out(alone, (1, 1), (1, 1), world=4)).ranks[0]
+    assert keeping.student_optimizer == moments * keeping.student_parameters
+    assert sharing.student_optimizer == moments * -(-sharing.student_parameters // 4)
+    assert sharing.student_weights == keeping.student_weights
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tp", "padded"), [(46, 1, 48), (46, 2, 48), (46, 4, 64), (151936, 8, 151936)]
+)
+def test_vocabulary_is_padded_to_eight_rows_a_shard(vocab: int, tp: int, padded: int) -> None:
+    assert padded_vocab_size(vocab, tp) == padded
+
+
+def test_costs_are_the_policys_steps_one_by_one(recipe: Recipe) -> None:
+    run = laid_out(recipe, (1, 1), (1, 1))
+    cost = make_plan(run, prompt_lengths=[10, 20, 30]).cost
+    shapes = model_shape(run.student.hf.config), model_shape(run.teacher.hf.config)
+    lengths = [75 if step % 8 == 7 else 9 for step in range(20)]
+    steps = [step_flops(*shapes, [(20, length)] * 32) for length in lengths]
+    full = step_flops(*shapes, [(20, 75)] * 32 * 20)
+    assert cost.run.flops.total == pytest.approx(sum(step.total for step in steps), rel=1e-12)
+    assert cost.run.flops_full.total == pytest.approx(full.total, rel=1e-12)
+    assert cost.run.ratio == pytest.approx(sum(s.total for s in steps) / full.total, rel=1e-12)
+    assert cost.run.prefix_tokens == 32 * sum(lengths)
+    assert (cost.run.full_tokens, cost.run.prompt_tokens) == (32 * 20 * 75, 32 * 20 * 20)
+    assert (cost.shortest_prefix, cost.longest_prefix, cost.microbatches_a_replica) == (9, 75, 8)
+    assert cost.mean_step_flops == cost.run.flops.total / 20
+
+
+def test_a_policy_that_moves_with_the_data_is_said_to(recipe: Recipe) -> None:
+    adaptive = replace(recipe, prefix=PrefixConfig("adaptive", 9, 75))
+    cost = make_plan(laid_out(adaptive, (1, 1), (1, 1))).cost
+    assert not cost.lengths_known
+    assert (cost.shortest_prefix, cost.longest_prefix) == (9, 9)
+    assert make_plan(laid_out(recipe, (1, 1), (1, 1))).cost.lengths_known
+
+
+def test_prompt_lengths_come_from_the_data_where_it_is_here(recipe: Recipe) -> None:
+    run = laid_out(recipe, (1, 1), (1, 1))
+    lengths = first_prompt_lengths(run)
+    assert set(lengths) == {10, 20, 30}
+    elsewhere = replace(run, recipe=replace(recipe, data=replace(recipe.data, path="some/hub-id")))
+    assert first_prompt_lengths(elsewhere) == []
+    cost = make_plan(elsewhere).cost
+    assert cost.prompt_tokens == 64
+    assert "upper bound" in cost.prompt_tokens_from
+
+
+def test_json_is_exact_and_tables_name_every_rank(recipe: Recipe) -> None:
+    plan = make_plan(laid_out(recipe, (2, 1), (1, 2)))
+    told = json.loads(plan_json(plan))
+    assert told["cost"]["run"]["flops"]["total"] == plan.cost.run.flops.total
+    assert told["cost"]["run"]["ratio"] == plan.cost.run.ratio
+    assert [rank["total"] for rank in told["ranks"]] == [rank.total for rank in plan.ranks]
+    assert told["teacher"]["groups"]["pp"] == [[0, 1]]
+    assert told["recipe"]["prefix"]["policy"] == "anchored"
+    text = io.StringIO()
+    print_plan(plan, Console(file=text, width=100))
+    shown = text.getvalue()
+    assert "[0,1]" in shown and "265, 272" in shown
+    assert f"{plan.cost.run.ratio:.3f}" in shown
+
+
+def test_a_large_world_is_cut_short_in_the_table_alone(recipe: Recipe) -> None:
+    big = replace(recipe, train=replace(recipe.train, global_batch_size=96))
+    plan = make_plan(laid_out(big, (1, 1), (1, 1), world=24))
+    text = io.StringIO()
+    print_plan(plan, Console(file=text, width=100))
+    assert "and 8 more ranks" in text.getvalue()
+    assert len(json.loads(plan_json(plan))["ranks"]) == 24
