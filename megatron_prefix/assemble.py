@@ -39,7 +39,7 @@ from megatron_prefix.sources import ReplaySource, ServerSource
 from megatron_prefix.teacher import ColocatedTeacher
 from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
 from megatron_prefix.trainer import Parts, Publisher, Trainer
-from megatron_prefix.types import Prompt, Rollout
+from megatron_prefix.types import Prompt, Rollout, TeacherHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,26 +59,29 @@ def assemble(
         student = _model(recipe, "student")
         teacher = _model(recipe, "teacher")
         groups = student.groups
-        head = None
-        if groups.is_last_stage:
-            vocab = student.hf.shape.vocab_size
-            head = head_shard(teacher, student.vocab_rows, groups.tp_rank, vocab).to(device)
         trainable = make_trainable(student, recipe.optimizer, recipe.train.steps)
         yield Trainer(
             recipe,
             Parts(
                 student=trainable,
                 teacher=ColocatedTeacher(teacher, groups.layout, device),
-                teacher_head=head,
+                teacher_head=_teacher_head(student, teacher, device),
                 publisher=_publisher(recipe, student, endpoints, folder, stack),
                 checkpointer=Checkpointer(folder / "checkpoints", trainable, recipe.checkpoint),
                 conductor=_conductor(recipe, folder, endpoints, stop_requested, stack),
-                host_group=dist.new_group(backend="gloo"),
+                host_group=_host_group(),
                 device=device,
                 export_folder=folder / "hf",
                 token_multiple=token_multiple(recipe),
             ),
         )
+
+
+def _host_group() -> dist.ProcessGroup:
+    """All ranks over gloo, whatever carries the tensors: orders live on the host."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group
 
 
 def _device() -> torch.device:
@@ -94,6 +97,17 @@ def _model(recipe: Recipe, owner: str) -> MegatronModel:
     model = build_model(config, hf, groups, owner=owner, with_head=owner == "student")
     load_hf_weights(model)
     return model
+
+
+def _teacher_head(
+    student: MegatronModel, teacher: MegatronModel, device: torch.device
+) -> TeacherHead | None:
+    if not student.groups.is_last_stage:
+        return None
+    # One tokenizer may be padded to two sizes: rows past the smaller are no tokens.
+    vocab = min(student.hf.shape.vocab_size, teacher.hf.shape.vocab_size)
+    weight = head_shard(teacher, student.vocab_rows, student.groups.tp_rank, vocab)
+    return TeacherHead(weight.to(device), vocab)
 
 
 def token_multiple(recipe: Recipe) -> int:

@@ -104,7 +104,7 @@ def open_source(data: DataConfig, section: str = "data") -> RowSource:
     """
     if not data.path:
         raise ValueError(f"{section}.path is empty; give a .jsonl/.json/.parquet file or a hub id")
-    with _one_line_errors(section, data.path):
+    with _one_line_errors(section, data.path), _quiet_datasets():
         loaded = _load(data, section)
     source: RowSource
     if data.streaming:
@@ -150,16 +150,9 @@ def _names_a_file(path: str) -> bool:
 
 @contextmanager
 def _one_line_errors(section: str, path: str) -> Iterator[None]:
-    """Turns what ``datasets`` raises into a ValueError of one line; keeps its own noise down."""
-    import datasets
+    """Turns what ``datasets`` raises into a ValueError of one line."""
     from datasets.exceptions import DatasetsError
 
-    verbosity, bars = (
-        datasets.logging.get_verbosity(),
-        datasets.are_progress_bars_disabled(),
-    )
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
     try:
         yield
     except StopIteration as error:
@@ -167,6 +160,18 @@ def _one_line_errors(section: str, path: str) -> Iterator[None]:
     except (OSError, ValueError, DatasetsError) as error:
         reason = _broken_json(Path(path).expanduser()) or _in_one_line(error)
         raise ValueError(f"{section}.path={path}: {reason}") from error
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Holds back the bars and log lines of ``datasets``: what matters of them is in our errors."""
+    import datasets
+
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
     finally:
         datasets.logging.set_verbosity(verbosity)
         if not bars:

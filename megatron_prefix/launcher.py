@@ -132,7 +132,7 @@ def _watch(
         if failed:
             return _end_all(ranks, f"rank {failed[0]} ended with exit code {codes[failed[0]]}")
         if None not in codes:
-            return max(codes, default=DONE)
+            return SAVED if SAVED in codes else DONE
         dead = [server for server in servers if server.exit_code() is not None]
         if dead:
             return _end_all(ranks, _last_words(dead[0]))

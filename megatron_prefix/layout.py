@@ -1,7 +1,8 @@
 """Where each rank stands in a model's grid: pure arithmetic, no torch.
 
 Megatron's rank order "tp-cp-ep-dp-pp": tensor-parallel neighbours are next to each other,
-pipeline stages are furthest apart.
+pipeline stages are furthest apart. The experts of a mixture see the same ranks of a stage as a grid
+of their own: expert tensor parallel, expert parallel, expert data parallel.
 """
 
 import math
@@ -9,18 +10,32 @@ from dataclasses import dataclass
 
 from megatron_prefix.config import ModelConfig
 
+# Rows of a vocabulary shard are a multiple of this: 16 bytes in bf16, what tensor cores want.
+VOCAB_ALIGNMENT = 8
+
 
 @dataclass(frozen=True)
 class Layout:
-    """One model's grid over ``tp * dp * pp`` ranks."""
+    """One model's grid over ``tp * dp * pp`` ranks; a stage's ``tp * dp`` ranks are also
+    ``expert_tp * ep * expert_dp``."""
 
     tp: int
     dp: int
     pp: int
+    ep: int = 1
+    etp: int = 0  # tensor parallel of the experts; 0: as tp
 
     @property
     def world_size(self) -> int:
         return self.tp * self.dp * self.pp
+
+    @property
+    def expert_tp(self) -> int:
+        return self.etp or self.tp
+
+    @property
+    def expert_dp(self) -> int:
+        return self.tp * self.dp // (self.expert_tp * self.ep)
 
     def rank(self, tp: int, dp: int, pp: int) -> int:
         return tp + self.tp * (dp + self.dp * pp)
@@ -28,6 +43,11 @@ class Layout:
     def coordinates(self, rank: int) -> tuple[int, int, int]:
         """(tp, dp, pp) of a global rank."""
         return rank % self.tp, rank // self.tp % self.dp, rank // (self.tp * self.dp)
+
+    def expert_coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(expert tp, ep, expert dp) of a global rank within its pipeline stage."""
+        inside, tp = rank % (self.tp * self.dp), self.expert_tp
+        return inside % tp, inside // tp % self.ep, inside // (tp * self.ep)
 
     def last_stage(self, dp: int) -> tuple[int, ...]:
         """Global ranks of the last pipeline stage of one replica, in tensor-parallel order."""
@@ -43,11 +63,34 @@ def model_layout(model: ModelConfig, world_size: int) -> Layout:
             f"{model.tensor_model_parallel_size}*{model.pipeline_model_parallel_size}; "
             f"start {math.ceil(world_size / per_replica) * per_replica} ranks"
         )
-    return Layout(
+    layout = Layout(
         tp=model.tensor_model_parallel_size,
         dp=world_size // per_replica,
         pp=model.pipeline_model_parallel_size,
+        ep=model.expert_model_parallel_size,
+        etp=model.expert_tensor_parallel_size,
     )
+    if layout.tp * layout.dp % (layout.expert_tp * layout.ep):
+        least = least_world_size(model)
+        raise ValueError(
+            f"world size {world_size}: the {layout.tp * layout.dp} ranks of a pipeline stage are "
+            f"no multiple of expert tensor*expert parallel = {layout.expert_tp}*{layout.ep}; "
+            f"start {math.ceil(world_size / least) * least} ranks"
+        )
+    return layout
+
+
+def least_world_size(model: ModelConfig) -> int:
+    """The least ranks that hold ``model``; every world that holds it is a multiple of this."""
+    tp = model.tensor_model_parallel_size
+    experts = (model.expert_tensor_parallel_size or tp) * model.expert_model_parallel_size
+    return math.lcm(tp, experts) * model.pipeline_model_parallel_size
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Vocabulary rows over all tensor-parallel shards, each a multiple of VOCAB_ALIGNMENT."""
+    multiple = VOCAB_ALIGNMENT * tp
+    return -(-vocab_size // multiple) * multiple
 
 
 def layers_by_stage(num_layers: int, pp: int, first: int = 0) -> tuple[int, ...]:

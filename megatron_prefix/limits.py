@@ -63,6 +63,8 @@ RANGES: dict[str, Range] = {
             "tensor_model_parallel_size": _COUNT,
             "pipeline_model_parallel_size": _COUNT,
             "num_layers_in_first_pipeline_stage": _NOT_NEGATIVE,
+            "expert_model_parallel_size": _COUNT,
+            "expert_tensor_parallel_size": _NOT_NEGATIVE,
         }.items()
     },
     "data.max_prompt_length": _COUNT,

@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.layout import Layout
+from megatron_prefix.layout import Layout, padded_vocab_size
 from megatron_prefix.prefix import ModelShape, StepCost, build_policy, model_shape, step_flops
 from megatron_prefix.prefix.policy import ScheduledPolicy
 from megatron_prefix.preflight import open_prompts
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from megatron_prefix.mcore.hf_map.units import Unit
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-VOCAB_ALIGNMENT = 8  # rows of a vocabulary shard, as mcore/model.py pads them
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 PROMPTS_LOOKED_AT = 256
 
@@ -109,12 +108,6 @@ def make_plan(run: ValidRun, prompt_lengths: Sequence[int] = ()) -> Plan:
         ranks=tuple(_plan_rank(run, rank) for rank in range(run.world_size)),
         cost=_plan_cost(run, prompt_lengths),
     )
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Vocabulary rows over all tensor-parallel shards, each a multiple of VOCAB_ALIGNMENT."""
-    multiple = VOCAB_ALIGNMENT * tp
-    return -(-vocab_size // multiple) * multiple
 
 
 def rank_groups(layout: Layout) -> dict[str, tuple[tuple[int, ...], ...]]:

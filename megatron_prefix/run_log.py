@@ -209,9 +209,10 @@ def setup_logging(folder: Path, rank: int, console: Console | None = None) -> No
     """Sends logging to ``folder/logs/rank_<rank>.log`` and, on rank 0, to the console.
 
     Every record names its rank. The file holds this package's records from DEBUG on, the console
-    from INFO on; of other packages both hold warnings and errors. The console is rich's own unless
-    one is given, as in :class:`RunLog`: only then do records land above the progress bar. Called
-    again, it replaces the handlers of its last call.
+    from INFO on; of other packages both hold warnings and errors, and the file holds what goes
+    through ``warnings``. The console is rich's own unless one is given, as in :class:`RunLog`:
+    records land above the progress bar where both have the same. Called again, it replaces the
+    handlers of its last call.
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -242,7 +243,13 @@ def _console_handler(console: Console, formatter: logging.Formatter) -> logging.
         handler = logging.StreamHandler(console.file)
     handler.setFormatter(formatter)
     handler.setLevel(logging.INFO)
+    handler.addFilter(_is_no_python_warning)
     return handler
+
+
+def _is_no_python_warning(record: logging.LogRecord) -> bool:
+    """Libraries' warnings at import are for the file: they would bury what a run has to say."""
+    return record.name != "py.warnings"
 
 
 def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:

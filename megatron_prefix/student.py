@@ -12,7 +12,7 @@ from megatron_prefix.config import LossConfig
 from megatron_prefix.loss import prefix_divergence
 from megatron_prefix.mcore.optimizer import TrainableStudent
 from megatron_prefix.mcore.schedule import run_schedule
-from megatron_prefix.types import PrefixBatch, TeacherTargets
+from megatron_prefix.types import PrefixBatch, TeacherHead, TeacherTargets
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ def forward_backward(
     student: TrainableStudent,
     batches: Sequence[PrefixBatch],
     targets: Sequence[TeacherTargets],
-    teacher_head: Tensor | None,
+    teacher_head: TeacherHead | None,
     loss: LossConfig,
     prefix_length: int,
 ) -> PrefixSums:
     """Gradients of this rank's microbatches, reduced over data-parallel ranks, in ``main_grad``.
 
-    ``targets`` and ``teacher_head`` [V/tp, d_t] are given on the last stage alone. Collective.
+    ``targets`` and ``teacher_head`` are given on the last stage alone. Collective.
     """
     model = student.model
     device = batches[0].input_ids.device
@@ -84,17 +84,18 @@ def forward_backward(
             hidden,
             head,
             next(waiting).hidden,
-            teacher_head,
+            teacher_head.weight,
             batch.token_weight,
             divergence=loss.divergence,
             beta=loss.beta,
             temperature=loss.temperature,
-            vocab_size=model.hf.shape.vocab_size,
+            vocab_size=teacher_head.vocab_size,
             tp_group=model.groups.pg.tp,
             chunk_size=loss.chunk_size or None,
             sequence_parallel=model.config.sequence_parallel,
             labels=batch.labels,
         )
+        assert result.label_logprobs is not None
         seen.add(batch, result.loss.detach(), result.kl, result.label_logprobs)
         return result.loss
 

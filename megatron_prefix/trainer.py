@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_prefix.batch import pack, plan_microbatches
 from megatron_prefix.conductor import Conductor
@@ -20,7 +19,7 @@ from megatron_prefix.orders import Order, share_order
 from megatron_prefix.phases import Phases
 from megatron_prefix.student import PrefixSums, forward_backward
 from megatron_prefix.teacher import Teacher
-from megatron_prefix.types import StepMetrics
+from megatron_prefix.types import StepMetrics, TeacherHead
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class Parts:
 
     student: TrainableStudent
     teacher: Teacher
-    teacher_head: Tensor | None  # [V/tp, d_t], on the student's last stage
+    teacher_head: TeacherHead | None  # on the student's last stage
     publisher: Publisher
     checkpointer: Checkpointer
     conductor: Conductor | None  # on rank 0

@@ -60,6 +60,14 @@ class TeacherTargets:
 
 
 @dataclass(frozen=True)
+class TeacherHead:
+    """The teacher's LM head in the student's vocabulary shards, held once."""
+
+    weight: "torch.Tensor"  # [V/tp, d_t]; zeros past the vocabulary
+    vocab_size: int  # tokens that both models know: the smaller of their two vocabularies
+
+
+@dataclass(frozen=True)
 class Flops:
     """FLOPs by part; a multiply-add is two."""
 

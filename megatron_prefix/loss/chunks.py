@@ -42,7 +42,7 @@ def _run_on_one_rank(work: Work, student: Tensor, teacher: Tensor) -> None:
         work.teacher_logits(positions, y)
         labels = work.label_columns(positions, x)
         token_weight = task.token_weight[positions] if work.differentiates else None
-        rows = work.kernels.one_rank(x, y, token_weight, task.divergence)
+        rows = work.kernels.one_rank(x, y, token_weight, task.divergence, work.student_weight.dtype)
         work.kl[positions] = rows.values
         work.set_label_logprobs(positions, torch.cat((rows.statistics, labels), 1)[None])
         if work.differentiates:
@@ -106,8 +106,8 @@ class _Chunk:
         if work.differentiates:
             weight = task.token_weight[positions]
             factors = gradient_factors(self._merged, sums, weight, task.divergence)
-            buffers = self._student, self._teacher
-            gradient = work.kernels.logit_gradient(*buffers, *factors, task.divergence)
+            settings = factors, task.divergence, work.student_weight.dtype
+            gradient = work.kernels.logit_gradient(self._student, self._teacher, *settings)
             work.backpropagate(positions, gradient)
 
 

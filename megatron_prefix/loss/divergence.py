@@ -36,6 +36,9 @@ class Divergence:
 
     @property
     def teacher_log_odds(self) -> float:
+        """logit(beta); 0 where beta has no meaning."""
+        if self.name != "jsd":
+            return 0.0
         return math.log(self.beta) - math.log1p(-self.beta)
 
 
@@ -43,17 +46,35 @@ class Divergence:
 class Merged:
     """Whole-vocabulary statistics as this rank uses them; every field fp64 [C]."""
 
-    max_s: Tensor
     sum_s: Tensor  # S
     sum_t: Tensor  # T
     cross: Tensor  # X
+    own_max_s: Tensor  # of this rank's shard
+    own_max_t: Tensor
     scale_s: Tensor  # exp(own m_s - m_s) / S: own exp(x - m_s) times it is p_s
     scale_t: Tensor
     shift: Tensor  # added to this rank's own delta gives delta
+    offset: Tensor  # a = (y - own m_t) - (x - own m_s) + offset; of jsd
 
     @property
     def log_ratio(self) -> Tensor:
         return self.sum_s.log() - self.sum_t.log()
+
+
+@dataclass(frozen=True)
+class GradientFactors:
+    """What a token's logit gradient takes, with this rank's exponentials e_s and e_t;
+    every field fp32 [C].
+
+    reverse: e_s (own delta + second) first; forward: e_s first - e_t second;
+    jsd: e_s (softplus(a) + second) first.
+    """
+
+    first: Tensor
+    second: Tensor
+    max_s: Tensor  # these for kernels that keep raw logits until the gradient
+    max_t: Tensor
+    offset: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,10 +95,9 @@ def empty_statistics(logits: Tensor) -> Tensor:
 
 def merge_statistics(gathered: Tensor, rank: int, divergence: Divergence) -> Merged:
     """``gathered`` fp64 [R, C, >=5] in rank order, the same on all ranks."""
-    max_s, max_t = gathered[..., MAX_S].amax(0), gathered[..., MAX_T].amax(0)
-    above_s, above_t = gathered[..., MAX_S] - max_s, gathered[..., MAX_T] - max_t
-    own_s, own_t = above_s.exp(), above_t.exp()
-    shift = above_s - above_t
+    above_s = gathered[..., MAX_S] - gathered[..., MAX_S].amax(0)
+    above_t = gathered[..., MAX_T] - gathered[..., MAX_T].amax(0)
+    own_s, own_t, shift = above_s.exp(), above_t.exp(), above_s - above_t
     if divergence.name == "reverse_kl":
         cross = own_s * (gathered[..., CROSS] + gathered[..., SUM_S] * shift)
     else:
@@ -85,13 +105,15 @@ def merge_statistics(gathered: Tensor, rank: int, divergence: Divergence) -> Mer
     sum_s = (own_s * gathered[..., SUM_S]).sum(0)
     sum_t = (own_t * gathered[..., SUM_T]).sum(0)
     return Merged(
-        max_s=max_s,
         sum_s=sum_s,
         sum_t=sum_t,
         cross=cross.sum(0),
+        own_max_s=gathered[rank, :, MAX_S],
+        own_max_t=gathered[rank, :, MAX_T],
         scale_s=own_s[rank] / sum_s,
         scale_t=own_t[rank] / sum_t,
         shift=shift[rank],
+        offset=sum_s.log() - sum_t.log() - shift[rank] + divergence.teacher_log_odds,
     )
 
 
@@ -105,27 +127,21 @@ def token_values(merged: Merged, mixture: Tensor | None, divergence: Divergence)
     return mixture[:, 1]
 
 
-def mixture_offset(merged: Merged, divergence: Divergence) -> Tensor:
-    """fp64 [C]: a = (y - own m_t) - (x - own m_s) + offset, for jsd."""
-    return merged.log_ratio - merged.shift + divergence.teacher_log_odds
-
-
 def gradient_factors(
     merged: Merged, mixture: Tensor | None, token_weight: Tensor, divergence: Divergence
-) -> tuple[Tensor, Tensor]:
-    """The two fp32 [C] numbers a token that ``logit_gradient`` of the kernels takes.
-
-    reverse: gradient = e_s first (delta_own + second); forward: e_s first - e_t second;
-    jsd: p_s softplus(a) first + p_s second, where e_s, e_t are this rank's own exponentials.
-    """
+) -> GradientFactors:
+    """``mixture`` as for :func:`token_values`; ``token_weight`` fp32 [C]."""
     weight = token_weight.double() / divergence.temperature
+    first, second = merged.scale_s * weight, merged.scale_t * weight
     if divergence.name == "reverse_kl":
-        first = merged.scale_s * weight
         second = merged.shift - merged.cross / merged.sum_s
-    elif divergence.name == "forward_kl":
-        first, second = merged.scale_s * weight, merged.scale_t * weight
-    else:
+    elif divergence.name == "jsd":
         assert mixture is not None
-        first = -(1 - divergence.beta) * weight
-        second = -mixture[:, 0]
-    return first.float(), second.float()
+        first, second = -(1 - divergence.beta) * first, -mixture[:, 0]
+    return GradientFactors(
+        first=first.float(),
+        second=second.float(),
+        max_s=merged.own_max_s.float(),
+        max_t=merged.own_max_t.float(),
+        offset=merged.offset.float(),
+    )

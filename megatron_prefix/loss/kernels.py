@@ -1,20 +1,59 @@
-"""Which elementwise kernels a device gets."""
+"""What elementwise kernels do for the loss; ``torch_kernels``, ``native_kernels`` (C++) and
+``triton_kernels`` are three ways to do it, ``backends`` chooses.
 
-from typing import Protocol
+Legend: C positions of a chunk, V this rank's real vocabulary rows (0 is possible); see
+``divergence.py`` for the symbols.
+"""
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from megatron_prefix.loss import native_kernels, torch_kernels
-from megatron_prefix.loss.divergence import Divergence, Merged, WholeRows
+from megatron_prefix.loss.divergence import (
+    Divergence,
+    GradientFactors,
+    Merged,
+    WholeRows,
+    gradient_factors,
+    merge_statistics,
+    token_values,
+)
 
 
-class Kernels(Protocol):
-    """The passes over a chunk's logits, fp32 [C, V] each, contiguous.
+class Kernels(ABC):
+    """The passes over a chunk's logits: ``student`` and ``teacher`` are contiguous fp32 [C, V].
 
-    What a pass leaves in the two buffers is for the next pass of the same kernels alone. V may
-    be 0, but not for ``one_rank``. ``torch_kernels`` documents the values.
+    They come raw to the first pass; what a pass leaves in them is for the next pass of the same
+    kernels alone.
     """
+
+    @abstractmethod
+    def statistics(self, student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
+        """This rank's ``m_s, S, m_t, T, X`` of each token, fp64 [C, 5]."""
+
+    @abstractmethod
+    def mixture(
+        self, student: Tensor, teacher: Tensor, merged: Merged, divergence: Divergence
+    ) -> Tensor:
+        """This rank's share of K and of the divergence, fp64 [C, 2], for jsd alone.
+
+        With a = ln p_t - ln p_s + logit(beta) and sp = softplus, K = sum p_s sp(a) and the value
+        is -(1-beta) sum p_s (sp(a) + ln(1-beta)) - beta sum p_t (sp(-a) + ln(beta)): both
+        brackets vanish where the two agree, and sp keeps its digits where they are far apart.
+        """
+
+    @abstractmethod
+    def logit_gradient(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        factors: GradientFactors,
+        divergence: Divergence,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The gradient to the student's raw logits [C, V], in ``student`` itself or in a new
+        tensor; in fp32 or, if that saves work, in ``dtype``, which the GEMMs will take."""
 
     def one_rank(
         self,
@@ -22,25 +61,19 @@ class Kernels(Protocol):
         teacher: Tensor,
         token_weight: Tensor | None,
         divergence: Divergence,
-    ) -> WholeRows: ...
+        dtype: torch.dtype,
+    ) -> WholeRows:
+        """All passes, where this rank holds the whole vocabulary (V > 0).
 
-    def statistics(self, student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor: ...
-
-    def mixture(
-        self, student: Tensor, teacher: Tensor, merged: Merged, divergence: Divergence
-    ) -> Tensor: ...
-
-    def logit_gradient(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        first: Tensor,
-        second: Tensor,
-        divergence: Divergence,
-    ) -> Tensor: ...
-
-
-def kernels_for(device: torch.device) -> Kernels:
-    if device.type == "cpu" and native_kernels.library() is not None:
-        return native_kernels
-    return torch_kernels
+        ``token_weight`` fp32 [C], or None where no gradient is wanted.
+        """
+        statistics = self.statistics(student, teacher, divergence)
+        merged = merge_statistics(statistics[None], 0, divergence)
+        sums = None
+        if divergence.name == "jsd":
+            sums = self.mixture(student, teacher, merged, divergence)
+        gradient = student
+        if token_weight is not None:
+            factors = gradient_factors(merged, sums, token_weight, divergence)
+            gradient = self.logit_gradient(student, teacher, factors, divergence, dtype)
+        return WholeRows(statistics, token_values(merged, sums, divergence), gradient)

@@ -171,13 +171,14 @@ void row_mixture(float* x, float* y, int64_t n, float scale_s, float scale_t, fl
   RowSum softplus_sum, from_student, from_teacher;
   auto pass = [&](int which, Vec& a, Vec& b) {
     const Vec log_odds = (b - a) + offset, zero = splat(0.f);
-    const Vec p_s = exp_nonpositive(a) * scale_s, p_t = exp_nonpositive(b) * scale_t;
+    const Vec exp_s = exp_nonpositive(a), p_s = exp_s * scale_s;
+    const Vec p_t = exp_nonpositive(b) * scale_t;
     const Vec common = log1p_unit(exp_nonpositive(-larger(log_odds, -log_odds)));
     const Vec softplus = larger(zero, log_odds) + common;
     softplus_sum.add(which, p_s * softplus);
     from_student.add(which, p_s * (softplus + log_rest));
     from_teacher.add(which, p_t * (larger(zero, -log_odds) + common + log_beta));
-    a = p_s;
+    a = exp_s;
     b = softplus;
   };
   walk<true>(x, y, n, -1000.f, -1000.f, pass, [&] {
@@ -214,7 +215,7 @@ void whole_row(float* x, float* y, int64_t n, float inverse_temperature, float b
     double mixture[2];
     const double log_odds = std::log(beta) - std::log1p(-beta);
     row_mixture(x, y, n, 1 / sum_s, 1 / sum_t, log_ratio + log_odds, beta, mixture);
-    first = -(1.0 - beta) * factor;
+    first = -(1.0 - beta) * factor / sum_s;
     second = -mixture[0];
     *value = mixture[1];
   }

@@ -1,4 +1,4 @@
-"""The elementwise passes of a chunk in C++, for the CPU; the contract of ``torch_kernels``.
+"""The elementwise passes of a chunk in C++, for the CPU; the contract of ``kernels.Kernels``.
 
 The library is compiled for this machine's processor at its first use, in half a second, with
 whatever C++ compiler there is, and cached in the user's cache folder. Without a compiler
@@ -22,11 +22,12 @@ from torch import Tensor
 from megatron_prefix.loss.divergence import (
     MIXTURE_STATISTICS,
     Divergence,
+    GradientFactors,
     Merged,
     WholeRows,
     empty_statistics,
-    mixture_offset,
 )
+from megatron_prefix.loss.kernels import Kernels
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # GCC contracts a * b + c into one rounding by default; Clang needs to be told.
@@ -82,61 +83,50 @@ def _compile(compiler: str, path: Path) -> None:
         os.replace(built, path)
 
 
-def one_rank(
-    student: Tensor, teacher: Tensor, token_weight: Tensor | None, divergence: Divergence
-) -> WholeRows:
-    """See ``torch_kernels.one_rank``."""
-    statistics = empty_statistics(student)
-    values = torch.empty(student.shape[0], dtype=torch.float64)
-    _call(
-        "one_rank",
-        student,
-        teacher,
-        *_settings(divergence),
-        ctypes.c_float(divergence.beta),
-        ctypes.c_void_p(None) if token_weight is None else token_weight.contiguous(),
-        statistics,
-        values,
-    )
-    return WholeRows(statistics, values, student)
+class NativeKernels(Kernels):
+    """Only where ``library()`` is not None; it holds for both buffers what ``torch_kernels`` does."""
 
+    def one_rank(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        token_weight: Tensor | None,
+        divergence: Divergence,
+        dtype: torch.dtype,
+    ) -> WholeRows:
+        """Row by row through all passes, while the row is in cache."""
+        statistics = empty_statistics(student)
+        values = statistics.new_empty(student.shape[0])
+        weight = ctypes.c_void_p(None) if token_weight is None else token_weight.contiguous()
+        beta = ctypes.c_float(divergence.beta)
+        settings = *_settings(divergence), beta, weight
+        _call("one_rank", student, teacher, *settings, statistics, values)
+        return WholeRows(statistics, values, student)
 
-def statistics(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
-    """See ``torch_kernels.statistics``."""
-    result = empty_statistics(student)
-    _call(
-        "statistics",
-        student,
-        teacher,
-        *_settings(divergence),
-        result,
-    )
-    return result
+    def statistics(self, student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
+        result = empty_statistics(student)
+        _call("statistics", student, teacher, *_settings(divergence), result)
+        return result
 
+    def mixture(
+        self, student: Tensor, teacher: Tensor, merged: Merged, divergence: Divergence
+    ) -> Tensor:
+        result = torch.zeros((student.shape[0], MIXTURE_STATISTICS), dtype=torch.float64)
+        scales = merged.scale_s.float(), merged.scale_t.float(), merged.offset.float()
+        _call("mixture", student, teacher, *scales, ctypes.c_float(divergence.beta), result)
+        return result
 
-def mixture(student: Tensor, teacher: Tensor, merged: Merged, divergence: Divergence) -> Tensor:
-    """See ``torch_kernels.mixture``."""
-    result = torch.zeros((student.shape[0], MIXTURE_STATISTICS), dtype=torch.float64)
-    _call(
-        "mixture",
-        student,
-        teacher,
-        merged.scale_s.float(),
-        merged.scale_t.float(),
-        mixture_offset(merged, divergence).float(),
-        ctypes.c_float(divergence.beta),
-        result,
-    )
-    return result
-
-
-def logit_gradient(
-    student: Tensor, teacher: Tensor, first: Tensor, second: Tensor, divergence: Divergence
-) -> Tensor:
-    """See ``torch_kernels.logit_gradient``."""
-    kind = ctypes.c_int(_KINDS[divergence.name])
-    _call("logit_gradient", student, teacher, kind, first, second)
-    return student
+    def logit_gradient(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        factors: GradientFactors,
+        divergence: Divergence,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        kind = ctypes.c_int(_KINDS[divergence.name])
+        _call("logit_gradient", student, teacher, kind, factors.first, factors.second)
+        return student
 
 
 def _settings(divergence: Divergence) -> tuple[ctypes.c_int, ctypes.c_float]:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss import gemm
+from megatron_prefix.loss.backends import kernels_for
 from megatron_prefix.loss.buffers import zeros_fp32
 from megatron_prefix.loss.divergence import Divergence
-from megatron_prefix.loss.kernels import Kernels, kernels_for
+from megatron_prefix.loss.kernels import Kernels
 from megatron_prefix.loss.labels import label_columns, label_logprobs
 
 

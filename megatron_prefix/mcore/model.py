@@ -18,7 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_prefix.config import ModelConfig
-from megatron_prefix.layout import layers_by_stage
+from megatron_prefix.layout import layers_by_stage, padded_vocab_size
 from megatron_prefix.mcore.fp8 import fp8_settings
 from megatron_prefix.mcore.groups import ModelGroups
 from megatron_prefix.mcore.hf_map import HfModel
@@ -26,8 +26,6 @@ from megatron_prefix.mcore.local_spec import PackedRotaryEmbedding, local_block_
 from megatron_prefix.types import PrefixBatch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Rows of a vocabulary shard are a multiple of this: 16 bytes in bf16, what tensor cores want.
-VOCAB_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,6 @@ class MegatronModel:
         )
 
 
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    multiple = VOCAB_ALIGNMENT * tp
-    return -(-vocab_size // multiple) * multiple
-
-
 def uses_transformer_engine() -> bool:
     """By the machine, not by what imports: TE modules raise without CUDA even on the CPU."""
     found = importlib.util.find_spec("transformer_engine") is not None
@@ -64,7 +57,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's TransformerConfig. ``owner`` ("student", "teacher") is for error messages."""
     shape, dtype, te = hf.shape, DTYPES[model.params_dtype], uses_transformer_engine()
-    recompute = {}
+    recompute: dict[str, Any] = {}
     if model.recompute_granularity != "none":
         recompute["recompute_granularity"] = model.recompute_granularity
     if model.recompute_granularity == "full":
@@ -181,7 +174,7 @@ def forward_trunk(
     if isinstance(model.module.rotary_pos_emb, PackedRotaryEmbedding):
         model.module.rotary_pos_emb.position_ids = batch.position_ids
 
-    def at_prefix(*, hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any):
+    def at_prefix(*, hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Tensor:
         if model.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, group=model.groups.pg.tp

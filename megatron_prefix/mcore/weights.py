@@ -43,7 +43,7 @@ class HfReader:
 
 def _tensor_files(path: Path) -> dict[str, Path]:
     """The file of each tensor, from the files themselves (an index may be stale)."""
-    files = {}
+    files: dict[str, Path] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             files |= dict.fromkeys(opened.keys(), file)

@@ -1,9 +1,8 @@
 """SGLang server processes on this machine: start, watch, stop.
 
-No server outlives its trainer: it is stopped by :meth:`Server.stop`, and the kernel kills it when
-the process that started it dies in any other way (``guard.py``; SGLang's own children ask for the
-same of their parent). It is in a session of its own, so that a Ctrl-C in the terminal reaches the
-trainer alone, which then saves and stops it in order.
+No server outlives its trainer: it is stopped by :meth:`Server.stop`, and a guard (``guard.py``)
+kills it when the process that started it ends in any other way. It is in a session of its own, so
+that a Ctrl-C in the terminal reaches the trainer alone, which then saves and stops it in order.
 """
 
 import contextlib
@@ -54,7 +53,7 @@ class Server:
     """One running server. Made by :func:`start_server`."""
 
     endpoint: Endpoint
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes]  # its guard, which leads its process group
     log_path: Path
     log_start: int  # bytes of the log that earlier starts wrote
     scratch: tempfile.TemporaryDirectory[str]
@@ -65,18 +64,17 @@ class Server:
         return self.endpoint.url
 
     def exit_code(self) -> int | None:
-        """None while the process runs. Once it has ended, what it left in its group is killed."""
+        """None while the server runs; what its guard ended with once it does not."""
         code = self.process.poll()
         if code is not None and not self.swept:
             self._kill_group()
         return code
 
     def raise_if_dead(self) -> None:
-        """Raises ServerFailed with the log's last error lines where the process has ended."""
-        code = self.exit_code()
-        if code is not None:
+        """Raises ServerFailed with the log's last error lines where the server has ended."""
+        if self.exit_code() is not None:
             raise ServerFailed(
-                f"the SGLang server at {self.url} ended with exit code {code}; "
+                f"the SGLang server at {self.url} has ended; "
                 f"log: {self.log_path}; {last_errors(self.log_path, self.log_start)}"
             )
 
@@ -117,8 +115,7 @@ def start_server(
 
     ``params_dtype`` (bf16, fp32) is the student's, for ``rollout.dtype="auto"``; ``index`` tells
     servers of one machine apart (their GPUs and seeds); ``port`` 0 picks a free one. The log is
-    appended to. Call it from a thread that lives as long as the server is wanted: Linux takes the
-    end of the thread for the parent's death.
+    appended to.
 
     Raises ValueError where ``port`` is taken or ``model_path`` has no readable config.json.
     """
@@ -185,7 +182,7 @@ def _spawn(
 ) -> tuple[int, subprocess.Popen[bytes]]:
     """Start ``command`` under the guard; also the size of the log before it."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    guard = [sys.executable, str(_GUARD), str(os.getpid())]
+    guard = [sys.executable, "-I", str(_GUARD), str(os.getpid())]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # it shows the key
     with open(descriptor, "ab") as output:
         start = output.tell()

@@ -16,7 +16,7 @@ from megatron_prefix.mcore.optimizer import TrainableStudent, make_trainable
 from megatron_prefix.mcore.weights import head_shard, hf_buckets, load_hf_weights
 from megatron_prefix.student import forward_backward
 from megatron_prefix.teacher import ColocatedTeacher
-from megatron_prefix.types import Rollout
+from megatron_prefix.types import Rollout, TeacherHead
 
 CPU = torch.device("cpu")
 MICROBATCHES = 4
@@ -85,7 +85,7 @@ class World:
 
     student: TrainableStudent
     teacher: ColocatedTeacher
-    head: torch.Tensor | None
+    head: TeacherHead | None
 
     @classmethod
     def build(cls, case: Case, world_size: int) -> "World":
@@ -95,7 +95,8 @@ class World:
         groups, head = student.groups, None
         if groups.is_last_stage:
             vocab = student.hf.shape.vocab_size
-            head = head_shard(teacher, student.vocab_rows, groups.tp_rank, vocab)
+            weight = head_shard(teacher, student.vocab_rows, groups.tp_rank, vocab)
+            head = TeacherHead(weight, vocab)
         trainable = make_trainable(student, case.optimizer, 100)
         return cls(trainable, ColocatedTeacher(teacher, groups.layout, CPU), head)
 

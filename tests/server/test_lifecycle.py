@@ -116,15 +116,16 @@ def test_a_server_that_is_too_slow_is_named(model_folder: Path, tmp_path: Path) 
 
 
 def test_nothing_is_left_after_stop(server: Server, model_folder: Path, tmp_path: Path) -> None:
-    """Its scheduler and detokenizer are gone too; another server is not touched."""
+    """Its scheduler and detokenizer are gone too, though SGLang does not look after them yet at
+    this point of their start; another server is not touched."""
     other = start_server(model_folder, CPU, params_dtype="fp32", log_path=tmp_path / "log")
     main = psutil.Process(other.process.pid)
-    assert wait_until(lambda: len(main.children(recursive=True)) >= 2), last_errors(other.log_path)
+    assert wait_until(lambda: len(main.children(recursive=True)) >= 3), last_errors(other.log_path)
     family = [main, *main.children(recursive=True)]
     other.stop()
     assert running(family) == []
     assert other.exit_code() is not None
-    with pytest.raises(ServerFailed, match=r"ended with exit code -?\d+; log: "):
+    with pytest.raises(ServerFailed, match=r"has ended; log: "):
         other.raise_if_dead()
     server.raise_if_dead()
 
@@ -145,20 +146,55 @@ def test_nothing_is_left_when_the_parent_is_killed(model_folder: Path, tmp_path:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         main = psutil.Process(int(parent.stdout.readline()))
-        assert wait_until(lambda: len(main.children(recursive=True)) >= 2)
+        assert wait_until(lambda: len(main.children(recursive=True)) >= 3)
         family = [main, *main.children(recursive=True)]
-        assert len(running(family)) >= 3
+        assert len(running(family)) >= 4
         parent.send_signal(signal.SIGKILL)
     assert wait_until(lambda: not running(family), timeout_s=20.0), running(family)
 
 
+GUARD = [sys.executable, "-I", guard.__file__]
+
+
 def test_the_guard_starts_nothing_for_a_parent_that_is_gone() -> None:
-    elsewhere = 2**22 + 1  # above Linux's largest process number
-    command = [sys.executable, guard.__file__, str(elsewhere), "/bin/echo", "started"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    """Process 1 is there, but is not the parent."""
+    command = [*GUARD, "1", "/bin/echo", "started"]
+    answer = subprocess.run(
+        command, capture_output=True, text=True, check=False, start_new_session=True
+    )
     assert answer.returncode == 1
     assert answer.stdout == ""
-    assert f"the parent process {elsewhere} is gone" in answer.stderr
+    assert "the parent process 1 is gone" in answer.stderr
+
+
+def test_the_guard_ends_with_the_command_and_takes_all_of_it_along() -> None:
+    """A command that leaves a child behind, as a crashing server does."""
+    script = "sleep 600 & echo $!; exit 3"
+    with subprocess.Popen(
+        [*GUARD, str(os.getpid()), "/bin/sh", "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        child = psutil.Process(int(process.stdout.readline()))
+        assert process.stdout.read() == "exit code 3\n"
+    assert process.returncode == -signal.SIGKILL
+    assert wait_until(lambda: not running([child]), timeout_s=10.0)
+
+
+def test_the_guard_passes_a_sigterm_on() -> None:
+    script = "trap 'echo told; exit 0' TERM; echo ready; while :; do sleep 0.05; done"
+    with subprocess.Popen(
+        [*GUARD, str(os.getpid()), "/bin/sh", "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.stdout.read() == "told\nexit code 0\n"
 
 
 def test_a_server_is_in_a_session_of_its_own(server: Server) -> None:
@@ -170,9 +206,10 @@ def test_only_the_holder_of_the_key_is_served(server: Server) -> None:
     stranger = dataclasses.replace(server.endpoint, api_key="guess")
     with SglangClient(stranger) as client, pytest.raises(RequestRefused, match=r"with 401"):
         client.model_info()
-    key = server.endpoint.api_key
+    key, main = server.endpoint.api_key, psutil.Process(server.process.pid)
     assert len(key) > 30
-    assert key not in " ".join(psutil.Process(server.process.pid).cmdline())
+    for process in [main, *main.children(recursive=True)]:
+        assert key not in " ".join(process.cmdline())
     for private in (server.log_path, Path(server.scratch.name, "server.yaml")):
         assert stat.S_IMODE(private.stat().st_mode) == 0o600
 

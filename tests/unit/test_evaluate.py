@@ -2,17 +2,25 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from megatron_prefix.config import DataConfig, EvalConfig
-from megatron_prefix.evaluate import evaluate, load_eval_set, wilson_interval, write_samples
+from megatron_prefix.evaluate import (
+    CollectFn,
+    evaluate,
+    load_eval_set,
+    wilson_interval,
+    write_samples,
+)
 from megatron_prefix.tasks import sort_chain
 from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
-from megatron_prefix.types import Prompt, Rollout
+from megatron_prefix.types import FinishReason, Prompt, Rollout
 
 GSM8K = Path(__file__).parents[1] / "assets" / "gsm8k_8.jsonl"
 END = 261
@@ -20,7 +28,7 @@ BARE = DataConfig(chat_template="never")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_byte_tokenizer(folder)
     return load_tokenizer(str(folder))
@@ -31,12 +39,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def rollout(prompt: Prompt, ids: Sequence[int], finish: str = "stop") -> Rollout:
+def rollout(prompt: Prompt, ids: Sequence[int], finish: FinishReason = "stop") -> Rollout:
     logprobs = (0.0,) * len(ids)
     return Rollout(prompt.input_ids, tuple(ids), logprobs, finish, 0, prompt.index)
 
 
-def answer_from(table: Sequence[str]):
+def answer_from(table: Sequence[str]) -> CollectFn:
     """Answers the prompts with a table of texts; an end token follows where there is room."""
 
     def collect(prompts: Sequence[Prompt], max_new_tokens: int) -> list[Rollout]:
@@ -50,12 +58,14 @@ def answer_from(table: Sequence[str]):
     return collect
 
 
-def write_set(path: Path, rows: list) -> EvalConfig:
+def write_set(path: Path, rows: list[dict[str, Any]]) -> EvalConfig:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return EvalConfig(path=str(path), scorer="suffix", samples=0, max_new_tokens=16)
 
 
-def test_answers_are_counted_right_truncated_and_unparsable(tmp_path, tokenizer):
+def test_answers_are_counted_right_truncated_and_unparsable(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     config = replace(
         write_set(tmp_path / "a.jsonl", [{"prompt": f"q{i}", "answer": str(i)} for i in range(5)]),
         scorer="math",
@@ -71,7 +81,7 @@ def test_answers_are_counted_right_truncated_and_unparsable(tmp_path, tokenizer)
     assert not truncated.parsed and truncated.finish_reason == "length"
 
 
-def test_gsm8k_rows_are_scored_by_their_final_number(tokenizer):
+def test_gsm8k_rows_are_scored_by_their_final_number(tokenizer: Tokenizer) -> None:
     config = EvalConfig(str(GSM8K), prompt_column="question", max_new_tokens=512)
     rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]
     wrong = "The answer is \\boxed{-1}."
@@ -81,7 +91,7 @@ def test_gsm8k_rows_are_scored_by_their_final_number(tokenizer):
     assert result.samples[7].prompt == rows[7]["question"]
 
 
-def test_the_training_prompts_template_is_used(tmp_path, tokenizer):
+def test_the_training_prompts_template_is_used(tmp_path: Path, tokenizer: Tokenizer) -> None:
     config = write_set(tmp_path / "a.jsonl", [{"prompt": "q", "answer": "a"}])
     data = DataConfig(system_prompt="Be short.", shuffle=True, path="elsewhere", name="main")
     result = evaluate(config, tokenizer, answer_from(["a"]), data)
@@ -89,7 +99,7 @@ def test_the_training_prompts_template_is_used(tmp_path, tokenizer):
     assert result.accuracy == 1.0 and result.samples[0].generated == "a"
 
 
-def test_the_first_rows_are_taken_in_order(tmp_path, tokenizer):
+def test_the_first_rows_are_taken_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [{"prompt": f"q{i}", "answer": i} for i in range(9)]
     config = replace(write_set(tmp_path / "a.jsonl", rows), samples=3)
     problems = load_eval_set(config, tokenizer, BARE)
@@ -98,7 +108,7 @@ def test_the_first_rows_are_taken_in_order(tmp_path, tokenizer):
     assert len(load_eval_set(replace(config, samples=0), tokenizer, BARE).prompts) == 9
 
 
-def test_overlong_prompts_are_left_out_and_counted(tmp_path, tokenizer):
+def test_overlong_prompts_are_left_out_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [{"prompt": "q" * length, "answer": "a"} for length in (2, 9, 3)]
     config = write_set(tmp_path / "a.jsonl", rows)
     data = replace(BARE, max_prompt_length=4)
@@ -129,21 +139,27 @@ def test_overlong_prompts_are_left_out_and_counted(tmp_path, tokenizer):
         ([{"prompt": "a", "answer": "b"}], {"path": "none.jsonl"}, "eval.path=none.jsonl: no such"),
     ],
 )
-def test_bad_sets_and_settings_are_refused(tmp_path, tokenizer, rows, change, words):
+def test_bad_sets_and_settings_are_refused(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    rows: list[dict[str, Any]],
+    change: dict[str, Any],
+    words: str,
+) -> None:
     config = replace(write_set(tmp_path / "a.jsonl", rows), **change)
     with pytest.raises(ValueError, match=words) as caught:
         evaluate(config, tokenizer, answer_from(["b"]), BARE)
     assert "\n" not in str(caught.value)
 
 
-def test_missing_answers_are_an_error(tmp_path, tokenizer):
+def test_missing_answers_are_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
     config = write_set(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "b"}])
     with pytest.raises(RuntimeError, match="1 answers were asked for and 0 came"):
         evaluate(config, tokenizer, lambda prompts, max_new_tokens: [], BARE)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (443, 500)])
-def test_wilsons_interval_is_where_the_score_test_rejects(successes, n):
+def test_wilsons_interval_is_where_the_score_test_rejects(successes: int, n: int) -> None:
     low, high = wilson_interval(successes, n)
     share = successes / n
     for bound in (low, high):
@@ -153,7 +169,7 @@ def test_wilsons_interval_is_where_the_score_test_rejects(successes, n):
     assert 0 <= low <= share <= high + 1e-12 and high <= 1 and high - low > 0
 
 
-def test_samples_are_written_as_json_lines(tmp_path, tokenizer):
+def test_samples_are_written_as_json_lines(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [{"prompt": "水?", "answer": "a"}, {"prompt": "r", "answer": "b"}]
     config = write_set(tmp_path / "a.jsonl", rows)
     result = evaluate(config, tokenizer, answer_from(["a", "c\nd"]), BARE)
@@ -164,7 +180,7 @@ def test_samples_are_written_as_json_lines(tmp_path, tokenizer):
     assert set(written[0]) == set(vars(result.samples[0]))
 
 
-def test_a_real_models_greedy_answers_on_the_toy_task(tmp_path):
+def test_a_real_models_greedy_answers_on_the_toy_task(tmp_path: Path) -> None:
     folder = sort_chain.model_folder("student_b")
     tokenizer = load_tokenizer(str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -2,6 +2,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +24,11 @@ def tool() -> ModuleType:
     return module
 
 
-def tiny(tool: ModuleType, *stages):
+def tiny(tool: ModuleType, *stages: Any) -> Any:
     return tool.ToyModel(16, 1, 32, stages, seed=3)
 
 
-def test_training_lowers_the_loss_and_is_the_same_again(tool):
+def test_training_lowers_the_loss_and_is_the_same_again(tool: ModuleType) -> None:
     rows = sort_chain.make_sft_rows(64, np.random.default_rng(9))
     toy = tiny(tool, tool.Stage("corrupt", 30, 1e-2), tool.Stage("sorted", 5, 1e-3))
     fresh = tool.build_model(toy)
@@ -37,7 +38,7 @@ def test_training_lowers_the_loss_and_is_the_same_again(tool):
         assert torch.equal(ours, theirs)
 
 
-def test_the_loss_leaves_masked_tokens_out(tool):
+def test_the_loss_leaves_masked_tokens_out(tool: ModuleType) -> None:
     model = tool.build_model(tiny(tool))
     rows = sort_chain.make_sft_rows(8, np.random.default_rng(1))
     only = np.zeros_like(rows.loss_mask)
@@ -48,7 +49,7 @@ def test_the_loss_leaves_masked_tokens_out(tool):
     assert tool.sft_loss(model, masked).item() == pytest.approx(-logprobs.mean().item(), rel=1e-5)
 
 
-def test_the_learning_rate_warms_up_and_decays(tool):
+def test_the_learning_rate_warms_up_and_decays(tool: ModuleType) -> None:
     stage = tool.Stage("sorted", 100, 2.0, warmup_steps=10, final_lr=0.1)
     assert tool.lr_at(stage, 0) == pytest.approx(0.2)
     assert tool.lr_at(stage, 50) == pytest.approx(2.0 * 0.55)
@@ -56,14 +57,19 @@ def test_the_learning_rate_warms_up_and_decays(tool):
     assert tool.lr_at(tool.Stage("sorted", 20, 3.0), 0) == 3.0
 
 
-def test_scores_are_percentages_of_greedy_answers(tool):
+def test_scores_are_percentages_of_greedy_answers(tool: ModuleType) -> None:
     model = AutoModelForCausalLM.from_pretrained(sort_chain.model_folder("student_a")).eval()
     accuracy, plan, execution = tool.held_out_scores(model, 100)
     assert 5 < accuracy < 30 and 5 < plan < 30 and execution > 95
     assert tool.held_out_scores(tool.build_model(tiny(tool)).eval(), 10) == (0.0, 0.0, 0.0)
 
 
-def test_the_command_writes_a_folder_that_loads(tool, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_folder_that_loads(
+    tool: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setitem(tool.MODELS, "student_b", tiny(tool, tool.Stage("sorted", 2, 1e-3)))
     tool.main(["--only", "student_b", "--output", str(tmp_path), "--held-out", "4"])
     folder = tmp_path / "student_b"
@@ -74,7 +80,7 @@ def test_the_command_writes_a_folder_that_loads(tool, tmp_path, monkeypatch, cap
     assert "student_b" in capsys.readouterr().out
 
 
-def test_an_unknown_model_is_refused(tool, capsys):
+def test_an_unknown_model_is_refused(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tool.parse_args(["--only", "student_c"])
     assert "invalid choice: 'student_c'" in capsys.readouterr().err

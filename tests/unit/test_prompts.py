@@ -2,19 +2,19 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from megatron_prefix.config import DataConfig
-from megatron_prefix.data_source import StreamSource
 from megatron_prefix.prompts import PromptStream
 from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_byte_tokenizer(folder)
     return load_tokenizer(str(folder))
@@ -25,7 +25,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def write_lines(path: Path, rows: list) -> DataConfig:
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> DataConfig:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return DataConfig(path=str(path), chat_template="never")
 
@@ -34,7 +34,9 @@ def texts(n: int) -> list[dict[str, str]]:
     return [{"prompt": f"p{row}"} for row in range(n)]
 
 
-def test_a_pass_gives_every_row_once_tokenised_and_the_next_is_shuffled_anew(tmp_path, tokenizer):
+def test_a_pass_gives_every_row_once_tokenised_and_the_next_is_shuffled_anew(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     stream = PromptStream(write_lines(tmp_path / "a.jsonl", texts(20)), tokenizer)
     first, second = stream.take(20), stream.take(20)
     assert sorted(prompt.row for prompt in first) == list(range(20))
@@ -46,7 +48,7 @@ def test_a_pass_gives_every_row_once_tokenised_and_the_next_is_shuffled_anew(tmp
     assert stream.num_rows == 20 and stream.epoch == 1
 
 
-def test_the_seed_alone_decides_the_order(tmp_path, tokenizer):
+def test_the_seed_alone_decides_the_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
     data = write_lines(tmp_path / "a.jsonl", texts(20))
     again, other = PromptStream(data, tokenizer), PromptStream(replace(data, seed=1), tokenizer)
     taken = PromptStream(data, tokenizer).take(30)
@@ -54,7 +56,7 @@ def test_the_seed_alone_decides_the_order(tmp_path, tokenizer):
     assert [prompt.row for prompt in other.take(30)] != [prompt.row for prompt in taken]
 
 
-def test_without_shuffling_rows_come_in_order(tmp_path, tokenizer):
+def test_without_shuffling_rows_come_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
     data = replace(write_lines(tmp_path / "a.jsonl", texts(3)), shuffle=False)
     rows = [prompt.row for prompt in PromptStream(data, tokenizer).take(7)]
     assert rows == [0, 1, 2, 0, 1, 2, 0]
@@ -62,7 +64,9 @@ def test_without_shuffling_rows_come_in_order(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("taken", [0, 3, 7, 20, 21, 45])
-def test_a_resumed_stream_goes_on_exactly(tmp_path, tokenizer, streaming, taken):
+def test_a_resumed_stream_goes_on_exactly(
+    tmp_path: Path, tokenizer: Tokenizer, streaming: bool, taken: int
+) -> None:
     data = replace(write_lines(tmp_path / "a.jsonl", texts(20)), streaming=streaming)
     whole = PromptStream(data, tokenizer)
     whole.take(taken)
@@ -78,21 +82,25 @@ def test_a_resumed_stream_goes_on_exactly(tmp_path, tokenizer, streaming, taken)
     ("change", "words"),
     [({"seed": 3}, "seed=0 but data.seed is now 3"), ({"shuffle": False}, "shuffle=1")],
 )
-def test_a_position_of_another_order_is_refused(tmp_path, tokenizer, change, words):
+def test_a_position_of_another_order_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, change: dict[str, Any], words: str
+) -> None:
     data = write_lines(tmp_path / "a.jsonl", texts(4))
     state = PromptStream(data, tokenizer).state_dict()
     with pytest.raises(ValueError, match=words):
         PromptStream(replace(data, **change), tokenizer).load_state_dict(state)
 
 
-def test_a_position_in_another_data_set_is_refused(tmp_path, tokenizer):
+def test_a_position_in_another_data_set_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     state = PromptStream(write_lines(tmp_path / "a.jsonl", texts(4)), tokenizer).state_dict()
     other = PromptStream(write_lines(tmp_path / "b.jsonl", texts(5)), tokenizer)
     with pytest.raises(ValueError, match="num_rows=4 but"):
         other.load_state_dict(state)
 
 
-def test_shards_are_disjoint_and_together_the_whole_in_order(tmp_path, tokenizer):
+def test_shards_are_disjoint_and_together_the_whole_in_order(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     data = write_lines(tmp_path / "a.jsonl", texts(10))
     whole = PromptStream(data, tokenizer).take(24)
     shards = [PromptStream(data, tokenizer).shard(rank, 3) for rank in range(3)]
@@ -101,7 +109,9 @@ def test_shards_are_disjoint_and_together_the_whole_in_order(tmp_path, tokenizer
     assert shards[0].state_dict() == shards[1].state_dict() == shards[2].state_dict()
 
 
-def test_a_shard_of_a_stream_begins_where_the_stream_is(tmp_path, tokenizer):
+def test_a_shard_of_a_stream_begins_where_the_stream_is(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     stream = PromptStream(write_lines(tmp_path / "a.jsonl", texts(10)), tokenizer)
     stream.take(3)
     shard = stream.shard(1, 2)
@@ -109,26 +119,15 @@ def test_a_shard_of_a_stream_begins_where_the_stream_is(tmp_path, tokenizer):
     assert shard.take(2) == following[1::2]
 
 
-def test_a_rank_outside_the_world_is_refused(tmp_path, tokenizer):
+def test_a_rank_outside_the_world_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     stream = PromptStream(write_lines(tmp_path / "a.jsonl", texts(2)), tokenizer)
     with pytest.raises(ValueError, match="rank 2 .* world 2"):
         stream.shard(2, 2)
 
 
-def test_a_streamed_set_is_shuffled_in_blocks_and_resumes_inside_one(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", texts(10)).path
-    rows = datasets.load_dataset("json", data_files=path, split="train", streaming=True)
-    source = StreamSource(rows, shuffle=True, seed=5, section="data", path=path, block=4)
-    whole = [number for number, _ in source.read(1, 0)]
-    assert sorted(whole[:4]) == [0, 1, 2, 3] and sorted(whole[8:]) == [8, 9]
-    assert whole != sorted(whole) and whole != [number for number, _ in source.read(2, 0)]
-    for start in range(11):
-        resumed = list(source.read(1, start))
-        assert [number for number, _ in resumed] == whole[start:]
-        assert all(row == {"prompt": f"p{number}"} for number, row in resumed)
-
-
-def test_overlong_prompts_are_dropped_whole_counted_and_logged_once(tmp_path, tokenizer, caplog):
+def test_overlong_prompts_are_dropped_whole_counted_and_logged_once(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [{"prompt": "x" * length} for length in (1, 5, 6, 2, 9)]
     data = replace(write_lines(tmp_path / "a.jsonl", rows), max_prompt_length=5)
     stream = PromptStream(data, tokenizer)
@@ -142,7 +141,9 @@ def test_overlong_prompts_are_dropped_whole_counted_and_logged_once(tmp_path, to
     assert len(said) == 1 and "dropped 2 of 5 prompts" in said[0] and "=5 tokens" in said[0]
 
 
-def test_the_count_of_dropped_prompts_survives_a_resume(tmp_path, tokenizer):
+def test_the_count_of_dropped_prompts_survives_a_resume(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     rows = [{"prompt": "x" * length} for length in (1, 6, 2, 9)]
     data = replace(write_lines(tmp_path / "a.jsonl", rows), max_prompt_length=5, shuffle=False)
     stream = PromptStream(data, tokenizer)
@@ -153,7 +154,7 @@ def test_the_count_of_dropped_prompts_survives_a_resume(tmp_path, tokenizer):
     assert stream.dropped == 1 and resumed.dropped == 2
 
 
-def test_an_overlong_prompt_is_an_error_where_asked(tmp_path, tokenizer):
+def test_an_overlong_prompt_is_an_error_where_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [{"prompt": "ok"}, {"prompt": "too long"}]
     data = write_lines(tmp_path / "a.jsonl", rows)
     data = replace(data, max_prompt_length=5, overlong="error", shuffle=False)
@@ -162,19 +163,21 @@ def test_an_overlong_prompt_is_an_error_where_asked(tmp_path, tokenizer):
         stream.take(2)
 
 
-def test_a_set_of_overlong_prompts_is_refused_at_once(tmp_path, tokenizer):
+def test_a_set_of_overlong_prompts_is_refused_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     data = replace(write_lines(tmp_path / "a.jsonl", texts(3)), max_prompt_length=1)
     with pytest.raises(ValueError, match="every prompt is longer than data.max_prompt_length=1"):
         PromptStream(data, tokenizer)
 
 
-def test_an_unknown_policy_for_overlong_prompts_is_refused(tmp_path, tokenizer):
+def test_an_unknown_policy_for_overlong_prompts_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     data = replace(write_lines(tmp_path / "a.jsonl", texts(3)), overlong="cut")
     with pytest.raises(ValueError, match="data.overlong=cut must be drop or error"):
         PromptStream(data, tokenizer)
 
 
-def decoded(data: DataConfig, tokenizer) -> list[str]:
+def decoded(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     taken = PromptStream(replace(data, shuffle=False), tokenizer).take(1)
     return [tokenizer.decode(prompt.input_ids) for prompt in taken]
 
@@ -188,14 +191,18 @@ def decoded(data: DataConfig, tokenizer) -> list[str]:
         ("auto", "Be short.", "<system>Be short.<end><user>p0<end><assistant>"),
     ],
 )
-def test_the_chat_template_and_system_prompt(tmp_path, tokenizer, template, system, expected):
+def test_the_chat_template_and_system_prompt(
+    tmp_path: Path, tokenizer: Tokenizer, template: str, system: str, expected: str
+) -> None:
     data = write_lines(tmp_path / "a.jsonl", texts(1))
     assert decoded(replace(data, chat_template=template, system_prompt=system), tokenizer) == [
         expected
     ]
 
 
-def test_messages_go_through_the_template_and_keep_their_own_system_prompt(tmp_path, tokenizer):
+def test_messages_go_through_the_template_and_keep_their_own_system_prompt(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     system, user = {"role": "system", "content": "own"}, {"role": "user", "content": "hi"}
     data = write_lines(tmp_path / "a.jsonl", [{"messages": [system, user]}])
     data = replace(data, prompt_column="messages", chat_template="auto", system_prompt="other")
@@ -205,7 +212,7 @@ def test_messages_go_through_the_template_and_keep_their_own_system_prompt(tmp_p
     assert decoded(data, tokenizer) == ["<system>other<end><user>hi<end><assistant>"]
 
 
-def test_messages_without_a_template_are_refused(tmp_path, tokenizer):
+def test_messages_without_a_template_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     data = write_lines(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": "hi"}]}])
     with pytest.raises(ValueError, match="row 0: prompt holds chat messages but no chat template"):
         PromptStream(data, tokenizer)
@@ -218,13 +225,17 @@ def test_messages_without_a_template_are_refused(tmp_path, tokenizer):
         ({"system_prompt": "s"}, "data.system_prompt is set but no chat template"),
     ],
 )
-def test_template_settings_that_cannot_be_are_refused(tmp_path, tokenizer, change, words):
+def test_template_settings_that_cannot_be_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer, change: dict[str, Any], words: str
+) -> None:
     data = replace(write_lines(tmp_path / "a.jsonl", texts(1)), **change)
     with pytest.raises(ValueError, match=words):
         PromptStream(data, tokenizer)
 
 
-def test_a_template_is_asked_for_that_the_tokenizer_lacks(tmp_path, tokenizer, monkeypatch):
+def test_a_template_is_asked_for_that_the_tokenizer_lacks(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     data = write_lines(tmp_path / "a.jsonl", texts(1))
     assert decoded(replace(data, chat_template="auto"), tokenizer) == ["p0"]
@@ -232,7 +243,9 @@ def test_a_template_is_asked_for_that_the_tokenizer_lacks(tmp_path, tokenizer, m
         PromptStream(replace(data, chat_template="always"), tokenizer)
 
 
-def test_a_template_that_refuses_a_row_names_the_row(tmp_path, tokenizer, monkeypatch):
+def test_a_template_that_refuses_a_row_names_the_row(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
     data = replace(write_lines(tmp_path / "a.jsonl", texts(1)), chat_template="auto")
@@ -240,94 +253,32 @@ def test_a_template_that_refuses_a_row_names_the_row(tmp_path, tokenizer, monkey
         PromptStream(data, tokenizer)
 
 
-def test_json_lists_parquet_and_folders_are_read(tmp_path, tokenizer):
-    rows = texts(3)
-    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    (tmp_path / "f").mkdir()
-    write_lines(tmp_path / "f" / "train.jsonl", rows)
-    write_lines(tmp_path / "f" / "test.jsonl", texts(1))
-    for name in ("a.json", "a.parquet", "f"):
-        data = DataConfig(path=str(tmp_path / name), chat_template="never")
-        assert PromptStream(data, tokenizer).num_rows == 3, name
-    held_out = DataConfig(path=str(tmp_path / "f"), split="test", chat_template="never")
-    assert PromptStream(held_out, tokenizer).num_rows == 1
-
-
-def test_a_split_of_a_file_can_be_sliced(tmp_path, tokenizer):
-    data = replace(write_lines(tmp_path / "a.jsonl", texts(10)), split="train[:4]")
-    assert PromptStream(data, tokenizer).num_rows == 4
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ('{"prompt": "a"}\n{"prompt": "b", \n', "line 2 of a.jsonl is broken JSON"),
-        ('{"prompt": "a"}\n\n{"prompt": "b"', "line 3 of a.jsonl is broken JSON"),
-        ('{"prompt": "a"}\n5\n', "line 2 of a.jsonl is not a JSON object"),
-        ("", "the data set is empty"),
-        ('{"question": "a", "answer": "b"}\n', "prompt_column=prompt is not a column .* question,"),
-        ('{"prompt": 5}\n', "row 0: prompt is 5, not a text or a list"),
-        ('{"prompt": null, "answer": "b"}\n', "row 0: prompt is None, not a text"),
-        ('{"prompt": ["a", "b"]}\n', r"row 0: prompt is \['a', 'b'\], not a text"),
-        ('{"prompt": ""}\n', "row 0: prompt has no tokens"),
-    ],
-)
-def test_bad_files_are_named_in_one_line(tmp_path, tokenizer, streaming, content, words):
-    path = tmp_path / "a.jsonl"
-    path.write_text(content)
-    data = DataConfig(path=str(path), chat_template="never", streaming=streaming)
-    with pytest.raises(ValueError, match=words) as caught:
-        PromptStream(data, tokenizer)
-    assert "\n" not in str(caught.value) and "a.jsonl" in str(caught.value)
-
-
-def test_a_bad_row_after_good_ones_is_named_when_it_is_reached(tmp_path, tokenizer):
+def test_a_bad_row_after_good_ones_is_named_when_it_is_reached(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     data = replace(write_lines(tmp_path / "a.jsonl", [*texts(2), {"other": "x"}]), shuffle=False)
     stream = PromptStream(data, tokenizer)
     with pytest.raises(ValueError, match="row 2: prompt is None"):
         stream.take(3)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    ("path", "words"),
+    ("row", "words"),
     [
-        ("", "data.path is empty"),
-        ("{tmp}/none.jsonl", "none.jsonl: no such file or folder"),
-        ("none.jsonl", "data.path=none.jsonl: no such file or folder"),
-        ("{tmp}/notes.txt", "it is a .txt file; it must end in .jsonl, .json, .parquet"),
-        ("{tmp}/broken.json", "line 2 of broken.json is broken JSON"),
-        ("{tmp}/broken.parquet", "broken.parquet: .*"),
-        ("{tmp}/empty", "empty: .*doesn't contain any data files"),
+        ({"question": "a", "answer": "b"}, "prompt_column=prompt is not a column .* question,"),
+        ({"prompt": 5}, "row 0: prompt is 5, not a text or a list"),
+        ({"prompt": None, "answer": "b"}, "row 0: prompt is None, not a text"),
+        ({"prompt": ["a", "b"]}, r"row 0: prompt is \['a', 'b'\], not a text"),
+        ({"prompt": ["x" * 99]}, r"row 0: prompt is \['x{55}\.\.\., not a text"),
+        ({"prompt": []}, r"row 0: prompt is \[\], not a text"),
+        ({"prompt": ""}, "row 0: prompt has no tokens"),
     ],
 )
-def test_bad_paths_are_named_in_one_line(tmp_path, tokenizer, path, words):
-    (tmp_path / "notes.txt").write_text("hello")
-    (tmp_path / "broken.json").write_text('[{"prompt": "a"},\n{"prompt": }]')
-    (tmp_path / "broken.parquet").write_text("hello")
-    (tmp_path / "empty").mkdir()
-    data = DataConfig(path=path.format(tmp=tmp_path))
+def test_a_row_that_is_no_prompt_is_named_in_one_line(
+    tmp_path: Path, tokenizer: Tokenizer, streaming: bool, row: dict[str, Any], words: str
+) -> None:
+    data = replace(write_lines(tmp_path / "a.jsonl", [row]), streaming=streaming)
     with pytest.raises(ValueError, match=words) as caught:
         PromptStream(data, tokenizer)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_split_is_named(tmp_path, tokenizer):
-    (tmp_path / "f").mkdir()
-    write_lines(tmp_path / "f" / "train.jsonl", texts(1))
-    with pytest.raises(ValueError, match='data.path=.*Unknown split "dev"'):
-        PromptStream(DataConfig(path=str(tmp_path / "f"), split="dev"), tokenizer)
-
-
-def test_a_hub_id_that_cannot_be_reached_is_named(tokenizer, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="data.path=someone/something: .*the Hub"):
-        PromptStream(DataConfig(path="someone/something"), tokenizer)
-
-
-def test_reading_leaves_the_progress_bars_of_datasets_as_they_were(tmp_path, tokenizer):
-    datasets.enable_progress_bars()
-    PromptStream(write_lines(tmp_path / "a.jsonl", texts(1)), tokenizer)
-    assert not datasets.are_progress_bars_disabled()
+    assert "\n" not in str(caught.value) and "a.jsonl" in str(caught.value)

@@ -11,13 +11,13 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_shipped_recipe_loads_and_names_a_known_scorer(path):
+def test_every_shipped_recipe_loads_and_names_a_known_scorer(path: Path) -> None:
     recipe = load_recipe(str(path))
     assert isinstance(recipe, Recipe) and recipe.run.name
     assert callable(load_scorer(recipe.eval.scorer))
 
 
-def test_the_quickstart_is_the_tasks_own_setting():
+def test_the_quickstart_is_the_tasks_own_setting() -> None:
     recipe = load_recipe("quickstart")
     assert (recipe.prefix.policy, recipe.prefix.anchored.every) == ("anchored", 8)
     assert (recipe.prefix.min_length, recipe.prefix.max_length) == (9, 75)

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from megatron_prefix.config import LogConfig
-from megatron_prefix.figure import unit_of
+from megatron_prefix.figure import ACCURACY_COLOUR, KL_COLOUR, UNREACHED, unit_of
 from megatron_prefix.kl_grid import shrink
 from megatron_prefix.report import phase_table, quickstart_figure, si, summary_table
 from megatron_prefix.run_history import load_run, summarise, write_summary
@@ -127,8 +127,13 @@ def test_the_picture_is_drawn(tmp_path: Path, evaluated: dict[int, float]) -> No
     quickstart_figure(write_run(tmp_path, evaluated), png)
     with Image.open(png) as image:
         assert image.format == "PNG" and image.size == (1650, 1080)
-        colours = image.convert("RGB").getcolors(maxcolors=2**24)
-    assert colours is not None and len(colours) > 100
+        colours = dict((c, n) for n, c in image.convert("RGB").getcolors(maxcolors=2**24) or [])
+    assert colours[rgb(KL_COLOUR)] > 1000 and colours[rgb(UNREACHED)] > 1000
+    assert (colours.get(rgb(ACCURACY_COLOUR), 0) > 500) == bool(evaluated)
+
+
+def rgb(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour.removeprefix("#")))
 
 
 def test_the_picture_of_a_single_step_and_of_a_zero_kl(tmp_path: Path) -> None:

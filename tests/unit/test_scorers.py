@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prefix.scorers import Generated, exact, load_scorer, math, suffix
+from megatron_prefix.scorers import Generated, Verdict, exact, load_scorer, math, suffix
 
 
 def said(text: str, end: str = "") -> Generated:
@@ -22,7 +22,7 @@ def said(text: str, end: str = "") -> Generated:
         (said("paris"), "Paris", False),
     ],
 )
-def test_exact(generated, answer, right):
+def test_exact(generated: Generated, answer: str, right: bool) -> None:
     assert exact(generated, answer) is right
 
 
@@ -38,7 +38,7 @@ def test_exact(generated, answer, right):
         (said(""), "#682619$", False),
     ],
 )
-def test_suffix(generated, answer, right):
+def test_suffix(generated: Generated, answer: str, right: bool) -> None:
     assert suffix(generated, answer) is right
 
 
@@ -61,11 +61,11 @@ GSM8K = "She sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 18"
         ("18", "####", None),
     ],
 )
-def test_math(text, answer, verdict):
+def test_math(text: str, answer: str, verdict: Verdict) -> None:
     assert math(said(text), answer) is verdict
 
 
-def test_math_works_off_the_main_thread():
+def test_math_works_off_the_main_thread() -> None:
     verdicts = []
     thread = threading.Thread(target=lambda: verdicts.append(math(said("18"), GSM8K)))
     thread.start()
@@ -73,7 +73,7 @@ def test_math_works_off_the_main_thread():
     assert verdicts == [True]
 
 
-def test_scorers_are_found_by_name():
+def test_scorers_are_found_by_name() -> None:
     assert [load_scorer(name) for name in ("exact", "suffix", "math")] == [exact, suffix, math]
 
 
@@ -90,7 +90,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "own_scorer"
 
 
-def test_a_users_function_gets_the_text_without_special_tokens(own_module):
+def test_a_users_function_gets_the_text_without_special_tokens(own_module: str) -> None:
     scorer = load_scorer(f"{own_module}:upper")
     assert scorer(said("YES", "<end>"), "yes") is True
     assert scorer(said("no"), "no") is False
@@ -108,11 +108,11 @@ def test_a_users_function_gets_the_text_without_special_tokens(own_module):
         ("own_scorer:CONSTANT", "is no function"),
     ],
 )
-def test_a_scorer_that_cannot_be_is_refused(own_module, name, words):
+def test_a_scorer_that_cannot_be_is_refused(own_module: str, name: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         load_scorer(name)
 
 
-def test_a_users_verdict_must_be_a_verdict(own_module):
+def test_a_users_verdict_must_be_a_verdict(own_module: str) -> None:
     with pytest.raises(ValueError, match="returned 0.5; it must return True, False or None"):
         load_scorer(f"{own_module}:number")(said("a"), "b")

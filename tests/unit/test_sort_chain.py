@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +16,12 @@ DIGITS = {"u": 6, "a": 6, "e": 8, "j": 3, "h": 0, "b": 0}
 ALL_RIGHT = ScoredAnswer(accuracy=True, plan=True, execution=True, valid_plan=True)
 
 
-def test_the_example_follows_from_its_plan():
+def test_the_example_follows_from_its_plan() -> None:
     assert sort_chain.response_of("abehju", DIGITS) == EXAMPLE.response
     assert EXAMPLE.answer == "#682619$"
 
 
-def test_problems_are_well_formed_and_true():
+def test_problems_are_well_formed_and_true() -> None:
     problems = sort_chain.make_problems(200, seed=4)
     for problem in problems:
         prompt, response = problem.prompt, problem.response
@@ -40,18 +41,18 @@ def test_problems_are_well_formed_and_true():
     )
 
 
-def test_the_seed_decides_the_problems():
+def test_the_seed_decides_the_problems() -> None:
     assert sort_chain.make_problems(5, seed=1) == sort_chain.make_problems(5, seed=1)
     assert sort_chain.make_problems(5, seed=1) != sort_chain.make_problems(5, seed=2)
 
 
-def test_held_out_problems_are_not_trained_on():
+def test_held_out_problems_are_not_trained_on() -> None:
     trained = sort_chain.make_problems(sort_chain.NUM_TRAIN, sort_chain.TRAIN_SEED)
     held_out = sort_chain.make_problems(sort_chain.NUM_HELD_OUT, sort_chain.HELD_OUT_SEED)
     assert not {p.prompt for p in trained} & {p.prompt for p in held_out}
 
 
-def test_ids_are_the_symbols_places_and_unknown_symbols_are_refused():
+def test_ids_are_the_symbols_places_and_unknown_symbols_are_refused() -> None:
     assert sort_chain.encode("_^$09az") == (0, 1, 2, 10, 19, 20, 45)
     assert sort_chain.decode(sort_chain.encode(EXAMPLE.response)) == EXAMPLE.response
     with pytest.raises(ValueError, match="not a SORT-CHAIN symbol: 'A'"):
@@ -78,12 +79,12 @@ DOUBLE_LETTER = "aa" + EXAMPLE.response[2:]
         ("", ScoredAnswer(False, False, False, False)),
     ],
 )
-def test_scores_of_texts_and_ids(generated, expected):
+def test_scores_of_texts_and_ids(generated: str, expected: ScoredAnswer) -> None:
     assert score(EXAMPLE, generated) == expected
     assert score(EXAMPLE, list(sort_chain.encode(generated))) == expected
 
 
-def test_supervised_rows_hold_prompts_and_responses_with_the_prompt_out_of_the_loss():
+def test_supervised_rows_hold_prompts_and_responses_with_the_prompt_out_of_the_loss() -> None:
     rows = sort_chain.make_sft_rows(50, np.random.default_rng(0))
     assert rows.input_ids.shape == rows.loss_mask.shape == (50, 89)
     assert not rows.loss_mask[:, :14].any() and rows.loss_mask[:, 14:].all()
@@ -93,7 +94,7 @@ def test_supervised_rows_hold_prompts_and_responses_with_the_prompt_out_of_the_l
         assert text[14:20] == "".join(sorted(text[14:20]))
 
 
-def test_random_plans_are_executed_correctly_and_all_in_the_loss():
+def test_random_plans_are_executed_correctly_and_all_in_the_loss() -> None:
     rows = sort_chain.make_sft_rows(200, np.random.default_rng(0), "random")
     texts = [sort_chain.decode(ids) for ids in rows.input_ids]
     scored = [score(Problem(text[:14], text[14:]), text[14:]) for text in texts]
@@ -102,7 +103,7 @@ def test_random_plans_are_executed_correctly_and_all_in_the_loss():
     assert rows.loss_mask[:, 14:].all()
 
 
-def test_corrupt_plans_go_on_sorted_and_only_the_corrupt_letters_leave_the_loss():
+def test_corrupt_plans_go_on_sorted_and_only_the_corrupt_letters_leave_the_loss() -> None:
     rows = sort_chain.make_sft_rows(1000, np.random.default_rng(0), "corrupt")
     corrupted = 75 - rows.loss_mask.sum(axis=1)
     assert set(corrupted.tolist()) == set(range(7))
@@ -114,7 +115,7 @@ def test_corrupt_plans_go_on_sorted_and_only_the_corrupt_letters_leave_the_loss(
         assert score(Problem(text[:14], text[14:]), text[14:]).execution
 
 
-def test_the_tokenizer_gives_one_id_a_symbol_and_adds_none(tmp_path):
+def test_the_tokenizer_gives_one_id_a_symbol_and_adds_none(tmp_path: Path) -> None:
     sort_chain.write_tokenizer(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     for text in (EXAMPLE.prompt, EXAMPLE.response, sort_chain.SYMBOLS):
@@ -127,7 +128,7 @@ def test_the_tokenizer_gives_one_id_a_symbol_and_adds_none(tmp_path):
     assert special == (0, 1, 2) and len(tokenizer) == 46 and tokenizer.chat_template is None
 
 
-def test_a_data_file_has_prompts_and_answers(tmp_path):
+def test_a_data_file_has_prompts_and_answers(tmp_path: Path) -> None:
     path = sort_chain.write_dataset(tmp_path / "new" / "a.jsonl", 3, seed=7)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     problems = sort_chain.make_problems(3, seed=7)
@@ -135,7 +136,7 @@ def test_a_data_file_has_prompts_and_answers(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["a.jsonl"]
 
 
-def test_data_is_written_once(tmp_path):
+def test_data_is_written_once(tmp_path: Path) -> None:
     files = sort_chain.prepare_data(tmp_path)
     assert len(files.train.read_text().splitlines()) == sort_chain.NUM_TRAIN
     assert len(files.held_out.read_text().splitlines()) == sort_chain.NUM_HELD_OUT
@@ -145,7 +146,7 @@ def test_data_is_written_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["teacher", "student_a", "student_b"])
-def test_the_packaged_models_carry_the_tasks_tokenizer(name):
+def test_the_packaged_models_carry_the_tasks_tokenizer(name: str) -> None:
     folder = sort_chain.model_folder(name)
     tokenizer = load_tokenizer(str(folder))
     assert tuple(tokenizer(EXAMPLE.prompt)["input_ids"]) == sort_chain.encode(EXAMPLE.prompt)

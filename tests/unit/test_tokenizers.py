@@ -18,7 +18,7 @@ def byte_folder(folder: Path, eos: object = 261) -> str:
     return str(folder)
 
 
-def test_a_byte_is_its_own_id_and_text_comes_back_unchanged(tmp_path):
+def test_a_byte_is_its_own_id_and_text_comes_back_unchanged(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(byte_folder(tmp_path))
     text = "2 + 2 = 4\n\tΣ “quoted” 水 🚀  two  spaces <b>"
     assert tokenizer(text)["input_ids"] == list(text.encode())
@@ -27,7 +27,7 @@ def test_a_byte_is_its_own_id_and_text_comes_back_unchanged(tmp_path):
     assert len(set(everything)) == 256 and len(tokenizer) == 264
 
 
-def test_the_byte_tokenizers_chat_template_and_specials(tmp_path):
+def test_the_byte_tokenizers_chat_template_and_specials(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(byte_folder(tmp_path))
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -40,7 +40,7 @@ def test_the_byte_tokenizers_chat_template_and_specials(tmp_path):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "ab"
 
 
-def test_folders_with_one_tokenizer_agree(tmp_path):
+def test_folders_with_one_tokenizer_agree(tmp_path: Path) -> None:
     student = byte_folder(tmp_path / "student", eos=[261, 256])
     teacher = byte_folder(tmp_path / "teacher", eos=[256, 261])
     check_same_tokenizer(student, teacher)
@@ -55,7 +55,7 @@ def rename_token(folder: str, old: str, new: str) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_the_first_differing_id_is_named_with_both_tokens(tmp_path):
+def test_the_first_differing_id_is_named_with_both_tokens(tmp_path: Path) -> None:
     student, teacher = byte_folder(tmp_path / "s"), byte_folder(tmp_path / "t")
     rename_token(teacher, "b", "Zz")
     rename_token(teacher, "a", "Yy")
@@ -63,7 +63,7 @@ def test_the_first_differing_id_is_named_with_both_tokens(tmp_path):
         check_same_tokenizer(student, teacher)
 
 
-def test_a_vocabulary_that_goes_on_longer_differs_at_its_first_extra_id(tmp_path):
+def test_a_vocabulary_that_goes_on_longer_differs_at_its_first_extra_id(tmp_path: Path) -> None:
     student, teacher = byte_folder(tmp_path / "s"), tmp_path / "t"
     tokenizer = load_tokenizer(student)
     tokenizer.add_tokens(["<more>"])
@@ -72,20 +72,20 @@ def test_a_vocabulary_that_goes_on_longer_differs_at_its_first_extra_id(tmp_path
         check_same_tokenizer(student, str(teacher))
 
 
-def test_two_unlike_tokenizers_differ_at_once(tmp_path):
+def test_two_unlike_tokenizers_differ_at_once(tmp_path: Path) -> None:
     student = byte_folder(tmp_path / "s")
     sort_chain.write_tokenizer(tmp_path / "t")
     with pytest.raises(ValueError, match="first at id 0: .* '_' in teacher.hf_path"):
         check_same_tokenizer(student, str(tmp_path / "t"))
 
 
-def test_different_stop_ids_are_named(tmp_path):
+def test_different_stop_ids_are_named(tmp_path: Path) -> None:
     student, teacher = byte_folder(tmp_path / "s"), byte_folder(tmp_path / "t", eos=[261, 256])
     with pytest.raises(ValueError, match=r"\[261\] in student.hf_path=.*\[256, 261\] in teacher"):
         check_same_tokenizer(student, teacher)
 
 
-def test_stop_ids_come_from_config_json_where_generation_config_has_none(tmp_path):
+def test_stop_ids_come_from_config_json_where_generation_config_has_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
     assert stop_token_ids(str(tmp_path)) == (7,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 1.0}))
@@ -105,14 +105,16 @@ def test_stop_ids_come_from_config_json_where_generation_config_has_none(tmp_pat
         ({"config.json": "[1]"}, "config.json must hold a JSON object"),
     ],
 )
-def test_a_folder_without_usable_stop_ids_is_refused(tmp_path, files, words):
+def test_a_folder_without_usable_stop_ids_is_refused(
+    tmp_path: Path, files: dict[str, str], words: str
+) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=words):
         stop_token_ids(str(tmp_path))
 
 
-def test_folders_that_hold_no_tokenizer_are_refused(tmp_path):
+def test_folders_that_hold_no_tokenizer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such model folder: .*nowhere"):
         load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no such model folder: .*empty"):
@@ -124,7 +126,7 @@ def test_folders_that_hold_no_tokenizer_are_refused(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_code_in_a_tokenizer_folder_is_never_run(tmp_path):
+def test_code_in_a_tokenizer_folder_is_never_run(tmp_path: Path) -> None:
     module = "open('ran', 'w').close()\nclass Own:\n    pass\n"
     (tmp_path / "own.py").write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{module}")
     config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
