@@ -1,6 +1,7 @@
 """Builds a trainer out of a recipe, on every rank alike; rank 0 gets a conductor besides."""
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
+from rich import get_console
 
 from megatron_prefix.conductor import Conductor, Evaluator, RolloutSource, Staff
 from megatron_prefix.config import Recipe
@@ -43,6 +44,8 @@ from megatron_prefix.types import Prompt, Rollout, TeacherHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -133,6 +136,7 @@ def _publisher(
     clients = [stack.enter_context(SglangClient(endpoint)) for endpoint in endpoints]
     group = None
     if clients:
+        logger.info("waiting for %d SGLang server(s)", len(clients))
         _wait_for(clients, recipe.rollout.start_timeout_s)
     if clients and recipe.rollout.weight_sync == "distributed":
         group = WeightGroup.join(clients, backend=backend_for(_device()))
@@ -154,7 +158,6 @@ def _conductor(
     student, teacher = (
         model_shape(read_hf_model(m.hf_path).config) for m in (recipe.student, recipe.teacher)
     )
-    console = Console()
     conductor = Conductor(
         recipe,
         Staff(
@@ -162,7 +165,7 @@ def _conductor(
             source=_source(recipe, folder, endpoints, stops, tokenizer, stack),
             ledger=Ledger(student, teacher, recipe.prefix.max_length),
             open_log=lambda step: RunLog(
-                folder, recipe.log, recipe.train.steps, console=console, resume_step=step
+                folder, recipe.log, recipe.train.steps, console=get_console(), resume_step=step
             ),
             decode=tokenizer.decode,
             evaluate=_evaluator(recipe, endpoints, stops, tokenizer, stack),

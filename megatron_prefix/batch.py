@@ -21,24 +21,26 @@ class MicrobatchPlan:
 
     members: tuple[tuple[int, ...], ...]  # rollout indices of each microbatch
     tokens: int  # T of every microbatch of the step
-    prefix_tokens: int  # over all microbatches: the one denominator
+    loss_tokens: int  # over all microbatches: the one denominator
+    loss_start: int = 0  # prefix positions before it are fed and not scored
 
     def __len__(self) -> int:
         return len(self.members)
 
 
 def plan_microbatches(
-    rollouts: Sequence[Rollout], count: int, *, multiple: int = 1
+    rollouts: Sequence[Rollout], count: int, *, multiple: int = 1, loss_start: int = 0
 ) -> MicrobatchPlan:
     """Spread ``rollouts`` over ``count`` microbatches, longest first onto the emptiest.
 
     Every microbatch has the same T, a multiple of ``multiple``, so that pipeline stages exchange
-    one shape. ValueError where there is nothing to train on.
+    one shape. The loss counts prefix positions from ``loss_start`` on. ValueError where there is
+    nothing to train on.
     """
     lengths = [sequence_length(rollout) for rollout in rollouts]
-    prefix_tokens = sum(len(rollout.prefix_ids) for rollout in rollouts)
-    if prefix_tokens == 0:
-        raise ValueError(f"no prefix token in {len(rollouts)} rollouts: nothing to train on")
+    loss_tokens = count_loss_tokens(rollouts, loss_start)
+    if loss_tokens == 0:
+        raise ValueError(nothing_to_train_on(rollouts, loss_start))
     members: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count
     capacity = -(-len(rollouts) // count)
@@ -48,7 +50,21 @@ def plan_microbatches(
         members[target].append(index)
         filled[target] += lengths[index]
     tokens = -(-max(filled) // multiple) * multiple
-    return MicrobatchPlan(tuple(tuple(sorted(m)) for m in members), tokens, prefix_tokens)
+    return MicrobatchPlan(tuple(tuple(sorted(m)) for m in members), tokens, loss_tokens, loss_start)
+
+
+def count_loss_tokens(rollouts: Sequence[Rollout], loss_start: int) -> int:
+    """Prefix tokens that the loss counts."""
+    return sum(max(len(rollout.prefix_ids) - loss_start, 0) for rollout in rollouts)
+
+
+def nothing_to_train_on(rollouts: Sequence[Rollout], loss_start: int) -> str:
+    """An error's words for rollouts without a token in the loss."""
+    longest = max((len(rollout.prefix_ids) for rollout in rollouts), default=0)
+    return (
+        f"no prefix token from position {loss_start} on in {len(rollouts)} rollouts, the longest "
+        f"of {longest} tokens: nothing to train on"
+    )
 
 
 def sequence_length(rollout: Rollout) -> int:
@@ -66,14 +82,14 @@ def pack(
     lengths += _padding_lengths(plan.tokens - sum(lengths), longest)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.zeros(plan.tokens, np.int64)
-    positions = []
+    positions, skipped = [], plan.loss_start
     for rollout, start in zip(chosen, starts[: len(chosen)], strict=True):
         sequence = (*rollout.prompt_ids, *rollout.prefix_ids)[:-1]
         ids[start : start + len(sequence)] = sequence
         first = start + len(rollout.prompt_ids) - 1
-        positions.append(np.arange(first, first + len(rollout.prefix_ids)))
+        positions.append(np.arange(first + skipped, first + len(rollout.prefix_ids)))
     prefix_positions = _joined(positions, np.int64)
-    weight = np.full(len(prefix_positions), 1.0 / plan.prefix_tokens, np.float32)
+    weight = np.full(len(prefix_positions), 1.0 / plan.loss_tokens, np.float32)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
@@ -84,16 +100,21 @@ def pack(
         cu_seqlens=tensor(starts.astype(np.int32)),
         max_seqlen=longest,
         prefix_positions=tensor(prefix_positions),
-        labels=tensor(_joined([r.prefix_ids for r in chosen], np.int64)),
+        labels=tensor(_joined([r.prefix_ids[skipped:] for r in chosen], np.int64)),
         token_weight=tensor(weight),
-        rollout_logprobs=tensor(_joined([r.rollout_logprobs for r in chosen], np.float32)),
-        prefix_offsets=tensor(_joined([np.arange(len(r.prefix_ids)) for r in chosen], np.int64)),
+        rollout_logprobs=tensor(
+            _joined([r.rollout_logprobs[skipped:] for r in chosen], np.float32)
+        ),
+        prefix_offsets=tensor(
+            _joined([np.arange(skipped, len(r.prefix_ids)) for r in chosen], np.int64)
+        ),
     )
 
 
 def prefix_count(rollouts: Sequence[Rollout], plan: MicrobatchPlan, microbatch: int) -> int:
     """N of a microbatch, without building it."""
-    return sum(len(rollouts[index].prefix_ids) for index in plan.members[microbatch])
+    chosen = [rollouts[index] for index in plan.members[microbatch]]
+    return count_loss_tokens(chosen, plan.loss_start)
 
 
 def _padding_lengths(padding: int, longest: int) -> list[int]:

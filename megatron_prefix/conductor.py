@@ -3,16 +3,17 @@
 The other ranks get its decisions as an ``Order`` and need none of its state.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
-
+from megatron_prefix.batch import count_loss_tokens, nothing_to_train_on
 from megatron_prefix.config import Recipe
+from megatron_prefix.kl_grid import mean_kl
 from megatron_prefix.orders import Order
 from megatron_prefix.phases import Phases
-from megatron_prefix.prefix import Ledger, PrefixObservation, PrefixPolicy
+from megatron_prefix.prefix import Ledger, PrefixObservation, PrefixPolicy, loss_start
 from megatron_prefix.run_log import Evaluation, RunLog
 from megatron_prefix.types import Rollout, StepMetrics
 
@@ -85,16 +86,28 @@ class Conductor:
             self.log.event("stop", f"stop requested: saving after step {step}")
             return Order("save_and_stop")
         length = self._staff.policy.length(step)
-        rollouts = self._staff.source.sample(step, length, policy_version)
+        start = loss_start(self._staff.policy, step)
+        rollouts = self._sample(step, length, start, policy_version)
         if self._staff.stop_requested():  # the step is not begun: its prompts are asked again
             return self.order(step, policy_version)
-        return Order("train", length, tuple(rollouts))
+        return Order("train", length, tuple(rollouts), loss_start=start)
 
-    def record(
-        self, metrics: StepMetrics, rollouts: Sequence[Rollout], phases: Phases
-    ) -> StepMetrics:
+    def _sample(self, step: int, length: int, start: int, policy_version: int) -> list[Rollout]:
+        """Rollouts with a token that the loss counts: where every one ended before, others."""
+        for _ in range(self._recipe.train.max_skipped_steps):
+            rollouts = self._staff.source.sample(step, length, policy_version)
+            if count_loss_tokens(rollouts, start) or self._staff.stop_requested():
+                return rollouts
+            self.log.event("empty", nothing_to_train_on(rollouts, start), level=logging.WARNING)
+        raise ValueError(
+            f"{nothing_to_train_on(rollouts, start)}, and so {self._recipe.train.max_skipped_steps}"
+            " times in a row; does the student end at once, or does prefix.window begin too late?"
+        )
+
+    def record(self, metrics: StepMetrics, order: Order, phases: Phases) -> StepMetrics:
         """Account for and log a finished step; returns its metrics with FLOPs and seconds."""
-        cost = self._staff.ledger.measure(rollouts)
+        rollouts = order.rollouts
+        cost = self._staff.ledger.measure(rollouts, order.loss_start)
         self._staff.ledger.add(cost)
         metrics = replace(
             metrics, flops=cost.flops, flops_full=cost.flops_full, seconds=phases.seconds()
@@ -103,7 +116,8 @@ class Conductor:
             PrefixObservation(
                 step=metrics.step - 1,
                 prefix_length=metrics.prefix_length,
-                mean_kl=mean_kl(metrics),
+                loss_start=order.loss_start,
+                mean_kl=mean_kl(metrics.kl_by_position, metrics.tokens_by_position),
                 kl_by_position=metrics.kl_by_position,
             )
         )
@@ -148,9 +162,3 @@ class Conductor:
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
-
-
-def mean_kl(metrics: StepMetrics) -> float:
-    """Nats a token over the step, unlike the loss also where tokens are weighted."""
-    weights = metrics.tokens_by_position
-    return float(np.nansum(metrics.kl_by_position * weights) / weights.sum())

@@ -58,6 +58,31 @@ class LateConfig:
 
 
 @dataclass(frozen=True)
+class StepsConfig:
+    """``steps``: ``stages`` lengths from min_length to max_length, evenly apart, the last of them
+    reached after the first share ``over`` of the steps."""
+
+    stages: int = 4
+    over: float = 0.8
+
+
+@dataclass(frozen=True)
+class CosineConfig:
+    """``cosine``: as linear, along half a cosine: slow at both ends, fast between them."""
+
+    over: float = 0.8
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """``window``: the loss on prefix positions ``start`` to ``stop - 1`` alone, counted from 0;
+    rollouts are sampled up to ``stop``. min_length has no say."""
+
+    start: int = 0
+    stop: int = 0  # 0: max_length
+
+
+@dataclass(frozen=True)
 class AdaptiveConfig:
     """``adaptive``: from min_length, ``factor`` times as long whenever the moving average of the
     steps' mean KL falls under ``threshold``."""
@@ -71,14 +96,18 @@ class AdaptiveConfig:
 class PrefixConfig:
     """The prefix policy. ``prefix/`` holds one file a policy; lengths are in tokens."""
 
-    # fixed | linear | anchored | late | adaptive, or "package.module:Class" of a user's own
+    # fixed | linear | steps | cosine | anchored | late | adaptive | window, or
+    # "package.module:Class" of a user's own
     policy: str = "linear"
     min_length: int = 64
     max_length: int = 1024  # full-length distillation would sample up to here
     linear: LinearConfig = field(default_factory=LinearConfig)
+    steps: StepsConfig = field(default_factory=StepsConfig)
+    cosine: CosineConfig = field(default_factory=CosineConfig)
     anchored: AnchoredConfig = field(default_factory=AnchoredConfig)
     late: LateConfig = field(default_factory=LateConfig)
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    window: WindowConfig = field(default_factory=WindowConfig)
     options: dict[str, float] = field(default_factory=dict)  # for a user's own policy
 
 

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+from megatron_prefix import die_with_parent
 from megatron_prefix.config import Recipe
 from megatron_prefix.recipe import check_run_folder, save_record
-from megatron_prefix.rollout import guard
 from megatron_prefix.rollout.addresses import recipe_endpoints
 from megatron_prefix.rollout.server import Server, free_port, start_server
 from megatron_prefix.validate import resolve_world_size
@@ -61,6 +61,7 @@ def _start_servers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) ->
         )
         stack.callback(server.stop)
         servers.append(server)
+        print(f"starting an SGLang server at {server.url}; log: {server.log_path}", flush=True)
     return servers
 
 
@@ -109,7 +110,8 @@ def _start_rank(
         path.parent.mkdir(parents=True, exist_ok=True)
         output = stack.enter_context(path.open("ab"))
     process = subprocess.Popen(
-        [sys.executable, guard.__file__, str(os.getpid()), sys.executable]
+        # -P: this package has a types.py, which must not pass for Python's.
+        [sys.executable, "-P", die_with_parent.__file__, str(os.getpid()), sys.executable]
         + ["-m", "megatron_prefix.worker", *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,

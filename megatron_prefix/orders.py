@@ -1,7 +1,7 @@
 """What rank 0 decides and every rank does: one broadcast a step over a group for host data."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ class Order:
     prefix_length: int = 0
     rollouts: tuple[Rollout, ...] = ()
     message: str = ""
+    loss_start: int = 0  # the first prefix position that the loss counts
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def share_order(decide: Callable[[], Order], group: dist.ProcessGroup) -> Order:
         order, packed = box[0]
         if order.kind == "error":
             raise RuntimeError(f"rank 0 failed: {order.message}")
-        return Order(order.kind, order.prefix_length, _unpack(packed), order.message)
+        return replace(order, rollouts=_unpack(packed))
     try:
         order = decide()
     except Exception as error:
@@ -56,7 +57,7 @@ def share_order(decide: Callable[[], Order], group: dist.ProcessGroup) -> Order:
 
 
 def _broadcast(order: Order, group: dist.ProcessGroup) -> None:
-    bare = Order(order.kind, order.prefix_length, (), order.message)
+    bare = replace(order, rollouts=())
     dist.broadcast_object_list([(bare, _pack(order.rollouts))], src=0, group=group)
 
 

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.layout import Layout, padded_vocab_size
-from megatron_prefix.prefix import ModelShape, StepCost, build_policy, model_shape, step_flops
+from megatron_prefix.prefix import (
+    ModelShape,
+    StepCost,
+    build_policy,
+    loss_start,
+    model_shape,
+    step_flops,
+)
 from megatron_prefix.prefix.policy import ScheduledPolicy
 from megatron_prefix.preflight import open_prompts
 from megatron_prefix.types import Flops
@@ -198,7 +205,9 @@ def _shard_elements(unit: "Unit", tp: int) -> int:
 def _plan_cost(run: ValidRun, prompt_lengths: Sequence[int]) -> CostPlan:
     recipe = run.recipe
     policy = build_policy(recipe.prefix, recipe.train.steps)
-    lengths = Counter(policy.length(step) for step in range(recipe.train.steps))
+    steps = range(recipe.train.steps)
+    windows = Counter((policy.length(step), loss_start(policy, step)) for step in steps)
+    lengths = [length for length, _ in windows.elements()]
     prompt, source = _prompt_tokens(recipe, prompt_lengths)
     shapes = (model_shape(run.student.hf.config), model_shape(run.teacher.hf.config))
     batch = recipe.train.global_batch_size
@@ -211,8 +220,8 @@ def _plan_cost(run: ValidRun, prompt_lengths: Sequence[int]) -> CostPlan:
         lengths_known=isinstance(policy, ScheduledPolicy),
         shortest_prefix=min(lengths),
         longest_prefix=max(lengths),
-        mean_prefix=sum(n * steps for n, steps in lengths.items()) / recipe.train.steps,
-        run=_run_cost(shapes, prompt, lengths, batch, recipe.prefix.max_length),
+        mean_prefix=sum(lengths) / recipe.train.steps,
+        run=_run_cost(shapes, prompt, windows, batch, recipe.prefix.max_length),
     )
 
 
@@ -226,18 +235,21 @@ def _prompt_tokens(recipe: Recipe, prompt_lengths: Sequence[int]) -> tuple[int, 
 def _run_cost(
     shapes: tuple[ModelShape, ModelShape],
     prompt: int,
-    lengths: Counter[int],
+    windows: Counter[tuple[int, int]],
     batch: int,
     full: int,
 ) -> StepCost:
-    """``lengths``: how many steps have which prefix length."""
-    steps = lengths.total()
-    one = {n: step_flops(*shapes, [(prompt, n)]) for n in {*lengths, full}}
+    """``windows``: how many steps have which prefix length and start of the loss."""
+    steps = windows.total()
+
+    def one(length: int, start: int) -> Flops:
+        return step_flops(*shapes, [(prompt, length)], start)
+
     return StepCost(
-        flops=sum((_times(one[n], count * batch) for n, count in lengths.items()), Flops()),
-        flops_full=_times(one[full], steps * batch),
+        flops=sum((_times(one(*each), count * batch) for each, count in windows.items()), Flops()),
+        flops_full=_times(one(full, 0), steps * batch),
         prompt_tokens=prompt * steps * batch,
-        prefix_tokens=sum(n * count for n, count in lengths.items()) * batch,
+        prefix_tokens=sum(length * count for (length, _), count in windows.items()) * batch,
         full_tokens=full * steps * batch,
     )
 

@@ -243,13 +243,13 @@ def _console_handler(console: Console, formatter: logging.Formatter) -> logging.
         handler = logging.StreamHandler(console.file)
     handler.setFormatter(formatter)
     handler.setLevel(logging.INFO)
-    handler.addFilter(_is_no_python_warning)
+    handler.addFilter(_concerns_the_user)
     return handler
 
 
-def _is_no_python_warning(record: logging.LogRecord) -> bool:
+def _concerns_the_user(record: logging.LogRecord) -> bool:
     """Libraries' warnings at import are for the file: they would bury what a run has to say."""
-    return record.name != "py.warnings"
+    return record.name.startswith(PACKAGE) or record.levelno >= logging.ERROR
 
 
 def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,12 @@ class Trainer:
         parts, recipe = self._parts, self._recipe
         layout = parts.student.model.groups.layout
         microbatches = recipe.train.global_batch_size // recipe.train.micro_batch_size
-        plan = plan_microbatches(order.rollouts, microbatches, multiple=parts.token_multiple)
+        plan = plan_microbatches(
+            order.rollouts,
+            microbatches,
+            multiple=parts.token_multiple,
+            loss_start=order.loss_start,
+        )
         per_rank = len(plan) // layout.dp
         first = parts.student.model.groups.dp_rank * per_rank
         with phases.phase("teacher"):
@@ -125,7 +130,7 @@ class Trainer:
             self._step, order, sums, update, lr, self._policy_version - update.updated
         )
         if self._parts.conductor:
-            metrics = self._parts.conductor.record(metrics, order.rollouts, phases)
+            metrics = self._parts.conductor.record(metrics, order, phases)
         self._stop_on_trouble(metrics, sums)
         return metrics
 
@@ -199,7 +204,6 @@ def step_metrics(
     """What every rank knows of a step; rank 0 adds FLOPs and seconds."""
     rollouts = order.rollouts
     reached = sum(len(r.prefix_ids) >= order.prefix_length for r in rollouts)
-    tokens = int(sums.tokens.sum())
     return StepMetrics(
         step=step,
         loss=sums.loss,
@@ -209,11 +213,11 @@ def step_metrics(
         lr=lr,
         skipped=not update.updated,
         prefix_length=order.prefix_length,
-        prefix_tokens=tokens,
+        prefix_tokens=sum(len(r.prefix_ids) for r in rollouts),
         prompt_tokens=sum(len(r.prompt_ids) for r in rollouts),
         cut_fraction=reached / len(rollouts),
         policy_version=sampled_version,
         policy_lag=sum(sampled_version - r.policy_version for r in rollouts) / len(rollouts),
         logprob_diff_max=sums.worst.difference,
-        logprob_diff_mean=sums.logprob_diff / tokens,
+        logprob_diff_mean=sums.logprob_diff / float(sums.tokens.sum()),
     )

@@ -49,7 +49,8 @@ class PrefixBatch:
     labels: "torch.Tensor"  # int64 [N], the sampled tokens
     token_weight: "torch.Tensor"  # float32 [N]; sums to 1 over all microbatches of all ranks
     rollout_logprobs: "torch.Tensor"  # float32 [N], the server's
-    prefix_offsets: "torch.Tensor"  # int64 [N], 0 for a rollout's first sampled token
+    prefix_offsets: "torch.Tensor"  # int64 [N], 0 for a rollout's first sampled token; a window
+    # of the loss leaves the first ones out
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,13 @@ class StepMetrics:
 
     step: int  # from 1
     loss: float  # the weighted mean divergence that was differentiated
-    kl_by_position: "np.ndarray"  # float64 [prefix_length], mean; NaN where no rollout reached
+    kl_by_position: "np.ndarray"  # float64 [prefix_length], mean; NaN where no token was scored
     tokens_by_position: "np.ndarray"  # int64 [prefix_length]
     grad_norm: float
     lr: float
     skipped: bool  # a non-finite loss or gradient: no update was made
     prefix_length: int
-    prefix_tokens: int  # sampled and trained on
+    prefix_tokens: int  # sampled; tokens_by_position counts those in the loss
     prompt_tokens: int
     cut_fraction: float  # of rollouts that reached the prefix length, by design or by cap
     policy_version: int

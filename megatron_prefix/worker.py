@@ -24,7 +24,7 @@ from megatron_prefix.rollout.addresses import recipe_endpoints
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.run_log import setup_logging
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_prefix.worker")  # this file runs as __main__
 DONE, FAILED, SAVED = 0, 1, 75
 
 
@@ -49,6 +49,8 @@ def main() -> int:
     stop = StopFlag()
     recipe = load_record(arguments.record)
     rank = int(os.environ["RANK"])
+    # torch warns on stderr that nvcc is there and a GPU is not: true, and of no use to anyone.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     folder = Path(recipe.run.output_dir, recipe.run.name)
     setup_logging(folder, rank)
     try:

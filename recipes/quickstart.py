@@ -46,7 +46,7 @@ def recipe() -> Recipe:
             anchored=AnchoredConfig(every=8),
         ),
         optimizer=OptimizerConfig(lr=lr, min_lr=0.1 * lr, lr_warmup_steps=10),
-        train=TrainConfig(steps=200, global_batch_size=32, micro_batch_size=16),
+        train=TrainConfig(steps=200, global_batch_size=32, micro_batch_size=32),
         checkpoint=CheckpointConfig(keep_last=1),
         eval=EvalConfig(
             path=str(files.held_out),

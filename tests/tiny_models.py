@@ -74,4 +74,18 @@ def write_tiny_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
 def write_tiny_qwen2(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Qwen2: biases on q, k and v; ``overrides`` are Qwen2Config's fields."""
     sizes = _sizes(overrides, tie_word_embeddings=True)
+    del sizes["head_dim"]  # no field of Qwen2Config; servers and Megatron divide
     return _write(Path(folder), "Qwen2", sizes, seed)
+
+
+def write_tiny_qwen3_moe(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Qwen3-MoE: four experts, two a token; ``overrides`` are Qwen3MoeConfig's fields."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    sizes = _sizes(overrides, tie_word_embeddings=False, norm_topk_prob=True, **experts)
+    return _write(Path(folder), "Qwen3Moe", sizes, seed)
+
+
+def write_tiny_mixtral(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Mixtral: four experts, two a token; ``overrides`` are MixtralConfig's fields."""
+    sizes = _sizes(overrides, tie_word_embeddings=False, num_local_experts=4)
+    return _write(Path(folder), "Mixtral", sizes, seed)

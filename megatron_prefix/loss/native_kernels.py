@@ -84,7 +84,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 class NativeKernels(Kernels):
-    """Only where ``library()`` is not None; it holds for both buffers what ``torch_kernels`` does."""
+    """Only where ``library()`` is not None. The buffers hold what ``torch_kernels`` says."""
 
     def one_rank(
         self,

@@ -37,7 +37,7 @@ from megatron_prefix.loss.divergence import (
 from megatron_prefix.loss.kernels import Kernels
 
 # Two buffers and a temporary of this size stay in a 2 MiB second-level cache.
-_CPU_BLOCK_BYTES = 256 << 10
+_CPU_BLOCK_BYTES = 512 << 10
 _GPU_BLOCK_BYTES = 64 << 20
 
 

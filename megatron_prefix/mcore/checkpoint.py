@@ -53,7 +53,6 @@ class Checkpointer:
         partial = final.with_suffix(PARTIAL)
         if dist.get_rank() == 0:
             _make_empty(partial)
-            (partial / RUN_STATE).write_text(json.dumps({"step": step, **run_state}, indent=1))
         dist.barrier()
         request = dist_checkpointing.save(
             self._sharded_state(is_loading=False),
@@ -62,6 +61,8 @@ class Checkpointer:
             async_strategy="mcore",
             verify_integrity=self._config.verify_integrity,
         )
+        if dist.get_rank() == 0:  # before the manifest is made, which covers it
+            (partial / RUN_STATE).write_text(json.dumps({"step": step, **run_state}, indent=1))
         request.finalize_fns.append(lambda: self._complete(partial, final))
         self._queue.schedule_async_request(request)
         if wait or not self._config.async_save:

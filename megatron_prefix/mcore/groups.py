@@ -1,6 +1,7 @@
 """One ProcessGroupCollection a model, so that two models of unlike layouts share one process."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -20,6 +21,9 @@ class ModelGroups:
     tp_rank: int
     dp_rank: int
     pp_rank: int
+    ep_rank: int = 0
+    expert_tp_rank: int = 0
+    expert_dp_rank: int = 0
 
     @property
     def is_first_stage(self) -> bool:
@@ -45,10 +49,11 @@ def build_groups(layout: Layout) -> ModelGroups:
     """Create every group of ``layout`` over the world. Collective: all ranks call it alike."""
     grid = HyperCommGrid([layout.tp, 1, layout.dp, layout.pp], ["tp", "cp", "dp", "pp"])
     tp, dp, pp = layout.coordinates(dist.get_rank())
-    return ModelGroups(layout, _collection(grid), tp_rank=tp, dp_rank=dp, pp_rank=pp)
+    etp, ep, edp = layout.expert_coordinates(dist.get_rank())
+    return ModelGroups(layout, _collection(grid, layout), tp, dp, pp, ep, etp, edp)
 
 
-def _collection(grid: HyperCommGrid) -> ProcessGroupCollection:
+def _collection(grid: HyperCommGrid, layout: Layout) -> ProcessGroupCollection:
     pg = ProcessGroupCollection()
     for name in ("tp", "pp", "cp", "dp"):
         setattr(pg, name, grid.create_pg(name))
@@ -57,9 +62,7 @@ def _collection(grid: HyperCommGrid) -> ProcessGroupCollection:
     pg.dp_cp = grid.create_pg(["cp", "dp"])
     pg.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"])
     pg.intra_dist_opt = grid.create_pg(["tp", "cp", "dp", "pp"])
-    # Dense models: the expert groups are the dense ones with one expert-parallel rank.
-    pg.ep, pg.expt_tp, pg.expt_dp = pg.cp, pg.tp, pg.dp
-    pg.tp_ep, pg.tp_ep_pp = pg.tp_cp, pg.mp
+    _add_expert_groups(pg, grid, layout)
     pg.dp_cp_gtp_remat, pg.expt_dp_gtp_remat = pg.dp_cp, pg.expt_dp
     pg.tp_ep_pp_with_egtp_remat = pg.tp_ep_pp
     pg.intra_dp_cp, pg.intra_expt_dp = pg.dp_cp, pg.expt_dp
@@ -70,11 +73,31 @@ def _collection(grid: HyperCommGrid) -> ProcessGroupCollection:
     return pg
 
 
+def _add_expert_groups(pg: ProcessGroupCollection, grid: HyperCommGrid, layout: Layout) -> None:
+    if layout.ep == 1 and layout.expert_tp == layout.tp:
+        # The expert groups are the dense ones with one expert-parallel rank.
+        pg.ep, pg.expt_tp, pg.expt_dp = pg.cp, pg.tp, pg.dp
+        pg.tp_ep, pg.tp_ep_pp = pg.tp_cp, pg.mp
+        return
+    grid.register_view(
+        "expert",
+        [layout.expert_tp, layout.ep, layout.expert_dp, layout.pp],
+        ["expt_tp", "ep", "expt_dp", "pp"],
+        shared_dims=["pp"],
+    )
+    for name in ("ep", "expt_tp", "expt_dp"):
+        setattr(pg, name, grid.create_pg(name, view="expert"))
+    pg.tp_ep = grid.create_pg(["expt_tp", "ep"], view="expert")
+    pg.tp_ep_pp = grid.create_pg(["expt_tp", "ep", "pp"], view="expert")
+
+
 def _embedding_groups(
     grid: HyperCommGrid,
 ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """First and last stage of each pipeline (they share tied embeddings), and the first alone."""
-    rank, embedding, position = dist.get_rank(), None, None
+    rank = dist.get_rank()
+    embedding: Any = None
+    position: Any = None
     for stages in grid.get_rank_enum("pp"):
         ends = sorted({stages[0], stages[-1]})
         group = dist.new_group(ends)

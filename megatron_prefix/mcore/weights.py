@@ -1,6 +1,9 @@
 """Moves weights between Hugging Face tensors and a model's tensor- and pipeline-parallel shards."""
 
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -17,6 +20,9 @@ FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+# An expert's parameter as SequentialMLP names it, and as Transformer Engine's grouped linear does.
+LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<index>\d+)\.(?P<name>.+)")
+GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<name>linear_fc[12]\.weight)(?P<index>\d+)")
 
 
 class HfReader:
@@ -79,26 +85,38 @@ def named_units(model: MegatronModel) -> Iterator[tuple[Unit, torch.nn.Parameter
 
 
 def global_name(model: MegatronModel, local_name: str) -> str:
-    """A parameter's name with the layer counted over all stages, and norms by their own names."""
-    parts = local_name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(model.module.decoder.layers[int(parts[2])].layer_number - 1)
-        tail = ".".join(parts[3:])
-        parts[3:] = [FUSED_NORMS.get(tail, tail)]
-    return ".".join(parts)
+    """A parameter's name with the layer counted over all stages, experts over all ranks that share
+    them, and norms by their own names."""
+    parts = local_name.split(".", 3)
+    if parts[:2] != ["decoder", "layers"]:
+        return local_name
+    layer = model.module.decoder.layers[int(parts[2])].layer_number - 1
+    tail = FUSED_NORMS.get(parts[3], parts[3])
+    expert = LOCAL_EXPERT.fullmatch(tail) or GROUPED_EXPERT.fullmatch(tail)
+    if expert:
+        first = model.groups.ep_rank * local_experts(model)
+        tail = f"mlp.experts.{first + int(expert['index'])}.{expert['name']}"
+    return f"decoder.layers.{layer}.{tail}"
+
+
+def local_experts(model: MegatronModel) -> int:
+    """Experts of a sparse layer that one expert-parallel rank holds."""
+    return model.hf.shape.num_experts // model.groups.layout.ep
 
 
 @torch.no_grad()
 def load_hf_weights(model: MegatronModel) -> None:
     """Fill this rank's shards from the Hugging Face folder, one unit in memory at a time."""
     reader = HfReader(model.hf.path)
-    layout, tp_rank = model.groups.layout, model.groups.tp_rank
+    groups, tp_rank = model.groups, model.groups.tp_rank
     for unit, param in named_units(model):
         if unit.megatron_name in VOCABULARY:
             weight = vocab_rows(reader, unit.hf_names[0], model.vocab_rows, tp_rank)
         else:
             full = unit.pack([reader.tensor(name) for name in unit.hf_names])
-            weight = shard(full, unit, layout.tp, tp_rank)
+            dense = (groups.layout.tp, tp_rank)
+            expert = (groups.layout.expert_tp, groups.expert_tp_rank)
+            weight = shard(full, unit, *(dense if unit.expert < 0 else expert))
         assert weight.shape == param.shape, (unit.megatron_name, weight.shape, param.shape)
         param.copy_(weight)
 
@@ -125,26 +143,59 @@ def hf_buckets(
     """The whole model as Hugging Face tensors on global rank 0, bucket by bucket.
 
     Collective: every rank iterates; other ranks get empty lists. Replica 0 alone sends. A bucket
-    holds units of one stage and at most ``max_bytes`` (or one unit), so no rank holds more.
+    holds units of one stage and at most ``max_bytes`` (or one unit, or one expert of each
+    expert-parallel rank), so no rank holds more.
     """
-    for stage, units in _bucket_plan(model, max_bytes, dtype):
-        yield _gather_bucket(model, stage, units, dtype)
+    for bucket in _bucket_plan(model, max_bytes, dtype):
+        yield _gather_bucket(model, bucket, dtype)
 
 
-def _bucket_plan(
-    model: MegatronModel, max_bytes: int, dtype: torch.dtype
-) -> list[tuple[int, list[Unit]]]:
-    plan: list[tuple[int, list[Unit]]] = []
+@dataclass(frozen=True)
+class _Bucket:
+    """Parcels that travel together. A parcel is what each rank gives one shard of: a unit, or of
+    an expert layer as many units as there are expert-parallel ranks."""
+
+    stage: int
+    of_experts: bool
+    parcels: tuple[tuple[Unit, ...], ...]
+
+    @property
+    def units(self) -> list[Unit]:
+        return [unit for parcel in self.parcels for unit in parcel]
+
+
+def _bucket_plan(model: MegatronModel, max_bytes: int, dtype: torch.dtype) -> list[_Bucket]:
+    buckets: list[_Bucket] = []
     filled = 0
-    for unit in sorted(model.hf.units, key=lambda unit: unit.layer):
-        stage = stage_of(unit, model.layers)
-        size = sum(torch.Size(s).numel() for s in unit.hf_shapes) * dtype.itemsize
-        if not plan or plan[-1][0] != stage or filled + size > max_bytes:
-            plan.append((stage, []))
+    for parcel in _parcels(model):
+        stage, of_experts = stage_of(parcel[0], model.layers), parcel[0].expert >= 0
+        size = sum(prod(s) for unit in parcel for s in unit.hf_shapes) * dtype.itemsize
+        last = buckets[-1] if buckets else None
+        if last is None or (last.stage, last.of_experts) != (stage, of_experts):
+            buckets.append(_Bucket(stage, of_experts, (parcel,)))
             filled = 0
-        plan[-1][1].append(unit)
+        elif filled + size > max_bytes:
+            buckets.append(_Bucket(stage, of_experts, (parcel,)))
+            filled = 0
+        else:
+            buckets[-1] = _Bucket(stage, of_experts, (*last.parcels, parcel))
         filled += size
-    return plan
+    return buckets
+
+
+def _parcels(model: MegatronModel) -> list[tuple[Unit, ...]]:
+    """All parcels, stage by stage: what every expert-parallel rank holds, then the experts."""
+    stride = max(1, local_experts(model))
+    experts: dict[tuple[int, int, str], list[Unit]] = {}
+    parcels: list[tuple[Unit, ...]] = []
+    for unit in model.hf.units:
+        if unit.expert < 0:
+            parcels.append((unit,))
+        else:
+            tail = unit.megatron_name.rpartition(f".{unit.expert}.")[2]
+            experts.setdefault((unit.layer, unit.expert % stride, tail), []).append(unit)
+    parcels += [tuple(sorted(units, key=lambda unit: unit.expert)) for units in experts.values()]
+    return sorted(parcels, key=lambda p: (stage_of(p[0], model.layers), p[0].expert >= 0))
 
 
 def stage_of(unit: Unit, layers: tuple[int, ...]) -> int:
@@ -158,45 +209,52 @@ def stage_of(unit: Unit, layers: tuple[int, ...]) -> int:
 
 
 def _gather_bucket(
-    model: MegatronModel, stage: int, units: list[Unit], dtype: torch.dtype
+    model: MegatronModel, bucket: _Bucket, dtype: torch.dtype
 ) -> list[tuple[str, Tensor]]:
     groups, rank = model.groups, dist.get_rank()
-    layout = groups.layout
-    if groups.dp_rank != 0:
+    replica = groups.expert_dp_rank if bucket.of_experts else groups.dp_rank
+    if replica != 0:
         return []
-    source = layout.rank(0, 0, stage)
-    tensors = _unshard_all(model, units, dtype) if groups.pp_rank == stage else []
+    source = groups.layout.rank(0, 0, bucket.stage)
+    tensors = _unshard_all(model, bucket, dtype) if groups.pp_rank == bucket.stage else []
     if rank == source and rank != 0:
         dist.send(torch.cat([t.reshape(-1) for t in tensors]), 0)
     if rank != 0:
         return []
-    shapes = [torch.Size(shape) for unit in units for shape in unit.hf_shapes]
+    shapes = [torch.Size(shape) for unit in bucket.units for shape in unit.hf_shapes]
     if source != 0:
         sizes = [shape.numel() for shape in shapes]
         device = next(model.module.parameters()).device
         flat = torch.empty(sum(sizes), dtype=dtype, device=device)
         dist.recv(flat, source)
         tensors = [t.view(s) for t, s in zip(flat.split(sizes), shapes, strict=True)]
-    names = [name for unit in units for name in unit.hf_names]
+    names = [name for unit in bucket.units for name in unit.hf_names]
     return list(zip(names, tensors, strict=True))
 
 
-def _unshard_all(model: MegatronModel, units: list[Unit], dtype: torch.dtype) -> list[Tensor]:
-    """Hugging Face tensors of ``units`` from one all-gather of this stage's flat shards."""
+def _unshard_all(model: MegatronModel, bucket: _Bucket, dtype: torch.dtype) -> list[Tensor]:
+    """Hugging Face tensors of a bucket from one all-gather of this stage's flat shards."""
     local = {unit.megatron_name: param for unit, param in named_units(model)}
-    shards = [local[unit.megatron_name].detach().to(dtype) for unit in units]
-    tp = model.groups.layout.tp
+    shards = [
+        next(local[unit.megatron_name] for unit in parcel if unit.megatron_name in local)
+        .detach()
+        .to(dtype)
+        for parcel in bucket.parcels
+    ]
+    pg, layout = model.groups.pg, model.groups.layout
+    group, tp = (pg.tp_ep, layout.expert_tp) if bucket.of_experts else (pg.tp, layout.tp)
     flat = torch.cat([s.reshape(-1) for s in shards])
     gathered = [flat]
-    if tp > 1:
-        gathered = [torch.empty_like(flat) for _ in range(tp)]
-        dist.all_gather(gathered, flat, group=model.groups.pg.tp)
-    sizes = [s.numel() for s in shards]
-    by_rank = [part.split(sizes) for part in gathered]
+    if group.size() > 1:
+        gathered = [torch.empty_like(flat) for _ in range(group.size())]
+        dist.all_gather(gathered, flat, group=group)
+    by_rank = [part.split([s.numel() for s in shards]) for part in gathered]
     tensors: list[Tensor] = []
-    for index, (unit, own) in enumerate(zip(units, shards, strict=True)):
-        full = unshard([ranks[index].view(own.shape) for ranks in by_rank], unit)
-        if unit.megatron_name in VOCABULARY:
-            full = full[: model.hf.shape.vocab_size]
-        tensors += [part.contiguous() for part in unit.unpack(full)]
+    for index, (parcel, own) in enumerate(zip(bucket.parcels, shards, strict=True)):
+        parts = [ranks[index].view(own.shape) for ranks in by_rank]
+        for place, unit in enumerate(parcel):  # the experts of the first ep rank, of the next, ...
+            full = unshard(parts[place * tp : (place + 1) * tp], unit)
+            if unit.megatron_name in VOCABULARY:
+                full = full[: model.hf.shape.vocab_size]
+            tensors += [part.contiguous() for part in unit.unpack(full)]
     return tensors

@@ -2,7 +2,7 @@
 
 from megatron_prefix.prefix.flops import ModelShape, model_shape, rollout_flops, step_flops
 from megatron_prefix.prefix.ledger import Ledger, StepCost
-from megatron_prefix.prefix.policy import PrefixObservation, PrefixPolicy
+from megatron_prefix.prefix.policy import PrefixObservation, PrefixPolicy, loss_start
 from megatron_prefix.prefix.registry import build_policy
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "PrefixPolicy",
     "StepCost",
     "build_policy",
+    "loss_start",
     "model_shape",
     "rollout_flops",
     "step_flops",

@@ -84,28 +84,38 @@ def head_flops(shape: ModelShape, positions: int) -> float:
 
 
 def rollout_flops(
-    student: ModelShape, teacher: ModelShape, prompt_tokens: int, prefix_tokens: int
+    student: ModelShape,
+    teacher: ModelShape,
+    prompt_tokens: int,
+    prefix_tokens: int,
+    loss_start: int = 0,
 ) -> Flops:
     """One rollout through sampler, teacher and student.
 
     The sampler prefills the prompt and decodes with a cache, one row of logits a sampled token; a
     prompt that several samples share is counted for each. The teacher goes forward once. The
-    student goes forward and backward; both LM heads are applied at the prefix positions alone.
+    student goes forward and backward; both LM heads are applied at the prefix positions alone,
+    from ``loss_start`` on.
     """
     tokens = prompt_tokens + max(prefix_tokens - 1, 0)
-    sampled = trunk_flops(student, tokens) + head_flops(student, prefix_tokens)
+    trunk = trunk_flops(student, tokens)
+    sampled = trunk + head_flops(student, prefix_tokens)
     if prefix_tokens == 0:  # prefilled and stopped: nothing to score or to learn from
         return Flops(rollout=sampled)
+    scored = max(prefix_tokens - loss_start, 0)
     return Flops(
         rollout=sampled,
-        teacher=trunk_flops(teacher, tokens) + head_flops(teacher, prefix_tokens),
-        student=BACKWARD * sampled,
+        teacher=trunk_flops(teacher, tokens) + head_flops(teacher, scored),
+        student=BACKWARD * (trunk + head_flops(student, scored)),
     )
 
 
 def step_flops(
-    student: ModelShape, teacher: ModelShape, lengths: Iterable[tuple[int, int]]
+    student: ModelShape,
+    teacher: ModelShape,
+    lengths: Iterable[tuple[int, int]],
+    loss_start: int = 0,
 ) -> Flops:
     """The sum over rollouts given as (prompt tokens, prefix tokens)."""
-    costs = (rollout_flops(student, teacher, prompt, prefix) for prompt, prefix in lengths)
+    costs = (rollout_flops(student, teacher, *pair, loss_start) for pair in lengths)
     return sum(costs, Flops())

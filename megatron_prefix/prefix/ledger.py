@@ -48,8 +48,8 @@ class Ledger:
     def total(self) -> StepCost:
         return self._total
 
-    def measure(self, rollouts: Iterable[Rollout]) -> StepCost:
-        """The cost of these rollouts, nothing entered."""
+    def measure(self, rollouts: Iterable[Rollout], loss_start: int = 0) -> StepCost:
+        """The cost of these rollouts, scored from ``loss_start`` on; nothing entered."""
         spent, full = [], []
         for rollout in rollouts:
             prompt, prefix = len(rollout.prompt_ids), len(rollout.prefix_ids)
@@ -57,7 +57,7 @@ class Ledger:
             spent.append((prompt, prefix))
             full.append((prompt, prefix if by_itself else max(prefix, self._max_length)))
         return StepCost(
-            flops=step_flops(self._student, self._teacher, spent),
+            flops=step_flops(self._student, self._teacher, spent, loss_start),
             flops_full=step_flops(self._student, self._teacher, full),
             prompt_tokens=sum(prompt for prompt, _ in spent),
             prefix_tokens=sum(prefix for _, prefix in spent),

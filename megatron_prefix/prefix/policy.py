@@ -18,8 +18,10 @@ class PrefixObservation:
 
     step: int  # from 0
     prefix_length: int  # tokens, what ``length(step)`` had answered
-    mean_kl: float  # nats a token over the step's prefix tokens; NaN where there was none
-    kl_by_position: np.ndarray  # float64 [prefix_length], mean; NaN where no rollout reached
+    loss_start: int  # the first position that the loss counted; 0 but for windows
+    mean_kl: float  # nats a token over the tokens in the loss; NaN where there was none
+    kl_by_position: np.ndarray  # float64 [prefix_length], mean; NaN where no rollout reached,
+    # and before loss_start
 
 
 @runtime_checkable
@@ -37,6 +39,19 @@ class PrefixPolicy(Protocol):
     def state_dict(self) -> State: ...
 
     def load_state_dict(self, state: Mapping[str, float]) -> None: ...
+
+
+@runtime_checkable
+class WindowedPolicy(PrefixPolicy, Protocol):
+    """A policy that leaves the first positions of each rollout out of the loss."""
+
+    def loss_start(self, step: int) -> int:
+        """The first position, from 0, that the loss counts: below ``length(step)``."""
+
+
+def loss_start(policy: PrefixPolicy, step: int) -> int:
+    """Where the loss begins: 0 for a policy that says nothing of it."""
+    return policy.loss_start(step) if isinstance(policy, WindowedPolicy) else 0
 
 
 class ScheduledPolicy:

@@ -7,19 +7,25 @@ from collections.abc import Callable, Mapping
 from megatron_prefix.config import PrefixConfig
 from megatron_prefix.prefix.adaptive import AdaptivePolicy
 from megatron_prefix.prefix.anchored import AnchoredPolicy
+from megatron_prefix.prefix.cosine import CosinePolicy
 from megatron_prefix.prefix.fixed import FixedPolicy
 from megatron_prefix.prefix.late import LatePolicy
 from megatron_prefix.prefix.linear import LinearPolicy
-from megatron_prefix.prefix.policy import PrefixObservation, PrefixPolicy, State
+from megatron_prefix.prefix.policy import PrefixObservation, PrefixPolicy, State, loss_start
+from megatron_prefix.prefix.steps import StepsPolicy
+from megatron_prefix.prefix.window import WindowPolicy
 
 PolicyClass = Callable[[PrefixConfig, int], PrefixPolicy]
 
 POLICIES: Mapping[str, PolicyClass] = {
     "fixed": FixedPolicy,
     "linear": LinearPolicy,
+    "steps": StepsPolicy,
+    "cosine": CosinePolicy,
     "anchored": AnchoredPolicy,
     "late": LatePolicy,
     "adaptive": AdaptivePolicy,
+    "window": WindowPolicy,
 }
 
 
@@ -31,13 +37,21 @@ class BoundedPolicy:
 
     def length(self, step: int) -> int:
         length = self._inner.length(step)
-        whole = isinstance(length, int) and not isinstance(length, bool)
-        if not (whole and 1 <= length <= self._config.max_length):
+        if not (_is_whole(length) and 1 <= length <= self._config.max_length):
             raise ValueError(
                 f"prefix.policy={self._config.policy} answered {length!r} for step {step}: it must "
                 f"be a whole number from 1 to prefix.max_length={self._config.max_length}"
             )
         return length
+
+    def loss_start(self, step: int) -> int:
+        start, length = loss_start(self._inner, step), self.length(step)
+        if not (_is_whole(start) and 0 <= start < length):
+            raise ValueError(
+                f"prefix.policy={self._config.policy} starts the loss of step {step} at {start!r}: "
+                f"it must be a whole number from 0 to below that step's length {length}"
+            )
+        return start
 
     def observe(self, observation: PrefixObservation) -> None:
         self._inner.observe(observation)
@@ -47,6 +61,10 @@ class BoundedPolicy:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self._inner.load_state_dict(state)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def build_policy(config: PrefixConfig, total_steps: int) -> PrefixPolicy:

@@ -124,7 +124,7 @@ def start_server(
     port = checked_port(port) if port else free_port()
     device = resolve_device(rollout.device)
     scratch = tempfile.TemporaryDirectory(prefix="megatron-prefix-server-")
-    api_key = secrets.token_urlsafe(32)
+    api_key = secrets.token_hex(32)  # of no character that argparse takes for an option
     settings = Path(scratch.name, "server.yaml")
     _write_private(settings, json.dumps({"api-key": api_key}))  # JSON is YAML
     launch = Launch(folder, device, params_dtype, port, index, seed)

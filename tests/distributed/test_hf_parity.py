@@ -8,12 +8,20 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_prefix.batch import pack, plan_microbatches
+from megatron_prefix.config import ModelConfig
+from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.groups import initialize_megatron
 from megatron_prefix.mcore.schedule import run_schedule
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import CPU, Case, World, build, model_config, rollouts
-from tests.tiny_models import write_tiny_llama, write_tiny_qwen3
+from tests.tiny_models import (
+    write_tiny_llama,
+    write_tiny_mixtral,
+    write_tiny_qwen2,
+    write_tiny_qwen3,
+    write_tiny_qwen3_moe,
+)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -34,7 +42,19 @@ FAMILIES = {
         write_tiny_llama,
         {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "max_position_embeddings": 16384},
     ),
+    "qwen2": (write_tiny_qwen2, {}),
+    "qwen2.5 untied, one group": (
+        write_tiny_qwen2,
+        {"tie_word_embeddings": False, "num_key_value_heads": 4},
+    ),
+    "qwen3-moe": (write_tiny_qwen3_moe, {}),
+    "qwen3-moe, a dense layer, weights as they are": (
+        write_tiny_qwen3_moe,
+        {"mlp_only_layers": [0], "norm_topk_prob": False, "tie_word_embeddings": True},
+    ),
+    "mixtral": (write_tiny_mixtral, {}),
 }
+SPARSE = [name for name in FAMILIES if "moe" in name or "mixtral" in name]
 
 
 def folder_of(name: str, root: Path) -> Path:
@@ -42,10 +62,43 @@ def folder_of(name: str, root: Path) -> Path:
     return write(root / "model", vocab_size=61, num_hidden_layers=3, **overrides)
 
 
-def prefix_logits(folder: Path, tp: int, pp: int) -> list[torch.Tensor] | None:
-    """Last stage, rank 0 of its shards: [N, V/tp] of each microbatch, shards joined by rank."""
+# Ranks, and the layout of the model over them. Experts want sequence parallelism beside tp.
+DENSE_LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
+    "one rank": (1, {}),
+    "tp2": (2, {"tp": 2}),
+    "pp3": (3, {"pp": 3}),
+}
+SPARSE_LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
+    "one rank": (1, {}),
+    "tp2": (2, {"tp": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pp": 2}),
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+    "tp2, ep2, whole experts": (
+        2,
+        {
+            "tp": 2,
+            "sequence_parallel": True,
+            "expert_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 1,
+        },
+    ),
+    "tp2, ep2, experts cut in two": (
+        4,
+        {"tp": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
+    ),
+    "pp2, ep2": (4, {"pp": 2, "expert_model_parallel_size": 2}),
+}
+CASES = [
+    pytest.param(name, *layout, id=f"{name}: {title}")
+    for name in FAMILIES
+    for title, layout in (SPARSE_LAYOUTS if name in SPARSE else DENSE_LAYOUTS).items()
+]
+
+
+def prefix_logits(config: ModelConfig, world_size: int) -> list[torch.Tensor] | None:
+    """On the last stage [N, V/tp] of each microbatch."""
     initialize_megatron(1)
-    model = build(model_config(folder, tp, pp), tp * pp, owner="student")
+    model = build(config, world_size, owner="student")
     plan = plan_microbatches(rollouts(vocab=61), 2, multiple=8)
     batches = [pack(rollouts(vocab=61), plan, m, CPU) for m in range(2)]
     with torch.no_grad():
@@ -67,30 +120,30 @@ def transformers_logits(folder: Path) -> torch.Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 3)], ids=["one rank", "tp2", "pp3"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_transformers(name: str, layout: tuple[int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "world_size", "settings"), CASES)
+def test_logits_equal_transformers(
+    name: str, world_size: int, settings: dict, tmp_path: Path
+) -> None:
     folder = folder_of(name, tmp_path)
-    tp, pp = layout
-    ranks = run_ranks(tp * pp, prefix_logits, folder, tp, pp)
-    shards = [torch.cat(logits) for logits in ranks if logits]
-    assert len(shards) == tp
-    logits = torch.cat(shards, dim=1)[:, :61]
-    expected = transformers_logits(folder)
-    assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+    config = model_config(folder, **settings)
+    ranks = run_ranks(world_size, prefix_logits, config, world_size)
+    layout, expected = model_layout(config, world_size), transformers_logits(folder)
+    for replica in range(layout.dp):
+        shards = [torch.cat(ranks[rank]) for rank in layout.last_stage(replica)]
+        logits = torch.cat(shards, dim=1)[:, :61]
+        assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
-def exported(folder: Path, output: Path, tp: int, pp: int) -> None:
+def exported(config: ModelConfig, output: Path, world_size: int) -> None:
     initialize_megatron(1)
-    model = build(model_config(folder, tp, pp), tp * pp, owner="student")
-    export_hf(model, output, torch.float32)
+    export_hf(build(config, world_size, owner="student"), output, torch.float32)
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 3)], ids=["one rank", "tp2", "pp3"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_export_is_bit_for_bit(name: str, layout: tuple[int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "world_size", "settings"), CASES)
+def test_export_is_bit_for_bit(name: str, world_size: int, settings: dict, tmp_path: Path) -> None:
     folder = folder_of(name, tmp_path)
-    run_ranks(layout[0] * layout[1], exported, folder, tmp_path / "out", *layout)
+    config = model_config(folder, **settings)
+    run_ranks(world_size, exported, config, tmp_path / "out", world_size)
     before = load_file(folder / "model.safetensors")
     after = {
         key: tensor

@@ -19,11 +19,17 @@ def received(order: Order) -> Order:
 
 
 @pytest.mark.parametrize(
-    "order", [Order("train", 5, ROLLOUTS), Order("save_and_stop"), Order("train", 1, ())]
+    "order",
+    [
+        Order("train", 5, ROLLOUTS),
+        Order("save_and_stop"),
+        Order("train", 9, ROLLOUTS, loss_start=4),
+    ],
 )
 def test_every_rank_gets_what_rank_0_decided(order: Order) -> None:
     for got in run_ranks(3, received, order):
         assert (got.kind, got.prefix_length) == (order.kind, order.prefix_length)
+        assert got.loss_start == order.loss_start
         assert len(got.rollouts) == len(order.rollouts)
         for mine, sent in zip(got.rollouts, order.rollouts, strict=True):
             assert mine.prompt_ids == sent.prompt_ids

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -80,21 +79,19 @@ def test_a_folder_without_a_model_is_refused_before_a_process_starts(tmp_path: P
 def test_a_server_that_cannot_start_fails_with_its_logs_last_words(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    """Config without weights; the log is appended to, and only this start's part is quoted."""
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    shutil.copy(model_folder / "config.json", broken)
+    """The log is appended to, and only this start's part of it is quoted."""
     log = tmp_path / "logs" / "server-0.log"
     log.parent.mkdir()
     log.write_text("an Error of last week\n")
+    wrong = dataclasses.replace(CPU, server_args=("--no-such-flag",))
     with (
         pytest.raises(ServerFailed) as caught,
-        server_pool(broken, CPU, params_dtype="fp32", log_folder=log.parent),
+        server_pool(model_folder, wrong, params_dtype="fp32", log_folder=log.parent),
     ):
         pass
     message = str(caught.value)
     assert f"log: {log}" in message
-    assert "Cannot find any model weights" in message
+    assert "unrecognized arguments: --no-such-flag" in message
     assert "last week" not in message
     assert "\n" not in message
     assert log.read_text().startswith("an Error of last week\n\n=== 20")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,13 @@ def children_of(name: str) -> list[str]:
             if name in words:
                 found.append(words)
     return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
 
 
 class Job:
@@ -174,6 +182,19 @@ def test_what_was_trained_is_exported_and_loads(
     assert any(not before[name].equal(after[name]) for name in before)
     tokenizer = transformers.AutoTokenizer.from_pretrained(job.folder / "hf")
     assert tokenizer.decode(tokenizer.encode("2+2", add_special_tokens=False)) == "2+2"
+
+
+def test_killed_outright_it_leaves_neither_ranks_nor_servers(job: Job, tmp_path: Path) -> None:
+    marker = str(tmp_path)
+    process = subprocess.Popen(
+        job.command(f"run.output_dir={tmp_path}"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert wait_until(lambda: len(children_of(f"megatron_prefix.worker {marker}")) == 2)
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: not children_of(marker) and not children_of(str(job.student)))
 
 
 def test_a_run_folder_of_another_recipe_is_refused(

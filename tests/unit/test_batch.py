@@ -22,12 +22,13 @@ lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 7)), min_size=1, 
 )
 
 
-@given(lengths, st.integers(1, 4), st.sampled_from([1, 2, 8]))
-def test_every_prefix_token_is_predicted_once_from_the_token_before_it(
-    pairs: list[tuple[int, int]], count: int, multiple: int
+@given(lengths, st.integers(1, 4), st.sampled_from([1, 2, 8]), st.integers(0, 6))
+def test_every_token_in_the_loss_is_predicted_once_from_the_token_before_it(
+    pairs: list[tuple[int, int]], count: int, multiple: int, start: int
 ) -> None:
     rollouts = [rollout(*pair, index) for index, pair in enumerate(pairs)]
-    plan = plan_microbatches(rollouts, count, multiple=multiple)
+    start = min(start, max(prefix for _, prefix in pairs) - 1)
+    plan = plan_microbatches(rollouts, count, multiple=multiple, loss_start=start)
     assert sorted(i for members in plan.members for i in members) == list(range(len(rollouts)))
     weight, seen = 0.0, 0
     for microbatch in range(count):
@@ -38,9 +39,10 @@ def test_every_prefix_token_is_predicted_once_from_the_token_before_it(
         # Token ids of a rollout count up by one, so a label is its position's token plus one.
         assert torch.equal(batch.labels, batch.input_ids[batch.prefix_positions] + 1)
         assert torch.equal(batch.rollout_logprobs, -batch.prefix_offsets.float())
+        assert all(offset >= start for offset in batch.prefix_offsets.tolist())
         weight += float(batch.token_weight.sum())
         seen += batch.labels.numel()
-    assert seen == plan.prefix_tokens == sum(prefix for _, prefix in pairs)
+    assert seen == plan.loss_tokens == sum(max(prefix - start, 0) for _, prefix in pairs)
     assert weight == pytest.approx(1.0, abs=1e-6)
 
 
@@ -69,5 +71,20 @@ def test_equal_lengths_leave_no_padding() -> None:
 
 
 def test_nothing_to_train_on_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no prefix token in 2 rollouts"):
+    with pytest.raises(ValueError, match="no prefix token from position 0 on in 2 rollouts"):
         plan_microbatches([rollout(3, 0), rollout(4, 0)], 2)
+    with pytest.raises(ValueError, match="from position 5 on in 2 .* the longest of 5 tokens"):
+        plan_microbatches([rollout(3, 5), rollout(4, 1)], 2, loss_start=5)
+
+
+def test_a_window_feeds_what_it_does_not_score() -> None:
+    rollouts = [rollout(3, 5), rollout(4, 2)]
+    whole, window = (plan_microbatches(rollouts, 1, loss_start=start) for start in (0, 2))
+    fed, scored = pack(rollouts, whole, 0, CPU), pack(rollouts, window, 0, CPU)
+    assert torch.equal(fed.input_ids, scored.input_ids)
+    assert torch.equal(fed.cu_seqlens, scored.cu_seqlens)
+    # Of the second rollout nothing is left; of the first the tokens 6, 7, 8 at places 2, 3, 4.
+    assert scored.labels.tolist() == [6, 7, 8]
+    assert scored.prefix_positions.tolist() == [4, 5, 6]
+    assert scored.prefix_offsets.tolist() == [2, 3, 4]
+    assert scored.token_weight.tolist() == pytest.approx([1 / 3] * 3)

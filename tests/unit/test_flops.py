@@ -147,6 +147,22 @@ def test_step_is_the_sum_of_its_rollouts() -> None:
     assert step_flops(STUDENT, TEACHER, []) == Flops()
 
 
+def test_a_window_spares_heads_alone() -> None:
+    whole, window = (rollout_flops(STUDENT, TEACHER, 14, 20, start) for start in (0, 15))
+    assert window.rollout == whole.rollout
+    assert whole.teacher - window.teacher == pytest.approx(head_flops(TEACHER, 15))
+    assert whole.student - window.student == pytest.approx(3 * head_flops(STUDENT, 15))
+    past = rollout_flops(STUDENT, TEACHER, 14, 20, 30)
+    assert past.student == pytest.approx(3 * trunk_flops(STUDENT, 33))
+
+
+def test_a_windows_counterfactual_scores_everything() -> None:
+    ledger = Ledger(STUDENT, TEACHER, max_length=75)
+    full = [rollout(14, 75, "length")]
+    assert ledger.measure(full, 66).flops_full == ledger.measure(full).flops
+    assert ledger.measure(full, 66).flops.total < ledger.measure(full).flops.total
+
+
 def test_ledger_continues_what_the_prefix_cut_and_leaves_what_ended_by_itself() -> None:
     ledger = Ledger(STUDENT, TEACHER, max_length=75)
     cost = ledger.measure(

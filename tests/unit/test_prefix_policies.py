@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 from megatron_prefix.config import (
     AdaptiveConfig,
     AnchoredConfig,
+    CosineConfig,
     LateConfig,
     LinearConfig,
     PrefixConfig,
+    StepsConfig,
+    WindowConfig,
 )
-from megatron_prefix.prefix import PrefixObservation, PrefixPolicy, build_policy
+from megatron_prefix.prefix import PrefixObservation, PrefixPolicy, build_policy, loss_start
 from megatron_prefix.prefix.registry import POLICIES
 
-NEVER_SHORTER = ("fixed", "linear", "late", "adaptive")
+NEVER_SHORTER = ("fixed", "linear", "steps", "cosine", "late", "adaptive")
+GROW_TO_FULL = ("linear", "steps", "cosine", "late")
 
 
 class HalfPolicy:
@@ -42,13 +46,24 @@ class HalfPolicy:
         self.seen = state["seen"]
 
 
+class TailPolicy(HalfPolicy):
+    """A user's own window: the loss begins at options.start."""
+
+    def loss_start(self, step: int) -> int:
+        return int(self._start)
+
+    def __init__(self, config: PrefixConfig, total_steps: int) -> None:
+        super().__init__(config, total_steps)
+        self._start = config.options["start"]
+
+
 class NoPolicy:
     def __init__(self, config: PrefixConfig, total_steps: int) -> None:
         self.config = config
 
 
 def observation(step: int, length: int, kl: float) -> PrefixObservation:
-    return PrefixObservation(step, length, kl, np.full(length, kl))
+    return PrefixObservation(step, length, 0, kl, np.full(length, kl))
 
 
 def lengths(policy: PrefixPolicy, kls: list[float], first: int = 0) -> list[int]:
@@ -63,11 +78,16 @@ def lengths(policy: PrefixPolicy, kls: list[float], first: int = 0) -> list[int]
 @st.composite
 def configs(draw: st.DrawFn) -> PrefixConfig:
     low = draw(st.integers(1, 200))
+    high = draw(st.integers(low, 4000))
+    stop = draw(st.integers(low, high))
     share = st.floats(0.0, 1.0)
     return PrefixConfig(
         policy=draw(st.sampled_from(sorted(POLICIES))),
         min_length=low,
-        max_length=draw(st.integers(low, 4000)),
+        max_length=high,
+        steps=StepsConfig(stages=draw(st.integers(2, 9)), over=draw(share)),
+        cosine=CosineConfig(over=draw(share)),
+        window=WindowConfig(draw(st.integers(0, stop - 1)), stop),
         linear=LinearConfig(over=draw(share)),
         anchored=AnchoredConfig(every=draw(st.integers(1, 12))),
         late=LateConfig(full_after=draw(share)),
@@ -91,6 +111,25 @@ def test_lengths_stay_within_bounds_and_grow_where_promised(
     assert all(config.min_length <= length <= config.max_length for length in seen)
     if config.policy in NEVER_SHORTER:
         assert seen == sorted(seen)
+
+
+@settings(deadline=None)
+@given(configs(), st.integers(1, 300))
+def test_schedules_that_grow_end_at_the_full_length(config: PrefixConfig, steps: int) -> None:
+    for name in GROW_TO_FULL:
+        policy = build_policy(replace(config, policy=name), steps)
+        assert policy.length(steps) == config.max_length
+
+
+@settings(deadline=None)
+@given(configs(), st.integers(0, 100))
+def test_the_loss_begins_within_the_prefix_and_later_than_0_for_windows_alone(
+    config: PrefixConfig, step: int
+) -> None:
+    policy = build_policy(config, 100)
+    start = loss_start(policy, step)
+    assert 0 <= start < policy.length(step)
+    assert start == (config.window.start if config.policy == "window" else 0)
 
 
 @settings(deadline=None)
@@ -142,6 +181,34 @@ def test_linear_over_nothing_is_full_from_the_start() -> None:
     assert build_policy(config, 100).length(0) == 90
 
 
+def test_steps_holds_each_length_for_an_equal_part_of_its_share() -> None:
+    config = PrefixConfig("steps", 10, 70, steps=StepsConfig(stages=4, over=0.6))
+    policy = build_policy(config, 100)
+    at = [policy.length(step) for step in (0, 19, 20, 39, 40, 59, 60, 99)]
+    assert at == [10, 10, 30, 30, 50, 50, 70, 70]
+
+
+def test_two_stages_are_the_late_policy() -> None:
+    steps = PrefixConfig("steps", 9, 75, steps=StepsConfig(stages=2, over=0.8))
+    late = PrefixConfig("late", 9, 75, late=LateConfig(full_after=0.8))
+    one, other = build_policy(steps, 200), build_policy(late, 200)
+    assert [one.length(step) for step in range(200)] == [other.length(step) for step in range(200)]
+
+
+def test_cosine_is_slow_at_both_ends_and_half_way_in_the_middle() -> None:
+    policy = build_policy(PrefixConfig("cosine", 10, 110, cosine=CosineConfig(over=0.8)), 100)
+    at = [policy.length(step) for step in (0, 20, 40, 60, 80, 99)]
+    assert at == [10, 25, 60, 95, 110, 110]  # (1 - cos 45 degrees) / 2 = 0.146
+
+
+def test_window_samples_up_to_its_stop_and_scores_from_its_start() -> None:
+    config = PrefixConfig("window", 9, 75, window=WindowConfig(start=20, stop=40))
+    policy = build_policy(config, 100)
+    assert {(policy.length(step), loss_start(policy, step)) for step in range(100)} == {(40, 20)}
+    to_the_end = build_policy(replace(config, window=WindowConfig(start=66)), 100)
+    assert (to_the_end.length(5), loss_start(to_the_end, 5)) == (75, 66)
+
+
 def test_anchored_is_full_at_the_last_of_every_n_steps() -> None:
     config = PrefixConfig("anchored", 9, 75, anchored=AnchoredConfig(every=4))
     policy = build_policy(config, 100)
@@ -179,6 +246,17 @@ def test_a_users_own_policy_is_found_by_its_path_and_keeps_state() -> None:
     assert policy.state_dict() == {"seen": 7.0}
 
 
+@pytest.mark.parametrize(("start", "named"), [(15, "15"), (-1, "-1"), (99, "99")])
+def test_a_users_window_outside_its_prefix_is_named(start: int, named: str) -> None:
+    config = PrefixConfig(
+        f"{__name__}:TailPolicy", min_length=2, max_length=30, options={"start": start}
+    )
+    with pytest.raises(ValueError, match=f"starts the loss of step 4 at {named}: .* length 15"):
+        loss_start(build_policy(config, 10), 4)
+    inside = build_policy(replace(config, options={"start": 14}), 10)
+    assert loss_start(inside, 4) == 14
+
+
 @pytest.mark.parametrize("length", [0, -3, 31])
 def test_a_users_length_out_of_bounds_is_named(length: int) -> None:
     config = PrefixConfig(
@@ -200,6 +278,13 @@ def test_a_users_length_out_of_bounds_is_named(length: int) -> None:
         ({"policy": f"{__name__}:Missing"}, "cannot be imported"),
         ({"policy": f"{__name__}:NoPolicy"}, "lacks one of length"),
         ({"policy": "linear", "linear": LinearConfig(1.5)}, "prefix.linear.over=1.5"),
+        ({"policy": "steps", "steps": StepsConfig(stages=1)}, "prefix.steps.stages=1"),
+        ({"policy": "steps", "steps": StepsConfig(over=2.0)}, "prefix.steps.over=2.0"),
+        ({"policy": "cosine", "cosine": CosineConfig(over=-1.0)}, "prefix.cosine.over=-1.0"),
+        ({"policy": "window", "window": WindowConfig(20, 20)}, "prefix.window.start=20"),
+        ({"policy": "window", "window": WindowConfig(-1, 20)}, "prefix.window.start=-1"),
+        ({"policy": "window", "window": WindowConfig(0, 76)}, "prefix.max_length=75"),
+        ({"policy": "window", "window": WindowConfig(75)}, "to prefix.window.stop=75"),
         ({"policy": "late", "late": LateConfig(-0.1)}, "prefix.late.full_after=-0.1"),
         ({"policy": "anchored", "anchored": AnchoredConfig(0)}, "prefix.anchored.every=0"),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(factor=1.0)}, "factor=1.0"),

@@ -6,10 +6,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_prefix.mcore.hf_map import llama, qwen3
-from megatron_prefix.mcore.hf_map.units import DenseShape, Unit
+from megatron_prefix.mcore.hf_map import llama, mixtral, qwen2, qwen3, qwen3_moe
+from megatron_prefix.mcore.hf_map.units import DecoderShape, Unit
 
-FAMILIES: dict[str, ModuleType] = {family.ARCHITECTURE: family for family in (llama, qwen3)}
+FAMILIES: dict[str, ModuleType] = {
+    family.ARCHITECTURE: family for family in (llama, qwen2, qwen3, qwen3_moe, mixtral)
+}
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class HfModel:
 
     path: Path
     config: dict[str, Any]
-    shape: DenseShape
+    shape: DecoderShape
     units: tuple[Unit, ...]
     settings: dict[str, Any]
     rope_scaling_factor: float
@@ -34,12 +36,12 @@ def read_hf_model(path: str) -> HfModel:
             f"{', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[architecture]
-    shape = DenseShape.from_config(config)
+    shape = DecoderShape.from_config(config)
     return HfModel(
         path=Path(path),
         config=config,
         shape=shape,
         units=tuple(family.units(shape, config)),
-        settings=family.transformer_settings(config),
+        settings=family.transformer_settings(shape, config),
         rope_scaling_factor=llama.rope_scaling_factor(config) if family is llama else 0.0,
     )

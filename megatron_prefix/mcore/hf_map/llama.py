@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from megatron_prefix.mcore.hf_map.checks import refuse_biases, rope_settings
 from megatron_prefix.mcore.hf_map.units import (
-    DenseShape,
+    DecoderShape,
     Unit,
     attention_units,
     embedding_units,
@@ -19,19 +20,16 @@ BUILT_IN = {
 }
 
 
-def transformer_settings(hf: dict[str, Any]) -> dict[str, Any]:
+def transformer_settings(shape: DecoderShape, hf: dict[str, Any]) -> dict[str, Any]:
     """TransformerConfig fields beyond the shared sizes; ValueError for an unsupported variant."""
-    for name in ("attention_bias", "mlp_bias"):
-        if hf.get(name):
-            raise ValueError(f"{name}=true: Llama with biases is not supported")
+    refuse_biases(hf, "Llama", "attention_bias", "mlp_bias")
     rope_scaling_factor(hf)
     return {"qk_layernorm": False}
 
 
 def rope_scaling_factor(hf: dict[str, Any]) -> float:
     """The 'llama3' rope factor, 0.0 for plain rope; ValueError for another scaling."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind, rope = rope_settings(hf)
     if kind == "default":
         return 0.0
     if kind != "llama3":
@@ -42,7 +40,7 @@ def rope_scaling_factor(hf: dict[str, Any]) -> float:
     return float(rope["factor"])
 
 
-def units(shape: DenseShape, hf: dict[str, Any]) -> list[Unit]:
+def units(shape: DecoderShape, hf: dict[str, Any]) -> list[Unit]:
     layers = [
         unit
         for layer in range(shape.num_layers)

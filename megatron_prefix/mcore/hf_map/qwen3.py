@@ -2,8 +2,13 @@
 
 from typing import Any
 
+from megatron_prefix.mcore.hf_map.checks import (
+    refuse_biases,
+    refuse_sliding_window,
+    require_plain_rope,
+)
 from megatron_prefix.mcore.hf_map.units import (
-    DenseShape,
+    DecoderShape,
     Unit,
     attention_units,
     embedding_units,
@@ -13,21 +18,15 @@ from megatron_prefix.mcore.hf_map.units import (
 ARCHITECTURE = "Qwen3ForCausalLM"
 
 
-def transformer_settings(hf: dict[str, Any]) -> dict[str, Any]:
+def transformer_settings(shape: DecoderShape, hf: dict[str, Any]) -> dict[str, Any]:
     """TransformerConfig fields beyond the shared sizes; ValueError for an unsupported variant."""
-    if hf.get("use_sliding_window"):
-        raise ValueError(
-            "use_sliding_window=true: Qwen3 with sliding-window attention is not supported; "
-            "use a checkpoint with full attention"
-        )
-    if (kind := (hf.get("rope_parameters") or {}).get("rope_type", "default")) != "default":
-        raise ValueError(f"rope_type={kind!r}: Qwen3 is supported with rope_type 'default' only")
-    if hf.get("attention_bias"):
-        raise ValueError("attention_bias=true: Qwen3 with attention biases is not supported")
+    refuse_sliding_window(hf, "Qwen3")
+    require_plain_rope(hf, "Qwen3")
+    refuse_biases(hf, "Qwen3", "attention_bias")
     return {"qk_layernorm": True}
 
 
-def units(shape: DenseShape, hf: dict[str, Any]) -> list[Unit]:
+def units(shape: DecoderShape, hf: dict[str, Any]) -> list[Unit]:
     layers = [
         unit
         for layer in range(shape.num_layers)

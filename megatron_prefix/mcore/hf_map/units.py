@@ -3,15 +3,18 @@
 A :class:`Unit` is one Megatron parameter at tensor parallel 1 and the Hugging Face tensors that
 make it. Families differ in configuration and in which units a layer has; packing is shared here.
 Legend: g key-value groups, q query heads a group, d head size, H hidden size, F ffn size.
+An expert's parameters are units of their own, "decoder.layers.3.mlp.experts.7.linear_fc1.weight",
+however Megatron groups them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 Pack = Callable[[Sequence[Tensor]], Tensor]
 Unpack = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -24,6 +27,7 @@ class Unit:
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     layer: int  # -1: before the first layer; num_layers: after the last
+    expert: int = -1  # its number in the layer; -1: no expert's
     shard_axis: int = -1  # the tensor-parallel axis; -1: replicated
     blocks: int = 1  # parts along shard_axis that are sharded one by one (gate and up: 2)
     pack: Pack = lambda tensors: tensors[0]
@@ -31,8 +35,8 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class DenseShape:
-    """The sizes of a dense decoder, from its config.json."""
+class DecoderShape:
+    """The sizes of a decoder, from its config.json."""
 
     num_layers: int
     hidden_size: int
@@ -45,11 +49,15 @@ class DenseShape:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
+    num_experts: int = 0  # of a sparse layer; 0: the model is dense
+    moe_ffn_hidden_size: int = 0  # of one expert
+    sparse_layers: tuple[int, ...] = ()  # the layers that have experts
 
     @classmethod
-    def from_config(cls, hf: dict[str, Any]) -> "DenseShape":
+    def from_config(cls, hf: dict[str, Any]) -> "DecoderShape":
         heads = hf["num_attention_heads"]
         rope = hf.get("rope_parameters") or {}
+        experts = num_experts(hf)
         return cls(
             num_layers=hf["num_hidden_layers"],
             hidden_size=hf["hidden_size"],
@@ -62,10 +70,31 @@ class DenseShape:
             rms_norm_eps=hf["rms_norm_eps"],
             rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
             max_position_embeddings=hf["max_position_embeddings"],
+            num_experts=experts,
+            moe_ffn_hidden_size=_expert_width(hf) if experts else 0,
+            sparse_layers=sparse_layers(hf),
         )
 
 
-def pack_qkv(shape: DenseShape) -> tuple[Pack, Unpack]:
+def num_experts(hf: Mapping[str, Any]) -> int:
+    """Experts of a sparse layer by config.json; 0 for a dense model."""
+    return int(hf.get("num_experts") or hf.get("num_local_experts") or 0)
+
+
+def sparse_layers(hf: Mapping[str, Any]) -> tuple[int, ...]:
+    """The layers with experts: every one, every n-th, or all but some (Qwen3-MoE's config)."""
+    if not num_experts(hf):
+        return ()
+    dense, every = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step") or 1
+    layers = range(hf["num_hidden_layers"])
+    return tuple(i for i in layers if i not in dense and (i + 1) % every == 0)
+
+
+def _expert_width(hf: Mapping[str, Any]) -> int:
+    return int(hf.get("moe_intermediate_size") or hf["intermediate_size"])
+
+
+def pack_qkv(shape: DecoderShape) -> tuple[Pack, Unpack]:
     """Megatron interleaves by group: [q heads, k, v] of group 0, then of group 1, ..."""
     g, d = shape.num_query_groups, shape.kv_channels
     q = shape.num_attention_heads // g
@@ -81,7 +110,7 @@ def pack_qkv(shape: DenseShape) -> tuple[Pack, Unpack]:
     return pack, unpack
 
 
-def embedding_units(shape: DenseShape) -> list[Unit]:
+def embedding_units(shape: DecoderShape) -> list[Unit]:
     """The embedding, the last norm and, unless tied, the LM head."""
     table = (shape.vocab_size, shape.hidden_size)
     first, last = -1, shape.num_layers
@@ -105,7 +134,7 @@ def embedding_units(shape: DenseShape) -> list[Unit]:
     return units
 
 
-def attention_units(shape: DenseShape, layer: int, *, qk_norm: bool, qkv_bias: bool) -> list[Unit]:
+def attention_units(shape: DecoderShape, layer: int, *, qk_norm: bool, qkv_bias: bool) -> list[Unit]:
     hf, megatron = f"model.layers.{layer}.", f"decoder.layers.{layer}."
     d, hidden = shape.kv_channels, shape.hidden_size
     rows = [n * d for n in (shape.num_attention_heads, *[shape.num_query_groups] * 2)]
@@ -143,27 +172,70 @@ def attention_units(shape: DenseShape, layer: int, *, qk_norm: bool, qkv_bias: b
     return units
 
 
-def mlp_units(shape: DenseShape, layer: int) -> list[Unit]:
+def mlp_units(shape: DecoderShape, layer: int) -> list[Unit]:
     """The gated feed-forward: gate over up in linear_fc1, each half sharded on its own."""
-    hf, megatron = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    sizes = (shape.ffn_hidden_size, shape.hidden_size)
+    hf, megatron = f"model.layers.{layer}.mlp.", f"decoder.layers.{layer}.mlp."
+    return [mlp_norm(shape, layer), *_gated(megatron, hf, GATE_UP_DOWN, sizes, layer)]
+
+
+def moe_units(
+    shape: DecoderShape, layer: int, *, block: str, parts: tuple[str, str, str]
+) -> list[Unit]:
+    """Router and experts. ``block`` is the layer's name for them ("mlp"), ``parts`` an expert's
+    names of gate, up and down."""
+    hf, megatron = f"model.layers.{layer}.{block}.", f"decoder.layers.{layer}.mlp."
+    sizes = (shape.moe_ffn_hidden_size, shape.hidden_size)
+    router = Unit(
+        f"{megatron}router.weight",
+        (f"{hf}gate.weight",),
+        ((shape.num_experts, shape.hidden_size),),
+        layer,
+    )
+    experts = [
+        unit
+        for e in range(shape.num_experts)
+        for unit in _gated(f"{megatron}experts.{e}.", f"{hf}experts.{e}.", parts, sizes, layer, e)
+    ]
+    return [mlp_norm(shape, layer), router, *experts]
+
+
+def mlp_norm(shape: DecoderShape, layer: int) -> Unit:
+    return _norm(
+        f"decoder.layers.{layer}.pre_mlp_layernorm",
+        f"model.layers.{layer}.post_attention_layernorm",
+        shape.hidden_size,
+        layer,
+    )
+
+
+def _gated(
+    megatron: str,
+    hf: str,
+    parts: tuple[str, str, str],
+    sizes: tuple[int, int],
+    layer: int,
+    expert: int = -1,
+) -> list[Unit]:
+    (gate, up, down), (ffn, hidden) = parts, sizes
     return [
-        _norm(f"{megatron}pre_mlp_layernorm", f"{hf}post_attention_layernorm", hidden, layer),
         Unit(
-            f"{megatron}mlp.linear_fc1.weight",
-            (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight"),
+            f"{megatron}linear_fc1.weight",
+            (f"{hf}{gate}.weight", f"{hf}{up}.weight"),
             ((ffn, hidden),) * 2,
             layer,
+            expert,
             shard_axis=0,
             blocks=2,
             pack=lambda tensors: torch.cat(list(tensors)),
             unpack=lambda tensor: tuple(tensor.chunk(2)),
         ),
         Unit(
-            f"{megatron}mlp.linear_fc2.weight",
-            (f"{hf}mlp.down_proj.weight",),
+            f"{megatron}linear_fc2.weight",
+            (f"{hf}{down}.weight",),
             ((hidden, ffn),),
             layer,
+            expert,
             shard_axis=1,
         ),
     ]

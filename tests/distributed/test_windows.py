@@ -1,0 +1,99 @@
+"""A loss on a window of the prefix: gradients against transformers, and the same in every layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_prefix.batch import pack, plan_microbatches
+from megatron_prefix.config import LossConfig
+from megatron_prefix.student import PrefixSums, forward_backward
+from tests.distributed.ranks import run_ranks
+from tests.distributed.world import (
+    CPU,
+    LONGEST_PREFIX,
+    MICROBATCHES,
+    Case,
+    World,
+    model_config,
+    rollouts,
+)
+from tests.tiny_models import write_tiny_qwen3
+
+# The prefixes have 1 to 17 tokens: with the second window most microbatches hold nothing to score.
+STARTS = (6, 16)
+FINAL_NORM = "decoder.final_layernorm.weight"
+FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    sizes = {"vocab_size": 62, "num_key_value_heads": 4}
+    student = write_tiny_qwen3(root / "student", num_hidden_layers=2, **sizes)
+    return student, write_tiny_qwen3(root / "teacher", hidden_size=96, seed=3, **sizes)
+
+
+def windowed_step(world: World, start: int) -> PrefixSums:
+    sampled, groups = rollouts(), world.student.model.groups
+    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8, loss_start=start)
+    per_rank = MICROBATCHES // groups.layout.dp
+    mine = range(groups.dp_rank * per_rank, (groups.dp_rank + 1) * per_rank)
+    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    targets = world.teacher.targets(sampled, plan)
+    return forward_backward(
+        world.student, batches, targets, world.head, LossConfig(), LONGEST_PREFIX
+    )
+
+
+def gradients(case: Case, start: int) -> dict[str, torch.Tensor]:
+    world = World.build(case, 1)
+    windowed_step(world, start)
+    named = dict(world.student.model.module.named_parameters())
+    return {name: named[name].main_grad.clone() for name in (FINAL_NORM, FC2)}
+
+
+def sums_and_norm(case: Case, world_size: int, start: int) -> tuple[PrefixSums, float]:
+    world = World.build(case, world_size)
+    sums = windowed_step(world, start)
+    return sums, world.student.update().grad_norm
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_gradients_are_those_of_the_window_alone(folders: tuple[Path, Path], start: int) -> None:
+    (mine,) = run_ranks(1, gradients, Case(*map(model_config, folders)), start)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, reference = (load(folder, dtype=torch.float64) for folder in folders)
+    total = sum(max(len(r.prefix_ids) - start, 0) for r in rollouts())
+    for rollout in rollouts():
+        ids = torch.tensor([(*rollout.prompt_ids, *rollout.prefix_ids)[:-1]])
+        first = len(rollout.prompt_ids) - 1 + start
+        log_p = model(ids).logits[0, first:].log_softmax(-1)
+        with torch.no_grad():
+            log_q = reference(ids).logits[0, first:].log_softmax(-1)
+        ((log_p.exp() * (log_p - log_q)).sum() / total).backward()
+    expected = {
+        FINAL_NORM: model.model.norm.weight.grad,
+        FC2: model.model.layers[1].mlp.down_proj.weight.grad,
+    }
+    for name, gradient in expected.items():
+        assert (mine[name].double() - gradient).norm() <= 5e-6 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    ("student", "teacher"), [((1, 1), (1, 1)), ((1, 2), (2, 1))], ids=["dp2", "pp2, teacher tp2"]
+)
+def test_a_window_is_the_same_in_every_layout(
+    folders: tuple[Path, Path], student: tuple[int, int], teacher: tuple[int, int], start: int
+) -> None:
+    one_case = Case(*map(model_config, folders))
+    case = Case(model_config(folders[0], *student), model_config(folders[1], *teacher))
+    ((one, one_norm),) = run_ranks(1, sums_and_norm, one_case, 1, start)
+    assert one.tokens[:start].sum() == 0 and one.tokens[start:].min() >= 1
+    for sums, norm in run_ranks(2, sums_and_norm, case, 2, start):
+        assert sums.loss == pytest.approx(one.loss, rel=1e-6)
+        assert norm == pytest.approx(one_norm, rel=2e-6)
+        assert torch.equal(sums.tokens, one.tokens)
+        torch.testing.assert_close(sums.kl, one.kl, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,197 @@
+"""Every implementation of the elementwise passes against fp64, on two shards and on one."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_prefix.loss import native_kernels
+from megatron_prefix.loss.divergence import (
+    Divergence,
+    gradient_factors,
+    merge_statistics,
+    token_values,
+)
+from megatron_prefix.loss.kernels import Kernels
+from megatron_prefix.loss.torch_kernels import TorchKernels
+from tests.unit.loss.reference import dense_divergence, relative_error
+
+TRITON = "megatron_prefix.loss.triton_kernels"
+TOKENS = 5
+
+
+@pytest.fixture(scope="module", params=["torch", "native", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    if request.param == "torch":
+        yield TorchKernels()
+    elif request.param == "native":
+        if native_kernels.library() is None:
+            pytest.skip("no C++ compiler")
+        yield native_kernels.NativeKernels()
+    else:
+        yield from _interpreted_triton()
+
+
+def _interpreted_triton() -> Iterator[Kernels]:
+    """Triton decides at import whether it interprets; nobody else shall see this module."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    compiled = sys.modules.pop(TRITON, None)
+    try:
+        yield importlib.import_module(TRITON).TritonKernels()
+    finally:
+        sys.modules.pop(TRITON, None)
+        if compiled is not None:
+            sys.modules[TRITON] = compiled
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def logits(columns: int, spread: float, seed: int) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(TOKENS, columns, generator=draw) * spread
+
+
+def expected(
+    student: Tensor, teacher: Tensor, weight: Tensor, divergence: Divergence
+) -> tuple[Tensor, Tensor]:
+    """Values [C] and the gradient to the raw student logits [C, V], by autograd in fp64."""
+    raw = student.double().requires_grad_()
+    log_s = (raw / divergence.temperature).log_softmax(-1)
+    log_t = (teacher.double() / divergence.temperature).log_softmax(-1)
+    values = dense_divergence(log_s, log_t, divergence.name, divergence.beta)
+    (values * weight).sum().backward()
+    assert raw.grad is not None
+    return values.detach(), raw.grad
+
+
+def run_shards(
+    kernels: Kernels,
+    shards: list[tuple[Tensor, Tensor]],
+    weight: Tensor,
+    divergence: Divergence,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The passes as ranks would do them, the gathers in between done by hand."""
+    gathered = torch.stack([kernels.statistics(x, y, divergence) for x, y in shards])
+    merged = [merge_statistics(gathered, rank, divergence) for rank in range(len(shards))]
+    sums = None
+    if divergence.name == "jsd":
+        parts = [
+            kernels.mixture(x, y, each, divergence)
+            for (x, y), each in zip(shards, merged, strict=True)
+        ]
+        sums = torch.stack(parts).sum(0)
+    gradients = [
+        kernels.logit_gradient(
+            x, y, gradient_factors(each, sums, weight, divergence), divergence, dtype
+        )
+        for (x, y), each in zip(shards, merged, strict=True)
+    ]
+    return token_values(merged[0], sums, divergence), torch.cat(gradients, 1)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+@pytest.mark.parametrize("cut", [0, 1, 16, 700, 4999, 5000])
+def test_two_shards(kernels: Kernels, name: str, temperature: float, cut: int) -> None:
+    """Rows longer than a Triton block, vectors that do not fill up, and a shard with no row."""
+    divergence = Divergence(name, 0.3, temperature)
+    student, teacher, weight = logits(5000, 3.0, 0), logits(5000, 3.0, 1), torch.rand(TOKENS)
+    values, gradient = expected(student, teacher, weight, divergence)
+    shards = [
+        (student[:, part].contiguous(), teacher[:, part].contiguous())
+        for part in (slice(0, cut), slice(cut, 5000))
+    ]
+    got_values, got_gradient = run_shards(kernels, shards, weight, divergence, torch.float32)
+    assert relative_error(got_values, values) < 1e-6
+    assert relative_error(got_gradient, gradient) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("columns", [1, 15, 33, 2048, 4109])
+def test_one_rank(kernels: Kernels, name: str, columns: int) -> None:
+    divergence = Divergence(name, 0.7, 0.8)
+    student, teacher = logits(columns, 2.0, 2), logits(columns, 2.0, 3)
+    weight = torch.rand(TOKENS)
+    values, gradient = expected(student, teacher, weight, divergence)
+    rows = kernels.one_rank(student, teacher, weight, divergence, torch.float32)
+    assert (rows.values - values).norm() <= 1e-6 * values.norm() + 1e-7
+    assert (rows.gradient - gradient).norm() <= 1e-6 * gradient.norm() + 1e-7
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+def test_a_chunk_may_stop_at_the_values(kernels: Kernels, name: str) -> None:
+    divergence = Divergence(name, 0.5, 1.0)
+    student, teacher = logits(300, 2.0, 4), logits(300, 2.0, 5)
+    values, _ = expected(student, teacher, torch.ones(TOKENS), divergence)
+    rows = kernels.one_rank(student, teacher, None, divergence, torch.float32)
+    assert relative_error(rows.values, values) < 1e-6
+    assert rows.statistics.shape == (TOKENS, 5)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+def test_the_largest_logits_come_last(kernels: Kernels, name: str) -> None:
+    """What Triton's running maximum has to mend: all sums so far belong to a lower one."""
+    divergence = Divergence(name, 0.5, 1.0)
+    ramp = torch.linspace(-200, 0, 9000).expand(TOKENS, -1)
+    student, teacher = ramp + logits(9000, 1.0, 6), ramp * 0.9 + logits(9000, 1.0, 7)
+    weight = torch.rand(TOKENS)
+    values, gradient = expected(student, teacher, weight, divergence)
+    rows = kernels.one_rank(student, teacher, weight, divergence, torch.float32)
+    assert relative_error(rows.values, values) < 1e-6
+    assert relative_error(rows.gradient, gradient) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_visible(kernels: Kernels, name: str, poison: float) -> None:
+    student, teacher = logits(300, 2.0, 8), logits(300, 2.0, 9)
+    student[1, 17] = teacher[3, 299] = poison
+    divergence = Divergence(name, 0.5, 1.0)
+    rows = kernels.one_rank(student, teacher, torch.ones(TOKENS), divergence, torch.float32)
+    assert rows.values.isfinite().tolist() == [True, False, True, False, True]
+
+
+def test_several_threads_share_the_rows(kernels: Kernels) -> None:
+    divergence, weight = Divergence("reverse_kl", 0.5, 1.0), torch.rand(TOKENS)
+    student, teacher = logits(300, 2.0, 10), logits(300, 2.0, 11)
+    values, gradient = expected(student, teacher, weight, divergence)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        rows = kernels.one_rank(student, teacher, weight, divergence, torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+    assert relative_error(rows.values, values) < 1e-6
+    assert relative_error(rows.gradient, gradient) < 1e-6
+
+
+def test_triton_writes_the_gradient_in_the_dtype_of_the_gemms() -> None:
+    for triton_kernels in _interpreted_triton():
+        divergence, weight = Divergence("jsd", 0.5, 1.0), torch.rand(TOKENS)
+        student, teacher = logits(300, 2.0, 12), logits(300, 2.0, 13)
+        _, gradient = expected(student, teacher, weight, divergence)
+        rows = triton_kernels.one_rank(student, teacher, weight, divergence, torch.bfloat16)
+        assert rows.gradient.dtype == torch.bfloat16
+        assert relative_error(rows.gradient, gradient) < 8e-3  # the interpreter truncates
+
+
+def test_without_a_compiler_torch_does_the_work() -> None:
+    """In a process of its own: the library is loaded once a process."""
+    program = (
+        "import shutil, torch\n"
+        "shutil.which = lambda name: None\n"
+        "from megatron_prefix.loss.backends import kernels_for\n"
+        "print(type(kernels_for(torch.device('cpu'))).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "TorchKernels", done.stderr
+    assert "install g++" in done.stderr
