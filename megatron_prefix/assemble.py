@@ -15,7 +15,8 @@ from rich import get_console
 
 from megatron_prefix.conductor import Conductor, Evaluator, RolloutSource, Staff
 from megatron_prefix.config import Recipe
-from megatron_prefix.evaluate import EvalResult, evaluate
+from megatron_prefix.evaluate import EvalResult, evaluate, write_samples
+from megatron_prefix.jsonl import EVALUATION_FOLDER
 from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore import fp8
 from megatron_prefix.mcore.checkpoint import Checkpointer
@@ -168,7 +169,7 @@ def _conductor(
                 folder, recipe.log, recipe.train.steps, console=get_console(), resume_step=step
             ),
             decode=tokenizer.decode,
-            evaluate=_evaluator(recipe, endpoints, stops, tokenizer, stack),
+            evaluate=_evaluator(recipe, folder, endpoints, stops, tokenizer, stack),
             stop_requested=stop_requested,
         ),
     )
@@ -193,6 +194,7 @@ def _source(
 
 def _evaluator(
     recipe: Recipe,
+    folder: Path,
     endpoints: Sequence[Endpoint],
     stops: tuple[int, ...],
     tokenizer: "PreTrainedTokenizerBase",
@@ -210,7 +212,9 @@ def _evaluator(
             )
             return collected.rollouts
 
-        return evaluate(recipe.eval, tokenizer, answers, recipe.data)
+        result = evaluate(recipe.eval, tokenizer, answers, recipe.data)
+        write_samples(folder / EVALUATION_FOLDER / f"step_{step:08d}.jsonl", result.samples)
+        return result
 
     return run
 

@@ -4,7 +4,6 @@ The prefix length has no say here: an answer may be ``eval.max_new_tokens`` long
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prefix.config import DataConfig, EvalConfig
 from megatron_prefix.data_source import Row, open_source, require_columns
+from megatron_prefix.pass_at_k import wilson_interval
 from megatron_prefix.prompts import PromptEncoder
 from megatron_prefix.scorers import Generated, Scorer, load_scorer
 from megatron_prefix.types import FinishReason, Prompt, Rollout
@@ -46,6 +46,7 @@ class EvalSample:
     parsed: bool  # False: no answer could be read, from the text or from the column
     finish_reason: FinishReason
     tokens: int  # sampled
+    sample: int = 0  # which of the answers to the problem, where it is asked several times
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def evaluate(
             "does another job abort requests on these servers?"
         )
     samples = tuple(
-        _sample(tokenizer, scorer, prompt, answer, rollout)
+        score_answer(tokenizer, scorer, prompt, answer, rollout)
         for prompt, answer, rollout in zip(
             problems.prompts, problems.answers, rollouts, strict=True
         )
@@ -138,19 +139,38 @@ def evaluate(
     )
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (E. B. Wilson, 1927); z = 1.96 gives 95%."""
-    assert 0 <= successes <= n and n > 0, f"{successes} of {n}"
-    share, extra = successes / n, z * z / n
-    middle = (share + extra / 2) / (1 + extra)
-    half = z / (1 + extra) * math.sqrt(share * (1 - share) / n + extra / (4 * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def write_samples(path: str | Path, samples: Iterable[EvalSample]) -> None:
-    """Writes one JSON object a sample and line, with the fields of :class:`EvalSample`."""
+    """Writes one JSON object a sample and line, with the fields of :class:`EvalSample`; folders
+    that are missing are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(asdict(sample), ensure_ascii=False) for sample in samples)
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def score_answer(
+    tokenizer: "PreTrainedTokenizerBase",
+    scorer: Scorer,
+    prompt: Prompt,
+    answer: str,
+    rollout: Rollout,
+    sample: int = 0,
+) -> EvalSample:
+    """What one rollout of a problem's prompt comes to."""
+    assert rollout.prompt_index == prompt.index, "rollouts come in the prompts' order"
+    text = _text(tokenizer, rollout.prefix_ids, skip_special_tokens=True)
+    raw = _text(tokenizer, rollout.prefix_ids, skip_special_tokens=False)
+    verdict = scorer(Generated(text, raw), answer)
+    return EvalSample(
+        row=prompt.row,
+        prompt=_text(tokenizer, prompt.input_ids, skip_special_tokens=False),
+        generated=text,
+        answer=answer,
+        correct=bool(verdict),
+        parsed=verdict is not None,
+        finish_reason=rollout.finish_reason,
+        tokens=len(rollout.prefix_ids),
+        sample=sample,
+    )
 
 
 def _as_data(config: EvalConfig, data: DataConfig) -> DataConfig:
@@ -174,29 +194,6 @@ def _answer(config: EvalConfig, number: int, row: Row) -> str:
             f"({answer!r}); give it a text or a number"
         )
     return str(answer)
-
-
-def _sample(
-    tokenizer: "PreTrainedTokenizerBase",
-    scorer: Scorer,
-    prompt: Prompt,
-    answer: str,
-    rollout: Rollout,
-) -> EvalSample:
-    assert rollout.prompt_index == prompt.index, "rollouts come in the prompts' order"
-    text = _text(tokenizer, rollout.prefix_ids, skip_special_tokens=True)
-    raw = _text(tokenizer, rollout.prefix_ids, skip_special_tokens=False)
-    verdict = scorer(Generated(text, raw), answer)
-    return EvalSample(
-        row=prompt.row,
-        prompt=_text(tokenizer, prompt.input_ids, skip_special_tokens=False),
-        generated=text,
-        answer=answer,
-        correct=bool(verdict),
-        parsed=verdict is not None,
-        finish_reason=rollout.finish_reason,
-        tokens=len(rollout.prefix_ids),
-    )
 
 
 def _text(

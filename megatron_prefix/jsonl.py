@@ -19,6 +19,7 @@ METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
 EVENTS = "events.jsonl"
+EVALUATION_FOLDER = "evaluations"  # every answer of an evaluation, step_N.jsonl
 
 
 def number(value: float) -> float | None:

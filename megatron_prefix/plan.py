@@ -169,13 +169,18 @@ def _plan_rank(run: ValidRun, rank: int) -> RankPlan:
 def stage_parameters(model: ValidModel, stage: int, *, with_head: bool) -> int:
     """Parameters of one rank of pipeline stage ``stage``. A tied LM head on a stage of its own is a
     copy of the embedding; a teacher is built without a head."""
-    tp, last = model.layout.tp, model.layout.pp - 1
+    layout, last = model.layout, model.layout.pp - 1
     units = [unit for unit in model.hf.units if _stage_of(unit, model.layers) == stage]
     if not with_head:
         units = [unit for unit in units if unit.megatron_name != "output_layer.weight"]
     elif model.hf.shape.tied and stage == last > 0:
         units += [unit for unit in model.hf.units if unit.megatron_name == VOCABULARY[0]]
-    return sum(_shard_elements(unit, tp) for unit in units)
+    return sum(_shard_elements(unit, layout) for unit in units if _is_first_ranks(unit, model))
+
+
+def _is_first_ranks(unit: "Unit", model: ValidModel) -> bool:
+    """Whether the first expert-parallel rank holds ``unit``; the others hold as much."""
+    return unit.expert < model.hf.shape.num_experts // model.layout.ep or unit.expert < 0
 
 
 def _stage_of(unit: "Unit", layers: Sequence[int]) -> int:
@@ -193,7 +198,8 @@ def _elements(unit: "Unit") -> int:
     return sum(prod(shape) for shape in unit.hf_shapes)
 
 
-def _shard_elements(unit: "Unit", tp: int) -> int:
+def _shard_elements(unit: "Unit", layout: Layout) -> int:
+    tp = layout.tp if unit.expert < 0 else layout.expert_tp
     if unit.shard_axis < 0:
         return _elements(unit)
     if unit.megatron_name in VOCABULARY:

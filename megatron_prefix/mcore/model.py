@@ -114,6 +114,7 @@ def build_model(
 ) -> MegatronModel:
     """This rank's stage, with weights not loaded yet. ``with_head`` False: the trunk alone (a
     teacher, whose LM head lives in the student's shards)."""
+    _refuse_ragged_gather(groups, owner)
     config = transformer_config(model, hf, groups, owner=owner)
     shape = hf.shape
     module = GPTModel(
@@ -141,6 +142,16 @@ def build_model(
         shape.num_layers, groups.layout.pp, model.num_layers_in_first_pipeline_stage
     )
     return MegatronModel(module, config, groups, hf, layers)
+
+
+def _refuse_ragged_gather(groups: ModelGroups, owner: str) -> None:
+    layout = groups.layout
+    if layout.ep > 1 and layout.expert_tp > 1 and not torch.cuda.is_available():
+        raise ValueError(
+            f"{owner}.expert_tensor_parallel_size={layout.expert_tp} with {owner}."
+            f"expert_model_parallel_size={layout.ep} gathers unlike numbers of tokens, which gloo "
+            f"cannot; set {owner}.expert_tensor_parallel_size=1 on a machine without a GPU"
+        )
 
 
 def _block_spec(config: TransformerConfig, pp_rank: int) -> Any:

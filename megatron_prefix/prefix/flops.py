@@ -40,11 +40,13 @@ class ModelShape:
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
-    """The shape behind a Hugging Face ``config.json`` of the Llama, Qwen3 or Qwen3-MoE manner."""
+    """The shape behind a Hugging Face ``config.json`` of the Llama, Qwen, Qwen3-MoE or Mixtral
+    manner."""
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    heads = config["num_attention_heads"]
+    heads, experts = config["num_attention_heads"], _num_experts(config)
     sparse = _sparse_layers(config, layers)
-    active = config.get("num_experts_per_tok", 0) * config.get("moe_intermediate_size", 0)
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    active = config.get("num_experts_per_tok", 0) * width
     return ModelShape(
         layers=layers,
         hidden=hidden,
@@ -53,12 +55,17 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         head_dim=config.get("head_dim") or hidden // heads,
         ffn_columns=sparse * active + (layers - sparse) * config["intermediate_size"],
         vocab=config["vocab_size"],
-        router_columns=sparse * config.get("num_experts", 0),
+        router_columns=sparse * experts,
     )
 
 
+def _num_experts(config: Mapping[str, Any]) -> int:
+    """Qwen3-MoE's published configs say num_experts, Mixtral's and transformers' num_local_experts."""
+    return int(config.get("num_experts") or config.get("num_local_experts") or 0)
+
+
 def _sparse_layers(config: Mapping[str, Any], layers: int) -> int:
-    if not config.get("num_experts"):
+    if not _num_experts(config):
         return 0
     dense, every = (
         config.get("mlp_only_layers") or (),

@@ -82,9 +82,14 @@ SPARSE_LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
             "expert_tensor_parallel_size": 1,
         },
     ),
-    "tp2, ep2, experts cut in two": (
+    "tp2, dp2, ep4": (
         4,
-        {"tp": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
+        {
+            "tp": 2,
+            "sequence_parallel": True,
+            "expert_model_parallel_size": 4,
+            "expert_tensor_parallel_size": 1,
+        },
     ),
     "pp2, ep2": (4, {"pp": 2, "expert_model_parallel_size": 2}),
 }

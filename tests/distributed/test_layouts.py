@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.ranks import run_ranks
-from tests.distributed.world import Case, model_config, train
+from tests.distributed.world import Case, Run, model_config, train
 from tests.tiny_models import write_tiny_llama, write_tiny_qwen3
 
 STEPS = 2
@@ -76,12 +76,17 @@ def test_trains_as_one_rank_does(name: str, models: dict[str, Path]) -> None:
     kind = str(settings.get("kind", "tied"))
     (one,) = run_ranks(1, train, case(models, kind=kind), 1, STEPS)
     ranks = run_ranks(world_size, train, case(models, **settings), world_size, STEPS)
+    check_same_training(ranks, one, models[kind])
+
+
+def check_same_training(ranks: list[Run], one: Run, student: Path) -> None:
+    """Losses, gradient norms and weights of the ranks are those of one rank."""
     for run in ranks:
         assert run.losses == pytest.approx(one.losses, rel=1e-6)
         assert run.grad_norms == pytest.approx(one.grad_norms, rel=2e-6)
         for mine, reference in zip(run.kl, one.kl, strict=True):
             torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
-    before = load_file(models[kind] / "model.safetensors")
+    before = load_file(student / "model.safetensors")
     assert sorted(ranks[0].weights) == sorted(one.weights) == sorted(before)
     for key, start in before.items():
         update = one.weights[key] - start

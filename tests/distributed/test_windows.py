@@ -1,4 +1,4 @@
-"""A loss on a window of the prefix: gradients against transformers, and the same in every layout."""
+"""A loss on a window of the prefix: gradients against transformers, the same in every layout."""
 
 from pathlib import Path
 

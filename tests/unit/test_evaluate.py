@@ -15,9 +15,9 @@ from megatron_prefix.evaluate import (
     CollectFn,
     evaluate,
     load_eval_set,
-    wilson_interval,
     write_samples,
 )
+from megatron_prefix.pass_at_k import wilson_interval
 from megatron_prefix.tasks import sort_chain
 from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
 from megatron_prefix.types import FinishReason, Prompt, Rollout

@@ -26,9 +26,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
     + ("jsonl", "kl_grid", "progress", "tb_writer", "run_log", "run_history", "figure", "report")
-    + ("sources", "evaluate"),
+    + ("sources", "evaluate", "pass_at_k", "eval_run"),
     ("mcore",),
-    ("validate", "preflight", "plan", "plan_view", "doctor"),
+    ("validate", "preflight", "plan", "plan_view", "doctor", "eval_job"),
     ("teacher", "student", "publisher"),
     ("conductor", "trainer"),
     ("assemble", "worker"),

@@ -1,0 +1,76 @@
+"""Mixtures of experts train in every layout as on one rank; what cannot be is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_prefix.config import ModelConfig
+from megatron_prefix.layout import model_layout
+from megatron_prefix.mcore.groups import build_groups, initialize_megatron
+from megatron_prefix.mcore.hf_map import read_hf_model
+from megatron_prefix.mcore.model import build_model
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_layouts import STEPS, check_same_training
+from tests.distributed.world import Case, model_config, train
+from tests.tiny_models import write_tiny_mixtral, write_tiny_qwen3_moe
+
+EP2 = {"expert_model_parallel_size": 2}
+TP2 = {"tp": 2, "sequence_parallel": True}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    sizes = {"vocab_size": 62, "num_key_value_heads": 4, "initializer_range": 0.05}
+    return {
+        "qwen3-moe": write_tiny_qwen3_moe(root / "qwen", mlp_only_layers=[1], **sizes),
+        "mixtral": write_tiny_mixtral(root / "mixtral", **sizes),
+        "teacher": write_tiny_qwen3_moe(root / "teacher", seed=1, hidden_size=96, **sizes),
+    }
+
+
+LAYOUTS = {
+    "dp2": (2, {}, {}),
+    "ep2": (2, EP2, {}),
+    "tp2": (2, TP2, TP2),
+    "tp2, whole experts": (2, TP2 | {"expert_tensor_parallel_size": 1}, TP2),
+    "tp2, ep2": (2, TP2 | EP2 | {"expert_tensor_parallel_size": 1}, TP2),
+    "pp2, teacher ep2": (2, {"pp": 2}, EP2),
+    "pp2, ep2": (4, {"pp": 2} | EP2, {"pp": 2} | EP2),
+    "dp4, ep2": (4, EP2, {"expert_model_parallel_size": 4}),
+    "recompute, ep2": (2, EP2 | {"recompute_granularity": "full"}, {}),
+}
+
+
+@pytest.mark.parametrize("plain_optimizer", [False, True], ids=["", "plain optimizer"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_trains_as_one_rank_does(
+    name: str, plain_optimizer: bool, models: dict[str, Path]
+) -> None:
+    world_size, student, teacher = LAYOUTS[name]
+    optimizer = replace(Case.optimizer, use_distributed_optimizer=not plain_optimizer)
+    family = "mixtral" if plain_optimizer else "qwen3-moe"
+
+    def case(student: dict, teacher: dict) -> Case:
+        return Case(
+            model_config(models[family], **student),
+            model_config(models["teacher"], **teacher),
+            optimizer,
+        )
+
+    (one,) = run_ranks(1, train, case({}, {}), 1, STEPS)
+    ranks = run_ranks(world_size, train, case(student, teacher), world_size, STEPS)
+    check_same_training(ranks, one, models[family])
+
+
+def build(config: ModelConfig, world_size: int) -> None:
+    initialize_megatron(1)
+    groups = build_groups(model_layout(config, world_size))
+    build_model(config, read_hf_model(config.hf_path), groups, owner="teacher", with_head=False)
+
+
+def test_experts_cut_and_spread_at_once_want_a_gpu(models: dict[str, Path]) -> None:
+    config = model_config(models["mixtral"], **TP2, **EP2)
+    with pytest.raises(RuntimeError, match="ValueError: teacher.expert_tensor_parallel_size=2 .*1"):
+        run_ranks(4, build, config, 4)
