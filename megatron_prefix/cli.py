@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
+from megatron_prefix.eval_arguments import EXAMPLES as _EVAL_EXAMPLES
+from megatron_prefix.eval_arguments import add_eval_arguments
 
 DONE, FAILURE, BAD_INPUT = 0, 1, 2
+_WITHOUT_RECIPE = ("eval", "doctor")
 
 _RECIPES = """\
 RECIPE is a Python file with `def recipe() -> Recipe`, the name of one in recipes/, an importable
@@ -29,6 +32,7 @@ examples:
   megatron-prefix plan recipes/quickstart.py         what would it cost? starts nothing
   megatron-prefix train recipes/quickstart.py        run it
   megatron-prefix train recipes/quickstart.py train.steps=50 prefix.policy=anchored
+  megatron-prefix eval runs/quickstart               how good is what it trained?
 """,
     "train": """\
 examples:
@@ -43,6 +47,12 @@ examples:
   megatron-prefix plan recipes/quickstart.py
   megatron-prefix plan quickstart student.tensor_model_parallel_size=4 run.world_size=8
   megatron-prefix plan quickstart --json | jq .cost.run.ratio
+""",
+    "eval": _EVAL_EXAMPLES,
+    "prepare": """\
+examples:
+  megatron-prefix prepare quickstart run.world_size=16
+The scripts in slurm/ call it, and hand the record that it names to the ranks and servers.
 """,
     "doctor": """\
 examples:
@@ -99,6 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
     plan = _command(commands, "plan", "validate a recipe and lay it out, starting nothing", _plan)
     _recipe_arguments(plan)
     plan.add_argument("--json", action="store_true", help="every number, exact")
+    _recipe_arguments(
+        _command(commands, "prepare", "check a recipe, write its record, print its path", _prepare)
+    )
+    judge = _command(commands, "eval", "ask a model a data set's problems and score it", _eval)
+    add_eval_arguments(judge)
     doctor = _command(commands, "doctor", "what this machine has, can run, and lacks", _doctor)
     doctor.add_argument("--json", action="store_true", help="the findings as JSON")
     return parser
@@ -114,7 +129,7 @@ def _command(
     parser = commands.add_parser(
         name,
         help=summary,
-        description=about if name == "doctor" else f"{about}\n\n{_RECIPES}",
+        description=about if name in _WITHOUT_RECIPE else f"{about}\n\n{_RECIPES}",
         epilog=_EXAMPLES[name] + "\n" + _EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -153,6 +168,20 @@ def _train(arguments: argparse.Namespace) -> int:
     return launch_local(recipe)
 
 
+def _prepare(arguments: argparse.Namespace) -> int:
+    from megatron_prefix.preflight import check_data_sets
+    from megatron_prefix.recipe import check_run_folder, save_record
+    from megatron_prefix.validate import validate
+
+    recipe = _load(arguments)
+    folder = Path(recipe.run.output_dir, recipe.run.name)
+    check_run_folder(folder, recipe)
+    validate(recipe)
+    check_data_sets(recipe)
+    print(save_record(recipe, folder))
+    return DONE
+
+
 def _plan(arguments: argparse.Namespace) -> int:
     from megatron_prefix.plan import first_prompt_lengths, make_plan
     from megatron_prefix.plan_view import plan_json, print_plan
@@ -167,6 +196,14 @@ def _plan(arguments: argparse.Namespace) -> int:
 
         print_plan(plan, Console())
     return DONE
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_prefix.eval_job import make_job, run_eval
+
+    return run_eval(make_job(arguments), Console(stderr=True), arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ _SIZES = (
     "max_position_embeddings",
 )
 # Written by older exporters beside the weights: derived from the config, or tied to another.
-_REDUNDANT = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+REDUNDANT = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def check_tensors(folder: HfFolder, expected: Mapping[str, tuple[int, ...]], own
             )
     for name in folder.tensors:
         tied_head = name == "lm_head.weight" and folder.config.get("tie_word_embeddings")
-        if name not in expected and not tied_head and not name.endswith(_REDUNDANT):
+        if name not in expected and not tied_head and not name.endswith(REDUNDANT):
             raise ValueError(
                 f"{where}: tensor {name} has no place in a "
                 f"{folder.config['architectures'][0]}; give a checkpoint without it"

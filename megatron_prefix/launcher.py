@@ -1,7 +1,6 @@
 """One machine: starts SGLang servers and Megatron ranks, watches them, and leaves none behind."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -9,14 +8,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
 from megatron_prefix import die_with_parent
 from megatron_prefix.config import Recipe
 from megatron_prefix.recipe import check_run_folder, save_record
-from megatron_prefix.rollout.addresses import recipe_endpoints
+from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
 from megatron_prefix.rollout.server import Server, free_port, start_server
 from megatron_prefix.validate import resolve_world_size
 
@@ -28,7 +26,7 @@ GRACE_S = 20.0  # a failing run's other ranks get this long before SIGKILL
 def launch_local(recipe: Recipe) -> int:
     """Run ``recipe`` on this machine to its end; returns the exit code.
 
-    A first SIGINT or SIGTERM lets the ranks save and stop; a second one kills them.
+    A first SIGINT, SIGTERM or SIGUSR1 lets the ranks save and stop; a second one kills them.
     """
     folder = Path(recipe.run.output_dir, recipe.run.name)
     check_run_folder(folder, recipe)
@@ -70,10 +68,8 @@ def _endpoints_file(recipe: Recipe, servers: Sequence[Server]) -> Iterator[Path]
     """URLs and keys for rank 0, in a file that only this user can read."""
     with tempfile.TemporaryDirectory(prefix="megatron-prefix-") as folder:
         path = Path(folder, "endpoints.json")
-        path.touch(mode=0o600)
         ours = [server.endpoint for server in servers]
-        endpoints = ours or recipe_endpoints(recipe.rollout)
-        path.write_text(json.dumps([asdict(endpoint) for endpoint in endpoints]))
+        write_endpoints(path, ours or recipe_endpoints(recipe.rollout))
         yield path
 
 
@@ -178,13 +174,14 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _count_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are counted instead of ending this process."""
+    """SIGINT, SIGTERM and SIGUSR1 are counted instead of ending this process."""
     seen: list[int] = []
 
     def count(number: int, _: FrameType | None) -> None:
         seen.append(number)
 
-    before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, count) for number in numbers}
     try:
         yield seen
     finally:

@@ -51,15 +51,16 @@ def mean_over_problems(values: Sequence[float], n: int) -> Estimate:
 
     Answers to one problem are not independent, so the problems' own spread sets the interval:
     Wilson's for p (1 - p) / (spread^2 / P) answers, the effective number of independent ones,
-    held between P and n P. With n = 1 that is Wilson's interval for P answers.
+    held between P and n P. With n = 1 that is Wilson's interval for P answers, and where all
+    problems are alike at 0 or 1 as well: nothing shows then what n answers are worth.
     """
     count = len(values)
     assert count, "a mean over no problem"
     mean = min(1.0, max(0.0, math.fsum(values) / count))
     spread = math.fsum((value - mean) ** 2 for value in values) / max(count - 1, 1)
-    independent = float(count)
-    if spread > 0:
-        independent = min(max(mean * (1 - mean) / (spread / count), count), n * count)
+    single = mean * (1 - mean)
+    effective = single * count / spread if spread else (math.inf if single else 0.0)
+    independent = float(min(max(effective, count), n * count))
     return Estimate(mean, wilson_interval(mean * independent, independent))
 
 

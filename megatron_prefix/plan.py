@@ -150,7 +150,11 @@ def _plan_rank(run: ValidRun, rank: int) -> RankPlan:
     scored = stage_parameters(teacher, teacher_at[2], with_head=False)
     width = DTYPE_BYTES[student.config.params_dtype]
     moments = 8 if width == 4 else 12  # two of fp32, and bf16 weights' fp32 copy
-    sharing = student.layout.dp if optimizer.use_distributed_optimizer else 1
+    experts = stage_experts(student, student_at[2])
+    states = trained
+    if optimizer.use_distributed_optimizer:
+        layout = student.layout
+        states = -(-(trained - experts) // layout.dp) - (-experts // layout.expert_dp)
     rows = padded_vocab_size(student.hf.shape.vocab_size, student.layout.tp) // student.layout.tp
     head = rows * teacher.hf.shape.hidden_size if student_at[2] == student.layout.pp - 1 else 0
     return RankPlan(
@@ -160,7 +164,7 @@ def _plan_rank(run: ValidRun, rank: int) -> RankPlan:
         student_parameters=trained,
         student_weights=trained * width,
         student_gradients=trained * 4,
-        student_optimizer=-(-trained // sharing) * moments,
+        student_optimizer=states * moments,
         teacher_weights=scored * DTYPE_BYTES[teacher.config.params_dtype],
         teacher_head=head * DTYPE_BYTES[teacher.config.params_dtype],
     )
@@ -170,17 +174,27 @@ def stage_parameters(model: ValidModel, stage: int, *, with_head: bool) -> int:
     """Parameters of one rank of pipeline stage ``stage``. A tied LM head on a stage of its own is a
     copy of the embedding; a teacher is built without a head."""
     layout, last = model.layout, model.layout.pp - 1
-    units = [unit for unit in model.hf.units if _stage_of(unit, model.layers) == stage]
+    units = [
+        unit
+        for unit in model.hf.units
+        if _stage_of(unit, model.layers) == stage and unit.expert < 0
+    ]
     if not with_head:
         units = [unit for unit in units if unit.megatron_name != "output_layer.weight"]
     elif model.hf.shape.tied and stage == last > 0:
         units += [unit for unit in model.hf.units if unit.megatron_name == VOCABULARY[0]]
-    return sum(_shard_elements(unit, layout) for unit in units if _is_first_ranks(unit, model))
+    return sum(_shard_elements(unit, layout.tp) for unit in units) + stage_experts(model, stage)
 
 
-def _is_first_ranks(unit: "Unit", model: ValidModel) -> bool:
-    """Whether the first expert-parallel rank holds ``unit``; the others hold as much."""
-    return unit.expert < model.hf.shape.num_experts // model.layout.ep or unit.expert < 0
+def stage_experts(model: ValidModel, stage: int) -> int:
+    """Of :func:`stage_parameters`, those of the experts that one rank holds."""
+    layout = model.layout
+    elements = sum(
+        _elements(unit)
+        for unit in model.hf.units
+        if unit.expert >= 0 and _stage_of(unit, model.layers) == stage
+    )
+    return elements // (layout.ep * layout.expert_tp)
 
 
 def _stage_of(unit: "Unit", layers: Sequence[int]) -> int:
@@ -198,8 +212,7 @@ def _elements(unit: "Unit") -> int:
     return sum(prod(shape) for shape in unit.hf_shapes)
 
 
-def _shard_elements(unit: "Unit", layout: Layout) -> int:
-    tp = layout.tp if unit.expert < 0 else layout.expert_tp
+def _shard_elements(unit: "Unit", tp: int) -> int:
     if unit.shard_axis < 0:
         return _elements(unit)
     if unit.megatron_name in VOCABULARY:

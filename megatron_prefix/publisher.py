@@ -89,6 +89,7 @@ class ServerPublisher:
             dtype=self._dtype,
             tensor_model_parallel_size=info["tp_size"],
             num_key_value_heads=self._model.hf.shape.num_query_groups,
+            num_experts=self._model.hf.shape.num_experts,
         )
 
     def _buckets(self, hasher: WeightHasher | None) -> Iterator[Bucket]:

@@ -92,7 +92,7 @@ def save_record(recipe: Recipe, folder: Path) -> Path:
     equal one back."""
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / RECORD_NAME, folder / f".{RECORD_NAME}.partial"
-    text = yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(asdict(recipe), sort_keys=False)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     return path

@@ -59,6 +59,7 @@ class Trainer:
         self._step = 0  # finished steps
         self._policy_version = 0
         self._skipped_in_a_row = 0
+        self._saved_step = -1
 
     def train(self) -> bool:
         """Train to the last step; False where a signal ended the run early, its state saved."""
@@ -172,17 +173,21 @@ class Trainer:
             self._parts.conductor.evaluate_if_due(self._step, self._policy_version)
 
     def _save(self, *, wait: bool) -> None:
+        if self._saved_step == self._step:  # by its interval, just now
+            self._parts.checkpointer.finalize(wait=wait)
+            return
         state: dict[str, Any] = {"policy_version": self._policy_version}
         state["layout"] = self._parts.checkpointer.layout_record()
         if self._parts.conductor:
             state["conductor"] = self._parts.conductor.state_dict()
         self._parts.checkpointer.save(self._step, state, wait=wait)
+        self._saved_step = self._step
 
     def _restore(self) -> None:
         restored = self._parts.checkpointer.restore()
         if restored is None:
             return
-        self._step = restored.step
+        self._step = self._saved_step = restored.step
         self._policy_version = restored.run_state["policy_version"]
         if self._parts.conductor:
             self._parts.conductor.resume(restored.step, restored.run_state["conductor"])

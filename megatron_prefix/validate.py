@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.hf_folder import check_sizes, check_tensors, read_hf_folder
-from megatron_prefix.layout import Layout, layers_by_stage, model_layout
+from megatron_prefix.layout import Layout, layers_by_stage, least_world_size, model_layout
 from megatron_prefix.limits import check_settings
 from megatron_prefix.prefix import build_policy, loss_start
 
@@ -73,10 +73,7 @@ def is_local(path: str) -> bool:
 
 def resolve_world_size(recipe: Recipe) -> int:
     """``run.world_size``, or the least number of ranks that both layouts divide."""
-    sizes = {
-        owner: model.tensor_model_parallel_size * model.pipeline_model_parallel_size
-        for owner, model in _models(recipe).items()
-    }
+    sizes = {owner: least_world_size(model) for owner, model in _models(recipe).items()}
     least, asked = math.lcm(*sizes.values()), recipe.run.world_size
     if asked % least:
         below = asked // least * least
@@ -181,6 +178,7 @@ def _near(value: int, multiple: int) -> str:
 def _validate_model(recipe: Recipe, owner: str, model: ModelConfig, layout: Layout) -> ValidModel:
     hf = read_model(model.hf_path, owner)
     _check_tensor_parallel(hf, model, owner)
+    _check_experts(hf, model, owner)
     _check_context(recipe, hf, owner)
     _check_precision(hf, model, owner)
     return ValidModel(model, hf, layout, _stages(hf, model, owner))
@@ -232,6 +230,35 @@ def _check_tensor_parallel(hf: "HfModel", model: ModelConfig, owner: str) -> Non
         raise ValueError(
             f"{owner}.sequence_parallel=true needs {owner}.tensor_model_parallel_size above 1; set "
             "it to false"
+        )
+
+
+def _check_experts(hf: "HfModel", model: ModelConfig, owner: str) -> None:
+    shape, tp = hf.shape, model.tensor_model_parallel_size
+    ep, etp = model.expert_model_parallel_size, model.expert_tensor_parallel_size
+    if not shape.num_experts:
+        if ep > 1 or etp:
+            name, size = ("model", ep) if ep > 1 else ("tensor", etp)
+            raise ValueError(
+                f"{owner}.expert_{name}_parallel_size={size}, but {hf.path} has no experts; leave "
+                "it out"
+            )
+        return
+    if shape.num_experts % ep:
+        fits = [n for n in range(1, ep) if shape.num_experts % n == 0]
+        raise ValueError(
+            f"{owner}.expert_model_parallel_size={ep} does not divide the {shape.num_experts} "
+            f"experts of {hf.path}; try {fits[-1]}"
+        )
+    if shape.moe_ffn_hidden_size % (etp or tp):
+        raise ValueError(
+            f"{owner}.expert_tensor_parallel_size={etp or tp} does not divide an expert's width "
+            f"{shape.moe_ffn_hidden_size} of {hf.path}; try 1"
+        )
+    if tp > 1 and not model.sequence_parallel:
+        raise ValueError(
+            f"{owner}.tensor_model_parallel_size={tp} with experts needs sequence parallelism, or "
+            f"each rank would send the same tokens; set {owner}.sequence_parallel=true"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a rank runs, under our launcher or under torchrun, which say which rank it is:
+"""What a rank runs, under our launcher, our agent or torchrun, which say which rank it is:
 
     torchrun --nproc-per-node 8 -m megatron_prefix.worker runs/NAME/recipe.yaml
 
@@ -6,7 +6,6 @@ Without ``--endpoints`` the servers are those at the recipe's ``rollout.server_u
 """
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -20,12 +19,13 @@ import torch.distributed as dist
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.recipe import load_record
-from megatron_prefix.rollout.addresses import recipe_endpoints
+from megatron_prefix.rollout.addresses import await_endpoints, read_endpoints, recipe_endpoints
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.run_log import setup_logging
 
 logger = logging.getLogger("megatron_prefix.worker")  # this file runs as __main__
 DONE, FAILED, SAVED = 0, 1, 75
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
@@ -33,8 +33,10 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._set)
+        # The agent starts ranks with them blocked: one that came since is taken now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _set(self, number: int, _: FrameType | None) -> None:
         self.signal = number
@@ -44,17 +46,25 @@ class StopFlag:
 
 
 def main() -> int:
-    """The exit code: 0 done, 75 saved after a signal, 1 failed."""
     arguments = _arguments()
+    return run_rank(arguments.record, arguments.endpoints, arguments.endpoint_files)
+
+
+def run_rank(record: Path, endpoints: Path | None, endpoint_files: int) -> int:
+    """The exit code: 0 done, 75 saved after a signal, 1 failed.
+
+    ``endpoints``: a file of the servers' addresses, or a folder that will hold ``endpoint_files``
+    of them once the servers of as many nodes answer.
+    """
     stop = StopFlag()
-    recipe = load_record(arguments.record)
+    recipe = load_record(record)
     rank = int(os.environ["RANK"])
     # torch warns on stderr that nvcc is there and a GPU is not: true, and of no use to anyone.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     folder = Path(recipe.run.output_dir, recipe.run.name)
     setup_logging(folder, rank)
     try:
-        return _train(recipe, folder, _endpoints(recipe, arguments.endpoints), stop)
+        return _train(recipe, folder, _endpoints(recipe, endpoints, endpoint_files), stop)
     except (RuntimeError, ValueError, OSError) as error:
         logger.debug("traceback", exc_info=True)
         logger.error("%s: %s", type(error).__name__, error, exc_info=rank != 0)
@@ -90,17 +100,24 @@ def _arguments() -> argparse.Namespace:
         prog="python -m megatron_prefix.worker", description="One rank of a run."
     )
     parser.add_argument("record", type=Path, help="the run's resolved recipe.yaml")
-    parser.add_argument("--endpoints", type=Path, help="JSON of the servers' addresses and keys")
+    parser.add_argument(
+        "--endpoints", type=Path, help="JSON of the servers' addresses and keys, or a folder of it"
+    )
+    parser.add_argument(
+        "--endpoint-files", type=int, default=1, help="files to wait for in that folder"
+    )
     return parser.parse_args()
 
 
-def _endpoints(recipe: Recipe, file: Path | None) -> list[Endpoint]:
+def _endpoints(recipe: Recipe, path: Path | None, files: int) -> list[Endpoint]:
     """For rank 0, which alone talks to the servers."""
     if int(os.environ["RANK"]) != 0:
         return []
-    if file is None:
+    if path is None:
         return recipe_endpoints(recipe.rollout)
-    return [Endpoint(**entry) for entry in json.loads(file.read_text())]
+    if path.is_dir():
+        return await_endpoints(path, files, recipe.rollout.start_timeout_s)
+    return read_endpoints(path)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from megatron_prefix.mcore.folders import drop_folder, finish_folder, start_folder
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.weights import hf_buckets
 
@@ -15,47 +19,120 @@ SHARD_BYTES = 4 * 2**30
 # What makes a folder usable beside its weights; copied where the source has it.
 COMPANIONS = (
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
+    "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
+    "vocab.*",
     "merges.txt",
-    "chat_template.jinja",
+    "*.tiktoken",
+    "tekken.json",
+    "spiece.model",
+    "chat_template*",
+    "additional_chat_templates",
+    "LICENSE*",
+    "NOTICE*",
 )
+INDEX = "model.safetensors.index.json"
+OnBytes = Callable[[int], object]
 
 
-def export_hf(model: MegatronModel, folder: Path, dtype: torch.dtype) -> None:
+def export_hf(
+    model: MegatronModel,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    on_bytes: OnBytes | None = None,
+    verify: bool = False,
+) -> None:
     """Write ``model`` to ``folder`` as safetensors in ``dtype``. Collective; rank 0 writes.
 
     Written beside it and renamed when whole: ``folder`` is never half a model. Rank 0 holds one
-    shard of at most 4 GiB (or one bucket) at a time.
+    shard of at most 4 GiB (or one bucket) at a time. ``on_bytes`` is told on rank 0 of each shard's
+    size. With ``verify`` the files are read back and compared with the model before the renaming,
+    and ValueError names all tensors that are not finite.
     """
-    partial = folder.with_name(folder.name + ".partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    files: dict[str, str] = {}
-    for number, bucket in enumerate(hf_buckets(model, SHARD_BYTES, dtype), 1):
+        partial = start_folder(folder)
+        writer = _Writer(partial, on_bytes)
+    for bucket in hf_buckets(model, SHARD_BYTES, dtype):
         if bucket:
-            name = f"model-{number:05d}.safetensors"
-            tensors = {key: tensor.cpu() for key, tensor in bucket}
-            save_file(tensors, partial / name, metadata={"format": "pt"})
-            files |= dict.fromkeys(tensors, name)
+            writer.write({key: tensor.cpu() for key, tensor in bucket})
     if dist.get_rank() == 0:
-        _finish(model, partial, files, dtype)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        if verify and writer.not_finite:
+            drop_folder(folder)
+            raise ValueError(
+                f"{len(writer.not_finite)} tensors hold values that are not finite, nothing was "
+                f"written: {', '.join(writer.not_finite)}"
+            )
+        writer.finish(model, dtype)
+    if verify:
+        verify_export(model, folder.with_name(folder.name + ".partial"), dtype)
+    if dist.get_rank() == 0:
+        finish_folder(folder)
     dist.barrier()
 
 
-def _finish(model: MegatronModel, folder: Path, files: dict[str, str], dtype: torch.dtype) -> None:
-    index = {"metadata": {}, "weight_map": dict(sorted(files.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    config = {**model.hf.config, "dtype": str(dtype).removeprefix("torch.")}
-    config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    for name in COMPANIONS:
-        if (model.hf.path / name).exists():
-            shutil.copyfile(model.hf.path / name, folder / name)
+class _Writer:
+    """The files of one folder, on rank 0."""
+
+    def __init__(self, folder: Path, on_bytes: OnBytes | None) -> None:
+        self._folder, self._on_bytes = folder, on_bytes
+        self._shards: list[list[str]] = []  # names in each file
+        self._bytes = 0
+        self.not_finite: list[str] = []
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        self._shards.append(list(tensors))
+        name = f"model-{len(self._shards):05d}.safetensors"
+        save_file(tensors, self._folder / name, metadata={"format": "pt"})
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        self._bytes += size
+        self.not_finite += [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+        if self._on_bytes is not None:
+            self._on_bytes(size)
+
+    def finish(self, model: MegatronModel, dtype: torch.dtype) -> None:
+        """Names with the number of files in them, the index, the config and what goes along."""
+        files: dict[str, str] = {}
+        for number, names in enumerate(self._shards, 1):
+            final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            (self._folder / f"model-{number:05d}.safetensors").rename(self._folder / final)
+            files |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(files.items()))}
+        (self._folder / INDEX).write_text(json.dumps(index, indent=1))
+        config = {**model.hf.config, "dtype": str(dtype).removeprefix("torch.")}
+        config.pop("torch_dtype", None)
+        (self._folder / "config.json").write_text(json.dumps(config, indent=1))
+        copy_companions(model.hf.path, self._folder)
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy all that goes along with weights and config; returns the names."""
+    found = sorted({path for pattern in COMPANIONS for path in source.glob(pattern)})
+    for path in found:
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+    return [path.name for path in found]
+
+
+def verify_export(model: MegatronModel, folder: Path, dtype: torch.dtype) -> None:
+    """Read ``folder`` back and compare it with ``model`` bit for bit. Collective; RuntimeError on
+    rank 0 names what differs (a disk that lies, memory that flips)."""
+    wrong: list[str] = []
+    for bucket in hf_buckets(model, SHARD_BYTES, dtype):
+        if bucket:
+            files = json.loads((folder / INDEX).read_text())["weight_map"]
+            wrong += [
+                name
+                for name, tensor in bucket
+                if not torch.equal(_read(folder / files[name], name), tensor.cpu())
+            ]
+    if wrong:
+        raise RuntimeError(f"{folder}: read back otherwise than written: {', '.join(wrong)}")
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)

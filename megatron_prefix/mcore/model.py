@@ -189,7 +189,9 @@ def forward_trunk(
     if isinstance(model.module.rotary_pos_emb, PackedRotaryEmbedding):
         model.module.rotary_pos_emb.position_ids = batch.position_ids
 
-    def at_prefix(*, hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Tensor:
+    def at_prefix(
+        *, hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any
+    ) -> Tensor:
         if model.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, group=model.groups.pg.tp

@@ -60,7 +60,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
 
 
 def _num_experts(config: Mapping[str, Any]) -> int:
-    """Qwen3-MoE's published configs say num_experts, Mixtral's and transformers' num_local_experts."""
+    """Qwen3-MoE's published configs have the first key; Mixtral's and transformers' the other."""
     return int(config.get("num_experts") or config.get("num_local_experts") or 0)
 
 

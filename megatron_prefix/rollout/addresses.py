@@ -1,9 +1,19 @@
-"""Running servers that a recipe names."""
+"""Where servers are: those that a recipe names, and those whose starter left their addresses in
+files that only their owner can read, since the keys are in there too."""
 
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_prefix.config import RolloutConfig
 from megatron_prefix.rollout.client import Endpoint
+from megatron_prefix.rollout.protocol import ServerUnavailable
+
+_POLL_S = 0.5
 
 
 def recipe_endpoints(rollout: RolloutConfig) -> list[Endpoint]:
@@ -13,3 +23,41 @@ def recipe_endpoints(rollout: RolloutConfig) -> list[Endpoint]:
         Endpoint(url, key, rollout.request_timeout_s, rollout.retries)
         for url in rollout.server_urls
     ]
+
+
+def write_endpoints(path: Path, endpoints: Sequence[Endpoint]) -> None:
+    """Whole or not at all, with mode 600. The folder must be there."""
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "w") as file:
+        json.dump([asdict(endpoint) for endpoint in endpoints], file)
+    os.replace(partial, path)
+
+
+def read_endpoints(path: Path) -> list[Endpoint]:
+    return [Endpoint(**entry) for entry in json.loads(path.read_text())]
+
+
+def await_endpoints(folder: Path, files: int, timeout_s: float) -> list[Endpoint]:
+    """The servers in ``folder``, once it holds as many files as nodes start servers.
+
+    Raises ServerUnavailable after ``timeout_s``.
+    """
+    deadline = time.monotonic() + timeout_s
+    while len(found := sorted(folder.glob("*.json"))) < files:
+        if time.monotonic() > deadline:
+            raise ServerUnavailable(
+                f"{len(found)} of {files} nodes have servers that answer, after "
+                f"rollout.start_timeout_s={timeout_s:g}; the logs of the others say why"
+            )
+        time.sleep(_POLL_S)
+    return [endpoint for path in found for endpoint in read_endpoints(path)]
+
+
+def own_address(peer: str, port: int = 80) -> str:
+    """This machine's IPv4 address on the way to ``peer``; connecting a datagram socket sends
+    nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, port))
+        return str(probe.getsockname()[0])

@@ -140,11 +140,6 @@ class SglangClient:
         body = {"model_path": folder, "weight_version": label, "flush_cache": True}
         self._command("/update_weights_from_disk", body)
 
-    def set_policy_version(self, policy_version: int) -> None:
-        label = protocol.version_label(policy_version)
-        body = {"new_version": label, "abort_all_requests": False}
-        self._command("/update_weight_version", body)
-
     def weight_checksums(self) -> dict[int, dict[str, str]]:
         """By tensor-parallel rank: the hash of every tensor, under the server's fused names."""
         path = "/weights_checker"

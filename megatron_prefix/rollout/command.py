@@ -39,6 +39,7 @@ class Launch:
     port: int
     index: int  # of the server on this machine, from 0
     seed: int
+    host: str = LOOPBACK  # the one address that it listens on
 
 
 def server_arguments(launch: Launch, rollout: RolloutConfig) -> list[str]:
@@ -46,7 +47,7 @@ def server_arguments(launch: Launch, rollout: RolloutConfig) -> list[str]:
     dtype = launch.params_dtype if rollout.dtype == "auto" else rollout.dtype
     options = {
         "--model-path": str(launch.folder),
-        "--host": LOOPBACK,
+        "--host": launch.host,
         "--port": launch.port,
         "--device": launch.device,
         "--dtype": _DTYPES.get(dtype, dtype),

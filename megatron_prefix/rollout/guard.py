@@ -27,9 +27,11 @@ def main(parent_pid: int, command: list[str]) -> None:
     parent = os.pidfd_open(parent_pid)
     if os.getppid() != parent_pid:  # it ended before it was watched
         sys.exit(f"the parent process {parent_pid} is gone")
+    started: list[subprocess.Popen[bytes]] = []
+    signal.signal(signal.SIGTERM, lambda *_: started[0].terminate() if started else sys.exit(1))
     # One thread here, so that Python code between fork and exec cannot deadlock.
     server = subprocess.Popen(command, preexec_fn=die_with_guard)
-    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    started.append(server)
     events = select.poll()
     for process in (parent, os.pidfd_open(server.pid)):
         events.register(process, select.POLLIN)

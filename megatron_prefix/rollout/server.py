@@ -110,8 +110,9 @@ def start_server(
     index: int = 0,
     port: int = 0,
     seed: int = 0,
+    host: str = LOOPBACK,
 ) -> Server:
-    """Start one server on loopback and return at once; :func:`wait_healthy` waits for it.
+    """Start one server on ``host`` alone and return at once; :func:`wait_healthy` waits for it.
 
     ``params_dtype`` (bf16, fp32) is the student's, for ``rollout.dtype="auto"``; ``index`` tells
     servers of one machine apart (their GPUs and seeds); ``port`` 0 picks a free one. The log is
@@ -121,20 +122,20 @@ def start_server(
     """
     folder = Path(model_path).resolve()
     architecture = served_architecture(folder)
-    port = checked_port(port) if port else free_port()
+    port = checked_port(port, host) if port else free_port(host)
     device = resolve_device(rollout.device)
     scratch = tempfile.TemporaryDirectory(prefix="megatron-prefix-server-")
     api_key = secrets.token_hex(32)  # of no character that argparse takes for an option
     settings = Path(scratch.name, "server.yaml")
     _write_private(settings, json.dumps({"api-key": api_key}))  # JSON is YAML
-    launch = Launch(folder, device, params_dtype, port, index, seed)
+    launch = Launch(folder, device, params_dtype, port, index, seed, host)
     command = [sys.executable, "-m", "sglang.launch_server", "--config", str(settings)]
     command += server_arguments(launch, rollout)
     log = Path(log_path).resolve()
     environment = server_environment(device, architecture, Path(scratch.name))
     log_start, process = _spawn(command, environment, log, scratch.name)
     endpoint = Endpoint(
-        url=f"http://{LOOPBACK}:{port}",
+        url=f"http://{host}:{port}",
         api_key=api_key,
         timeout_s=rollout.request_timeout_s,
         retries=rollout.retries,
@@ -142,8 +143,8 @@ def start_server(
     return Server(endpoint, process, log, log_start, scratch)
 
 
-def free_port() -> int:
-    """A TCP port of loopback that nothing listens on now, and that no socket gets by chance.
+def free_port(host: str = LOOPBACK) -> int:
+    """A TCP port of ``host`` that nothing listens on now, and that no socket gets by chance.
 
     Ports that the kernel hands out by itself are left alone: a server binds its port after half a
     minute of imports, and by then a rank's gloo socket would have it now and then.
@@ -152,17 +153,17 @@ def free_port() -> int:
         first_handed_out = int(limits.read().split()[0])
     for port in random.SystemRandom().sample(range(_FIRST_PORT, first_handed_out), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((LOOPBACK, port))
+            probe.bind((host, port))
             return port
     raise ServerFailed(f"no free port of {_FIRST_PORT} to {first_handed_out - 1} in 100 tries")
 
 
-def checked_port(port: int) -> int:
+def checked_port(port: int, host: str = LOOPBACK) -> int:
     """``port``, or ValueError where something listens on it already."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((host, port))
         except OSError as error:
             raise ValueError(
                 f"port {port} is in use ({error.strerror}); stop what listens there or choose "
@@ -252,6 +253,7 @@ def server_pool(
     params_dtype: str,
     log_folder: str | Path,
     seed: int = 0,
+    host: str = LOOPBACK,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[Server]]:
     """``rollout.num_servers`` healthy servers, with logs ``server-0.log``, ... in ``log_folder``.
@@ -268,6 +270,7 @@ def server_pool(
                 log_path=Path(log_folder, f"server-{index}.log"),
                 index=index,
                 seed=seed,
+                host=host,
             )
             stack.callback(server.stop)
             servers.append(server)

@@ -29,10 +29,12 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
+from megatron_prefix.rollout.addresses import own_address
 from megatron_prefix.rollout.client import SglangClient
 from megatron_prefix.rollout.protocol import SglangError, version_label
 
 _JOIN = "join the weight group"
+_WORDS_S = 2.0  # after a failure, for the other servers' words about it
 Bucket = list[tuple[str, torch.Tensor]]  # Hugging Face names
 
 
@@ -147,10 +149,9 @@ class WeightGroup:
             self._threads.submit(client.receive_weights, body, timeout_s=self._timeout_s)
             for client in self._clients
         ]
-        work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-        _first_failure(posts, self._timeout_s, "receive weights")
-        assert work is not None, "rank 0 is a member"
-        work.wait()
+        # In a thread too: without the servers it does not return, and one may have refused.
+        sending = _in_thread(_broadcast, flat, self._group)
+        _first_failure([*posts, sending], self._timeout_s, "receive weights")
         return flat.numel()
 
     def _on_all(self, call: Callable[[SglangClient], None], doing: str) -> None:
@@ -208,7 +209,9 @@ def _listen(
     urls: Sequence[str], world_size: int, timeout_s: float
 ) -> tuple[dist.TCPStore, str, int]:
     """A store on the one address that the servers reach this machine by, and on a free port."""
-    address = _own_address(urls[0])
+    parts = urlsplit(urls[0])
+    assert parts.hostname, urls[0]
+    address = own_address(parts.hostname, parts.port or 80)
     listener = socket.create_server((address, 0))
     port = int(listener.getsockname()[1])
     store = dist.TCPStore(
@@ -221,15 +224,6 @@ def _listen(
         master_listen_fd=listener.detach(),  # the store closes it
     )
     return store, address, port
-
-
-def _own_address(url: str) -> str:
-    """This machine's address on the way to ``url``; connecting a datagram socket sends nothing."""
-    parts = urlsplit(url)
-    assert parts.hostname, url
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port or 80))
-        return str(probe.getsockname()[0])
 
 
 def _make_group(
@@ -252,6 +246,12 @@ def _make_group(
     return group
 
 
+def _broadcast(flat: torch.Tensor, group: dist.ProcessGroup) -> None:
+    if flat.is_cuda:
+        torch.cuda.set_device(flat.device)  # a thread starts with device 0
+    dist.broadcast(flat, src=0, group=group)
+
+
 def _in_thread[T](call: Callable[..., T], *arguments: Any) -> concurrent.futures.Future[T]:
     """As an executor's submit, in a daemon thread: an interpreter that exits waits for no other."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
@@ -269,14 +269,19 @@ def _in_thread[T](call: Callable[..., T], *arguments: Any) -> concurrent.futures
 def _first_failure(
     futures: Sequence[concurrent.futures.Future[Any]], timeout_s: float, doing: str
 ) -> None:
-    """Wait for all; at the first that fails, or after ``timeout_s``, raise WeightSyncFailed."""
+    """Wait for all; where one fails, or after ``timeout_s``, raise WeightSyncFailed.
+
+    Several fail together: a server refuses and hangs up. The earlier of ``futures`` is reported,
+    which is a server's answer where there is one.
+    """
     done, pending = concurrent.futures.wait(
         futures, timeout_s, return_when=concurrent.futures.FIRST_EXCEPTION
     )
-    for future in done:
-        error = future.exception()
-        if error is not None:
-            raise WeightSyncFailed(f"a server could not {doing}: {error}") from error
+    if any(future.exception() for future in done):
+        concurrent.futures.wait(futures, _WORDS_S)
+    errors = [future.exception() for future in futures if future.done()]
+    for error in filter(None, errors):
+        raise WeightSyncFailed(f"a server could not {doing}: {error}") from error
     if pending:
         raise WeightSyncFailed(f"a server did not {doing} within {timeout_s:g} s")
 

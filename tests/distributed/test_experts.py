@@ -11,6 +11,7 @@ from megatron_prefix.mcore.groups import build_groups, initialize_megatron
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import build_model
 from tests.distributed.ranks import run_ranks
+from tests.distributed.test_checkpoint import ADAM, steps_from
 from tests.distributed.test_layouts import STEPS, check_same_training
 from tests.distributed.world import Case, model_config, train
 from tests.tiny_models import write_tiny_mixtral, write_tiny_qwen3_moe
@@ -45,9 +46,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("plain_optimizer", [False, True], ids=["", "plain optimizer"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_trains_as_one_rank_does(
-    name: str, plain_optimizer: bool, models: dict[str, Path]
-) -> None:
+def test_trains_as_one_rank_does(name: str, plain_optimizer: bool, models: dict[str, Path]) -> None:
     world_size, student, teacher = LAYOUTS[name]
     optimizer = replace(Case.optimizer, use_distributed_optimizer=not plain_optimizer)
     family = "mixtral" if plain_optimizer else "qwen3-moe"
@@ -62,6 +61,37 @@ def test_trains_as_one_rank_does(
     (one,) = run_ranks(1, train, case({}, {}), 1, STEPS)
     ranks = run_ranks(world_size, train, case(student, teacher), world_size, STEPS)
     check_same_training(ranks, one, models[family])
+
+
+CHECKPOINTS = {
+    "same layout": (2, EP2, 2, EP2),
+    "ep2 to one rank": (2, EP2, 1, {}),
+    "ep2 to pp2": (2, EP2, 2, {"pp": 2}),
+    "one rank to tp2, ep2": (
+        1,
+        {},
+        2,
+        TP2 | EP2 | {"expert_tensor_parallel_size": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints_load_into_any_layout(
+    name: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    saved_on, saved, resumed_on, resumed = CHECKPOINTS[name]
+
+    def case(settings: dict) -> Case:
+        teacher = TP2 if "tp" in settings else {}
+        student = model_config(models["qwen3-moe"], **settings)
+        return Case(student, model_config(models["teacher"], **teacher), ADAM)
+
+    whole = run_ranks(saved_on, steps_from, case(saved), tmp_path, saved_on, 5, (3,))
+    rest = run_ranks(resumed_on, steps_from, case(resumed), tmp_path, resumed_on, 5)
+    assert len(rest[0]) == 2
+    for mine, theirs in zip(rest[0], whole[0][3:], strict=True):
+        assert mine == pytest.approx(theirs, rel=0 if name == "same layout" else 5e-6)
 
 
 def build(config: ModelConfig, world_size: int) -> None:

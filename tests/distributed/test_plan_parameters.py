@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_prefix.config import DataConfig, PrefixConfig, Recipe, RolloutConfig, TrainConfig
+from megatron_prefix.config import (
+    DataConfig,
+    ModelConfig,
+    PrefixConfig,
+    Recipe,
+    RolloutConfig,
+    TrainConfig,
+)
 from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore.groups import build_groups, initialize_megatron
 from megatron_prefix.mcore.hf_map import read_hf_model
@@ -16,7 +23,12 @@ from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.validate import validate
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import model_config
-from tests.tiny_models import write_tiny_llama, write_tiny_qwen3
+from tests.tiny_models import (
+    write_tiny_llama,
+    write_tiny_mixtral,
+    write_tiny_qwen3,
+    write_tiny_qwen3_moe,
+)
 
 
 def built(recipe: Recipe) -> tuple[int, int, int]:
@@ -49,13 +61,33 @@ def test_plan_equals_what_is_built(
 ) -> None:
     write_tiny_qwen3(tmp_path / "student", vocab_size=265)
     write_tiny_llama(tmp_path / "teacher", vocab_size=272, num_hidden_layers=3)
+    check_plan(
+        tmp_path,
+        model_config(tmp_path / "student", *student),
+        model_config(tmp_path / "teacher", *teacher),
+    )
+
+
+@pytest.mark.parametrize("settings", [{"pp": 2}, {"tp": 2, "sequence_parallel": True}])
+def test_plan_of_experts_equals_what_is_built(settings: dict, tmp_path: Path) -> None:
+    write_tiny_qwen3_moe(tmp_path / "student", vocab_size=265, mlp_only_layers=[0])
+    write_tiny_mixtral(tmp_path / "teacher", vocab_size=272)
+    experts = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    check_plan(
+        tmp_path,
+        model_config(tmp_path / "student", **settings, **experts),
+        model_config(tmp_path / "teacher", **experts),
+    )
+
+
+def check_plan(tmp_path: Path, student: ModelConfig, teacher: ModelConfig) -> None:
     for name in ("student", "teacher"):
         write_byte_tokenizer(tmp_path / name)
     (tmp_path / "replay").mkdir()
     (tmp_path / "replay" / "some").touch()
     recipe = Recipe(
-        student=model_config(tmp_path / "student", *student),
-        teacher=model_config(tmp_path / "teacher", *teacher),
+        student=student,
+        teacher=teacher,
         data=DataConfig(max_prompt_length=64),
         prefix=PrefixConfig("fixed", 9, 75),
         rollout=RolloutConfig(replay=str(tmp_path / "replay")),

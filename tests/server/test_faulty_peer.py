@@ -182,6 +182,27 @@ def test_each_attempt_has_a_request_id_of_its_own() -> None:
     assert collected.stats.surplus == 1
 
 
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_one_faulty_server_of_two_ends_the_collection(wanted: int) -> None:
+    prompts = [Prompt(place, place, (4, 5)) for place in range(2)]
+    with (
+        faulty_peer([(200, json.dumps([GOOD]))], delay_s=0.5) as slow,
+        faulty_peer([(400, "no such model")]) as broken,
+        Collector([endpoint(slow), endpoint(broken)], RolloutConfig(), ()) as collector,
+        pytest.raises(RequestRefused, match=rf"{broken.url}/generate refused .*no such model"),
+    ):
+        collector.collect(prompts, max_new_tokens=2, policy_version=3, wanted=wanted)
+
+
+def test_a_cache_that_cannot_be_flushed() -> None:
+    with (
+        faulty_peer([(400, "Flush cache failed.\n")]) as peer,
+        SglangClient(endpoint(peer)) as client,
+        pytest.raises(RequestRefused, match=r"with 400: Flush cache failed\.$"),
+    ):
+        client.flush_cache()
+
+
 @pytest.mark.parametrize("answer", ["[]", '{"ranks": null}', '{"ranks": [{"checksums": {}}]}'])
 def test_checksums_that_are_none(answer: str) -> None:
     with (

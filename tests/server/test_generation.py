@@ -1,5 +1,8 @@
 """What a real server samples, against ``transformers`` on the same checkpoint."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -96,6 +99,25 @@ def test_no_prompts_no_request(client: SglangClient) -> None:
 def test_no_tokens_is_refused_before_the_server_is_asked() -> None:
     with pytest.raises(ValueError, match=r"max_new_tokens=0 must be at least 1"):
         Sampling(0)
+
+
+def test_abort_ends_a_running_generation(client: SglangClient) -> None:
+    """The answer holds what was sampled until then."""
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(client.generate, PROMPTS, Sampling(1800, temperature=3.0))
+        while not running.done():
+            time.sleep(0.2)
+            client.abort()
+    reasons = {generation.finish_reason for generation in running.result()}
+    assert "abort" in reasons
+    assert "length" not in reasons
+
+
+def test_the_cache_is_flushed_on_demand(client: SglangClient) -> None:
+    client.generate(PROMPTS, Sampling(1))
+    client.flush_cache()
+    cached = client.server_info()["internal_states"][0]["memory_usage"]
+    assert cached is not None
 
 
 def test_the_servers_words_reach_the_user(client: SglangClient) -> None:

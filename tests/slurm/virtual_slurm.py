@@ -14,6 +14,7 @@ import secrets
 import shlex
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ PreemptMode=REQUEUE
 MinJobAge=86400
 KillWait=5
 # A busy machine must not make a node look dead.
-SlurmdTimeout=60
+SlurmdTimeout=30
 MessageTimeout=60
 TCPTimeout=30
 ReturnToService=2
@@ -198,6 +199,12 @@ class VirtualSlurm:
     def wait_for_end(self, number: int, timeout_s: float = 600.0) -> str:
         return self.wait_for(number, *ENDED, timeout_s=timeout_s)
 
+    def pids(self, name: str) -> list[int]:
+        """Of the node's processes, as this machine numbers them."""
+        space = f"{self._spaces}{name}"
+        shown = subprocess.run(["ip", "netns", "pids", space], capture_output=True, check=True)
+        return [int(word) for word in shown.stdout.split()]
+
     def idle_nodes(self) -> list[str]:
         shown = self.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N", check=False)
         return sorted(set(shown.split()))
@@ -244,8 +251,10 @@ class VirtualSlurm:
             ip("-n", space, "link", "set", "eth0", "up")
 
     def _write_files(self) -> None:
-        for name in ("run", "log", "state", "bin", *(f"spool/{name}" for name in self.names)):
+        for name in ("run", "log", "state", "bin", "dev", *(f"spool/{n}" for n in self.names)):
             (self.root / name).mkdir(parents=True)
+        for gpu in range(GPUS):  # Slurm counts devices; nothing opens these
+            os.mknod(self.root / "dev" / f"gpu{gpu}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
         host = socket.gethostname().partition(".")[0]
         addresses = {name: f"{NETWORK}.{i}" for i, name in enumerate(self.names, start=1)}
         nodes = [
@@ -259,7 +268,7 @@ class VirtualSlurm:
         files = {
             "slurm.conf": settings,
             "cgroup.conf": "CgroupPlugin=cgroup/v1\n",  # or slurmd looks for a bus of systemd's
-            "gres.conf": f"NodeName={','.join(self.names)} Name=gpu Count={GPUS}\n",
+            "gres.conf": f"Name=gpu File={self.root}/dev/gpu[0-{GPUS - 1}]\n",
             "hosts": "".join(f"{address} {name}\n" for name, address in hosts.items()),
             "bin/sacct": SACCT,
         }

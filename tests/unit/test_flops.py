@@ -13,16 +13,31 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from megatron_prefix.prefix import Ledger, ModelShape, StepCost, model_shape, rollout_flops
 from megatron_prefix.prefix.flops import head_flops, step_flops, trunk_flops
 from megatron_prefix.types import FinishReason, Flops, Rollout
-from tests.tiny_models import write_tiny_llama, write_tiny_qwen3
+from tests.tiny_models import (
+    write_tiny_llama,
+    write_tiny_mixtral,
+    write_tiny_qwen2,
+    write_tiny_qwen3,
+    write_tiny_qwen3_moe,
+)
 
 PROMPT, PREFIX = 23, 41
-WRITERS = [write_tiny_qwen3, write_tiny_llama]
+WRITERS = [
+    write_tiny_qwen3,
+    write_tiny_llama,
+    write_tiny_qwen2,
+    write_tiny_qwen3_moe,
+    write_tiny_mixtral,
+]
 SIZES: dict[str, Any] = {"vocab_size": 320, "head_dim": 24, "intermediate_size": 112}
 
 
 def load(folder: Path) -> tuple[Any, ModelShape]:
     model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
+        folder,
+        attn_implementation="eager",
+        experts_implementation="eager",  # a loop of products, each of which is counted
+        dtype=torch.float32,
     )
     return model, model_shape(json.loads((folder / "config.json").read_text()))
 

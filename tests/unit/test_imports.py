@@ -28,11 +28,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     + ("jsonl", "kl_grid", "progress", "tb_writer", "run_log", "run_history", "figure", "report")
     + ("sources", "evaluate", "pass_at_k", "eval_run"),
     ("mcore",),
-    ("validate", "preflight", "plan", "plan_view", "doctor", "eval_job"),
+    ("validate", "preflight", "plan", "plan_view", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "publisher"),
     ("conductor", "trainer"),
     ("assemble", "worker"),
-    ("launch", "launcher"),
+    ("agent",),
+    ("launch", "launcher", "die_with_parent"),
     ("cli",),
 )
 # What may import these packages of others.

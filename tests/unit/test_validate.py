@@ -1,5 +1,6 @@
 """Everything that can be refused before a server or a rank starts, each in one line."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -24,7 +25,7 @@ from megatron_prefix.preflight import check_data_sets, check_machine, open_promp
 from megatron_prefix.recipe import load_recipe, save_record
 from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.validate import resolve_world_size, validate
-from tests.tiny_models import write_tiny_llama, write_tiny_qwen3
+from tests.tiny_models import write_tiny_llama, write_tiny_mixtral, write_tiny_qwen3
 
 TEXTS_OF_THE_USER = (
     "run.name run.output_dir student.hf_path teacher.hf_path data.path data.name data.split "
@@ -152,6 +153,39 @@ class LatelyTooLong:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"expert_model_parallel_size": 3}, "does not divide the 4 experts of .*; try 2"),
+        ({"expert_tensor_parallel_size": 5}, "does not divide an expert's width 96 of .*; try 1"),
+        ({"tensor_model_parallel_size": 2}, "set student.sequence_parallel=true"),
+    ],
+)
+def test_layouts_of_experts_that_cannot_be(
+    settings: dict[str, Any], message: str, recipe: Recipe, models: Path, tmp_path: Path
+) -> None:
+    folder = write_tiny_mixtral(tmp_path, vocab_size=264)
+    write_byte_tokenizer(folder)
+    run = replace(recipe.run, world_size=30)
+    train = replace(recipe.train, global_batch_size=120, micro_batch_size=1)
+    student = ModelConfig(hf_path=str(folder), **settings)
+    said = refusal(replace(recipe, student=student, run=run, train=train))
+    assert re.search(message, said), said
+
+
+def test_experts_are_spread_over_ranks_of_a_stage(
+    recipe: Recipe, models: Path, tmp_path: Path
+) -> None:
+    folder = write_tiny_mixtral(tmp_path, vocab_size=264)
+    write_byte_tokenizer(folder)
+    student = ModelConfig(hf_path=str(folder), expert_model_parallel_size=4)
+    run = validate(replace(recipe, student=student))
+    assert run.world_size == 4
+    assert [run.student.layout.expert_coordinates(r)[1] for r in range(4)] == [0, 1, 2, 3]
+    dense = replace(recipe.student, expert_model_parallel_size=2)
+    assert "has no experts; leave it out" in refusal(replace(recipe, student=dense))
 
 
 def test_a_policy_that_will_leave_its_bounds_is_refused_now(recipe: Recipe) -> None:

@@ -1,0 +1,101 @@
+"""The ranks of one node in a world of several, under torch's elastic agent:
+
+    srun python -m megatron_prefix.agent runs/NAME/recipe.yaml --nodes 2 --ranks-per-node 8 \
+        --rendezvous HEAD:PORT --id ID
+
+torchrun is a command line for the same agent. It will not do for a job that is to be requeued: it
+answers SIGTERM by killing the ranks 30 s later whatever they are saving, dies of SIGUSR1, takes a
+rank that saved and ended with 75 for a failed one, and itself ends with 1.
+"""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from megatron_prefix.rollout.addresses import own_address
+from megatron_prefix.worker import FAILED, run_rank
+
+# What Slurm sends before it takes the nodes away. The other signals end the ranks at once.
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+_OTHER_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
+
+
+def main() -> int:
+    """The exit code of the node's ranks: 0 done, 75 saved after a signal, 1 failed."""
+    arguments = _arguments()
+    # Blocked in this process, and in ranks until they can answer: none is lost in between.
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    threading.Thread(target=_forward, name="signals", daemon=True).start()
+    try:
+        codes = elastic_launch(_config(arguments), rank_main)(
+            arguments.record, arguments.endpoints, arguments.endpoint_files
+        )
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(
+            f"megatron-prefix: error: rank {rank} ended with exit code {failure.exitcode}",
+            file=sys.stderr,
+        )
+        return FAILED
+    return max(codes.values())
+
+
+def rank_main(record: Path, endpoints: Path | None, endpoint_files: int) -> int:
+    """A failure has to end the process with an error for the agent to see it; 75 is no failure."""
+    code = run_rank(record, endpoints, endpoint_files)
+    if code == FAILED:
+        raise SystemExit(FAILED)
+    return code
+
+
+def _forward() -> None:
+    """Where Slurm signals a step's first process only, the ranks hear of it from here; where it
+    signals all of them, twice: for a rank that is the same."""
+    while True:
+        number = signal.sigwait(FORWARDED)
+        for rank in multiprocessing.active_children():
+            if rank.pid is not None and rank.is_alive():
+                os.kill(rank.pid, number)
+
+
+def _config(arguments: argparse.Namespace) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=arguments.nodes,
+        max_nodes=arguments.nodes,
+        nproc_per_node=arguments.ranks_per_node,
+        run_id=arguments.id,
+        rdzv_backend="c10d",
+        rdzv_endpoint=arguments.rendezvous,
+        # Not this machine's full name, which its peers may know under another address.
+        local_addr=own_address(arguments.rendezvous.rpartition(":")[0]),
+        max_restarts=arguments.max_restarts,
+        signals_to_handle=_OTHER_SIGNALS,
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_prefix.agent", description="The ranks of one node."
+    )
+    parser.add_argument("record", type=Path, help="the run's resolved recipe.yaml")
+    parser.add_argument("--nodes", type=int, required=True, help="of the world")
+    parser.add_argument("--ranks-per-node", type=int, required=True)
+    parser.add_argument("--rendezvous", required=True, metavar="HOST:PORT", help="of one node")
+    parser.add_argument("--id", required=True, help="the same on all nodes, of this start alone")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, help="of all ranks, in place, after one failed"
+    )
+    parser.add_argument("--endpoints", type=Path, help="as the worker's")
+    parser.add_argument("--endpoint-files", type=int, default=1, help="as the worker's")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Output folders that are whole or not there: written beside their place and renamed into it."""
+
+import shutil
+from pathlib import Path
+
+PARTIAL, OLD = ".partial", ".old"
+
+
+def start_folder(final: Path) -> Path:
+    """An empty folder beside ``final`` to write into; ``final`` itself is left alone.
+
+    What an earlier writer that was killed left is cleared: a half-written folder is removed, and an
+    old ``final`` that had been moved aside and not replaced is put back.
+    """
+    partial, old = final.with_name(final.name + PARTIAL), final.with_name(final.name + OLD)
+    shutil.rmtree(partial, ignore_errors=True)
+    if old.exists() and not final.exists():
+        old.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def finish_folder(final: Path) -> None:
+    """Put what was written for ``final`` in its place. At every moment either the old or the new
+    folder is whole on the disk."""
+    partial, old = final.with_name(final.name + PARTIAL), final.with_name(final.name + OLD)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def drop_folder(final: Path) -> None:
+    """Remove what was written for ``final`` so far."""
+    shutil.rmtree(final.with_name(final.name + PARTIAL), ignore_errors=True)
+
+
+def leftovers(final: Path) -> list[str]:
+    """Names beside ``final`` that a killed writer left."""
+    beside = (final.with_name(final.name + end) for end in (PARTIAL, OLD))
+    return [path.name for path in beside if path.exists()]

@@ -1,0 +1,70 @@
+"""A Hugging Face folder that is looked through before anything is made of it."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from safetensors import safe_open
+
+from megatron_prefix.hf_folder import REDUNDANT, HfFolder, check_sizes, read_hf_folder
+from megatron_prefix.mcore.hf_map import FAMILIES, HfModel, read_hf_model
+
+
+
+def open_source(path: Path) -> tuple[HfFolder, HfModel]:
+    """Folder and model, from headers and config.json alone.
+
+    ValueError in one line for a folder that is no whole checkpoint of a supported family; tensors
+    that are missing, unknown or of another shape are all named.
+    """
+    folder = read_hf_folder(str(path), "model")
+    if folder.config["architectures"][0] in FAMILIES:
+        check_sizes(folder, "model")
+    try:
+        hf = read_hf_model(str(path))
+    except KeyError as error:
+        raise ValueError(f"{path}: config.json has no {error}") from error
+    _refuse(path, tensor_problems(folder, hf))
+    return folder, hf
+
+
+def tensor_problems(folder: HfFolder, hf: HfModel) -> list[str]:
+    """Every tensor that is missing, of another shape or unknown, with what is wrong."""
+    expected = expected_shapes(hf)
+    found = [f"{name} is missing" for name in expected if name not in folder.tensors]
+    for name, entry in folder.tensors.items():
+        if name in expected and entry.shape != expected[name]:
+            found.append(f"{name} has shape {list(entry.shape)}, not {list(expected[name])}")
+        tied_head = name == "lm_head.weight" and hf.shape.tied
+        if name not in expected and not tied_head and not name.endswith(REDUNDANT):
+            found.append(f"{name} has no place in a {folder.config['architectures'][0]}")
+    return found
+
+
+def expected_shapes(hf: HfModel) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of the model by name."""
+    return {
+        name: tuple(shape)
+        for unit in hf.units
+        for name, shape in zip(unit.hf_names, unit.hf_shapes, strict=True)
+    }
+
+
+def check_values(folder: HfFolder, on_bytes: Callable[[int], object]) -> None:
+    """Read every tensor, one in memory at a time; ValueError names all that are not finite.
+    ``on_bytes`` is told of each tensor's size."""
+    bad = []
+    for file in sorted({entry.file for entry in folder.tensors.values()}):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  a safe_open is no dictionary
+                tensor = opened.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    bad.append(f"{name} holds values that are not finite")
+                on_bytes(tensor.nbytes)
+    _refuse(folder.path, bad)
+
+
+def _refuse(path: Path, problems: Iterable[str]) -> None:
+    if named := list(problems):
+        raise ValueError(
+            f"{path}: {len(named)} tensors are not as they must be: {'; '.join(named)}"
+        )

@@ -1,0 +1,100 @@
+"""The SGLang servers of one node, for trainers on other nodes. A Slurm step runs it on each node:
+
+    python -m megatron_prefix.rollout.serve runs/NAME/recipe.yaml --peer TRAINER --endpoints-dir DIR
+
+Once they answer, DIR/servers-INDEX.json has their addresses and their random keys, with mode 600.
+That file is a lease: the servers end when it is removed, or DIR with it. SIGTERM and SIGUSR1 do
+not end them, since Slurm sends these to every step of a job, and the trainer may have to sample to
+the end of its step before it can save.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from megatron_prefix.config import Recipe
+from megatron_prefix.recipe import load_record
+from megatron_prefix.rollout.addresses import own_address, write_endpoints
+from megatron_prefix.rollout.server import ServerFailed, server_pool
+
+DONE, FAILED = 0, 1
+# Blocked, not ignored: SGLang would put handlers of its own in place.
+_FOR_THE_TRAINER = (signal.SIGTERM, signal.SIGUSR1)
+_POLL_S = 0.5
+
+
+def main() -> int:
+    """The exit code: 0 when the lease is over, 1 when a server could not start or ended."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINER)  # the servers inherit it
+    arguments = _arguments()
+    try:
+        recipe = load_record(arguments.record)
+        host = arguments.host or own_address(arguments.peer)
+        _check_host(host)
+        serve(recipe, host, arguments.endpoints_dir, arguments.index)
+    except (ServerFailed, ValueError, OSError) as error:
+        print(f"megatron-prefix serve: error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return DONE
+    return DONE
+
+
+def serve(recipe: Recipe, host: str, endpoints_dir: Path, index: int) -> None:
+    """Servers on ``host`` until the lease is over; ``index`` is this node's among those that serve.
+
+    Raises ServerFailed when a server does not start in time or ends by itself.
+    """
+    per_node = recipe.rollout.num_servers
+    lease = endpoints_dir / f"servers-{index}.json"
+    logs = Path(recipe.run.output_dir, recipe.run.name, "logs", f"servers-{index}")
+    with server_pool(
+        recipe.student.hf_path,
+        recipe.rollout,
+        params_dtype=recipe.student.params_dtype,
+        log_folder=logs,
+        seed=recipe.train.seed + index * per_node,
+        host=host,
+        should_stop=lambda: not endpoints_dir.is_dir(),
+    ) as servers:
+        if not endpoints_dir.is_dir():  # the trainer ended before the servers had started
+            return
+        write_endpoints(lease, [server.endpoint for server in servers])
+        print(f"serving at {', '.join(server.url for server in servers)}", flush=True)
+        while lease.exists():
+            for server in servers:
+                server.raise_if_dead()
+            time.sleep(_POLL_S)
+
+
+def _check_host(host: str) -> None:
+    if host in ("0.0.0.0", "::", "*"):
+        raise ValueError(
+            f"--host {host} would serve every network of this machine; give the address that the "
+            "trainers reach it by, or --peer with the name of a trainer's node"
+        )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_prefix.rollout.serve", description="The servers of one node."
+    )
+    parser.add_argument("record", type=Path, help="the run's resolved recipe.yaml")
+    address = parser.add_mutually_exclusive_group(required=True)
+    address.add_argument("--host", help="the address to serve at")
+    address.add_argument("--peer", help="serve at the address that this node has towards PEER")
+    parser.add_argument("--endpoints-dir", type=Path, required=True, help="a folder that is there")
+    parser.add_argument(
+        "--index",
+        type=int,
+        default=int(os.environ.get("SLURM_PROCID", "0")),
+        help="of this node among those that serve; SLURM_PROCID where it is set",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
