@@ -25,6 +25,7 @@ class Inputs:
     teacher_hidden: Tensor  # [N, d_t]
     teacher_weight: Tensor  # [V, d_t]
     token_weight: Tensor  # [N]
+    main_grad: Tensor  # [V, d_s]
 
 
 def make_inputs(positions: int, vocabulary: int) -> Inputs:
@@ -39,6 +40,7 @@ def make_inputs(positions: int, vocabulary: int) -> Inputs:
         teacher_hidden,
         torch.cat((weight, extra), 1),
         torch.full((positions,), 1 / positions),
+        torch.zeros(vocabulary, D_STUDENT),
     )
 
 
@@ -52,6 +54,16 @@ def one_pass(inputs: Inputs, divergence: str) -> Tensor:
     )
     loss.backward()
     return loss
+
+
+def one_pass_main_grad(inputs: Inputs, divergence: str) -> Tensor:
+    """As under Megatron's DDP, where the weight's gradient has a place already."""
+    inputs.weight.main_grad = inputs.main_grad
+    try:
+        return one_pass(inputs, divergence)
+    finally:
+        del inputs.weight.main_grad
+        inputs.weight.grad = None
 
 
 def full_logits(inputs: Inputs, divergence: str) -> Tensor:
@@ -140,6 +152,7 @@ def liger(inputs: Inputs, divergence: str) -> Tensor:
 
 METHODS: dict[str, Method] = {
     "one_pass": one_pass,
+    "one_pass_main_grad": one_pass_main_grad,
     "full_logits": full_logits,
     "saved_logits": saved_logits,
     "liger": liger,

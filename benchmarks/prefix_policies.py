@@ -175,8 +175,8 @@ class RunFailed(RuntimeError):
 
 
 def run_cell(cell: Cell, folder: Path, cache: Path, server: list[str]) -> None:
-    """Runs the cell's training to its end; the console's lines go to ``folder.log``."""
-    log = folder.with_suffix(".log")
+    """Runs the cell's training to its end; the console's lines go beside ``folder``."""
+    log = folder.with_name(f"{folder.name}.log")
     words = [*overrides(cell, cache), f"run.output_dir={cache}", f"run.name={folder.name}", *server]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("ab") as output:
@@ -310,6 +310,8 @@ def cells_of(arguments: argparse.Namespace) -> list[Cell]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, console = parse(argv), Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a pipe has none; the table needs 110
     cells, cache = cells_of(arguments), arguments.cache.resolve()
     try:
         run_missing(cells, cache, console)

@@ -24,6 +24,11 @@ class MicrobatchPlan:
     loss_tokens: int  # over all microbatches: the one denominator
     loss_start: int = 0  # prefix positions before it are fed and not scored
 
+    def of_replica(self, dp_rank: int, dp: int) -> range:
+        """The microbatches of one of the student's ``dp`` data-parallel ranks."""
+        share = len(self.members) // dp
+        return range(dp_rank * share, (dp_rank + 1) * share)
+
     def __len__(self) -> int:
         return len(self.members)
 

@@ -25,7 +25,13 @@ Bucket = list[tuple[str, Tensor]]
 class NoPublisher:
     """For replayed rollouts: nothing samples from the student."""
 
+    def prepare(self) -> None:
+        pass
+
     def publish(self, version: int) -> None:
+        pass
+
+    def cancel(self) -> None:
         pass
 
 
@@ -48,6 +54,16 @@ class ServerPublisher:
         self._published = 0
         name = model_dtype(model) if rollout.dtype == "auto" else rollout.dtype
         self._dtype = DTYPES[name]
+
+    def prepare(self) -> None:
+        """Let the servers get ready while the step computes. Not collective."""
+        if self._group is not None:
+            self._group.open()
+
+    def cancel(self) -> None:
+        """Undo :meth:`prepare`: there is nothing new to publish. Not collective."""
+        if self._group is not None:
+            self._group.cancel()
 
     def publish(self, version: int) -> None:
         """Collective. Raises SglangError on rank 0 where a server did not take the weights, or

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_prefix.batch import pack, plan_microbatches
+from megatron_prefix.batch import MicrobatchPlan, pack, plan_microbatches
 from megatron_prefix.conductor import Conductor
 from megatron_prefix.config import Recipe
 from megatron_prefix.mcore.checkpoint import Checkpointer
@@ -19,13 +19,19 @@ from megatron_prefix.orders import Order, share_order
 from megatron_prefix.phases import Phases
 from megatron_prefix.student import PrefixSums, forward_backward
 from megatron_prefix.teacher import Teacher
-from megatron_prefix.types import StepMetrics, TeacherHead
+from megatron_prefix.types import PrefixBatch, StepMetrics, TeacherHead
 
 logger = logging.getLogger(__name__)
 
 
 class Publisher(Protocol):
     """Brings the student's weights to whatever samples from them."""
+
+    def prepare(self) -> None:
+        """No rollout is wanted until the next ``publish`` or ``cancel``. Not collective."""
+
+    def cancel(self) -> None:
+        """Nothing will be published after all. Not collective."""
 
     def publish(self, version: int) -> None:
         """Collective over the world; returns when the servers hold ``version``."""
@@ -83,29 +89,18 @@ class Trainer:
 
     def train_step(self, order: Order, phases: Phases) -> StepMetrics:
         """One step on the rollouts of ``order``, the same on every rank."""
-        parts, recipe = self._parts, self._recipe
-        layout = parts.student.model.groups.layout
-        microbatches = recipe.train.global_batch_size // recipe.train.micro_batch_size
-        plan = plan_microbatches(
-            order.rollouts,
-            microbatches,
-            multiple=parts.token_multiple,
-            loss_start=order.loss_start,
-        )
-        per_rank = len(plan) // layout.dp
-        first = parts.student.model.groups.dp_rank * per_rank
+        parts = self._parts
+        plan = self._plan(order)
+        parts.publisher.prepare()
         with phases.phase("teacher"):
             targets = parts.teacher.targets(order.rollouts, plan)
         with phases.phase("student"):
-            batches = [
-                pack(order.rollouts, plan, m, parts.device) for m in range(first, first + per_rank)
-            ]
             sums = forward_backward(
                 parts.student,
-                batches,
+                self._own_batches(order, plan),
                 targets,
                 parts.teacher_head,
-                recipe.loss,
+                self._recipe.loss,
                 order.prefix_length,
             )
         lr = parts.student.lr
@@ -115,8 +110,24 @@ class Trainer:
             if update.updated:
                 self._policy_version += 1
                 parts.publisher.publish(self._policy_version)
+            else:
+                parts.publisher.cancel()
         self._step += 1
         return self._report(order, sums, update, lr, phases)
+
+    def _plan(self, order: Order) -> MicrobatchPlan:
+        train = self._recipe.train
+        return plan_microbatches(
+            order.rollouts,
+            train.global_batch_size // train.micro_batch_size,
+            multiple=self._parts.token_multiple,
+            loss_start=order.loss_start,
+        )
+
+    def _own_batches(self, order: Order, plan: MicrobatchPlan) -> list[PrefixBatch]:
+        groups = self._parts.student.model.groups
+        own = plan.of_replica(groups.dp_rank, groups.layout.dp)
+        return [pack(order.rollouts, plan, m, self._parts.device) for m in own]
 
     def _update(self, sums: PrefixSums) -> UpdateResult:
         if math.isfinite(sums.loss):

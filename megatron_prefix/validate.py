@@ -177,11 +177,17 @@ def _near(value: int, multiple: int) -> str:
 
 def _validate_model(recipe: Recipe, owner: str, model: ModelConfig, layout: Layout) -> ValidModel:
     hf = read_model(model.hf_path, owner)
+    layers = check_model(hf, model, owner)
+    _check_context(recipe, hf, owner)
+    return ValidModel(model, hf, layout, layers)
+
+
+def check_model(hf: "HfModel", model: ModelConfig, owner: str) -> tuple[int, ...]:
+    """The layers of each stage; ValueError where the layout or the precision does not fit."""
     _check_tensor_parallel(hf, model, owner)
     _check_experts(hf, model, owner)
-    _check_context(recipe, hf, owner)
     _check_precision(hf, model, owner)
-    return ValidModel(model, hf, layout, _stages(hf, model, owner))
+    return _stages(hf, model, owner)
 
 
 def read_model(hf_path: str, owner: str) -> "HfModel":

@@ -112,8 +112,14 @@ def _block(columns: int, most: int) -> int:
 
 @triton.jit
 def _statistics_kernel(
-    student, teacher, result, columns, inverse_temperature, KIND: tl.constexpr, BLOCK: tl.constexpr
-):
+    student: tl.tensor,
+    teacher: tl.tensor,
+    result: tl.tensor,
+    columns: tl.tensor,
+    inverse_temperature: tl.tensor,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     """A program a row. The maxima are found on the way: sums so far are shifted to a new one, as
     ``merge_statistics`` shifts a rank's."""
     row = tl.program_id(0).to(tl.int64)
@@ -150,7 +156,7 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _softplus_pair(log_odds):
+def _softplus_pair(log_odds: tl.tensor) -> tl.tuple:
     """softplus(a) and softplus(-a), neither from the other: log1p(u), u = exp(-|a|), is the
     series of 2 atanh(s), s = u / (2 + u) <= 1/3, which keeps its digits near 0."""
     u = tl.exp(-tl.abs(log_odds))
@@ -168,18 +174,18 @@ def _softplus_pair(log_odds):
 
 @triton.jit
 def _mixture_kernel(
-    student,
-    teacher,
-    result,
-    max_s,
-    max_t,
-    offset,
-    columns,
-    inverse_temperature,
-    log_rest,
-    log_beta,
+    student: tl.tensor,
+    teacher: tl.tensor,
+    result: tl.tensor,
+    max_s: tl.tensor,
+    max_t: tl.tensor,
+    offset: tl.tensor,
+    columns: tl.tensor,
+    inverse_temperature: tl.tensor,
+    log_rest: tl.tensor,
+    log_beta: tl.tensor,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """A program a row: sums of e_s sp(a), e_s (sp(a) + ln(1-beta)), e_t (sp(-a) + ln(beta))."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -207,19 +213,19 @@ def _mixture_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    student,
-    teacher,
-    result,
-    first,
-    second,
-    max_s,
-    max_t,
-    offset,
-    columns,
-    inverse_temperature,
+    student: tl.tensor,
+    teacher: tl.tensor,
+    result: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    max_s: tl.tensor,
+    max_t: tl.tensor,
+    offset: tl.tensor,
+    columns: tl.tensor,
+    inverse_temperature: tl.tensor,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """A program a block of a row; ``result`` may be ``student``."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_prefix.mcore.folders import drop_folder, finish_folder, start_folder
+from megatron_prefix.mcore.folders import PARTIAL, finish_folder, start_folder
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.weights import hf_buckets
 
@@ -48,8 +48,7 @@ def export_hf(
 
     Written beside it and renamed when whole: ``folder`` is never half a model. Rank 0 holds one
     shard of at most 4 GiB (or one bucket) at a time. ``on_bytes`` is told on rank 0 of each shard's
-    size. With ``verify`` the files are read back and compared with the model before the renaming,
-    and ValueError names all tensors that are not finite.
+    size. With ``verify`` the files are read back and compared with the model before the renaming.
     """
     if dist.get_rank() == 0:
         partial = start_folder(folder)
@@ -58,15 +57,9 @@ def export_hf(
         if bucket:
             writer.write({key: tensor.cpu() for key, tensor in bucket})
     if dist.get_rank() == 0:
-        if verify and writer.not_finite:
-            drop_folder(folder)
-            raise ValueError(
-                f"{len(writer.not_finite)} tensors hold values that are not finite, nothing was "
-                f"written: {', '.join(writer.not_finite)}"
-            )
         writer.finish(model, dtype)
     if verify:
-        verify_export(model, folder.with_name(folder.name + ".partial"), dtype)
+        verify_export(model, folder.with_name(folder.name + PARTIAL), dtype)
     if dist.get_rank() == 0:
         finish_folder(folder)
     dist.barrier()
@@ -79,7 +72,6 @@ class _Writer:
         self._folder, self._on_bytes = folder, on_bytes
         self._shards: list[list[str]] = []  # names in each file
         self._bytes = 0
-        self.not_finite: list[str] = []
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         self._shards.append(list(tensors))
@@ -87,7 +79,6 @@ class _Writer:
         save_file(tensors, self._folder / name, metadata={"format": "pt"})
         size = sum(tensor.nbytes for tensor in tensors.values())
         self._bytes += size
-        self.not_finite += [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
         if self._on_bytes is not None:
             self._on_bytes(size)
 

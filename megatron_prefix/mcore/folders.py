@@ -31,11 +31,6 @@ def finish_folder(final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def drop_folder(final: Path) -> None:
-    """Remove what was written for ``final`` so far."""
-    shutil.rmtree(final.with_name(final.name + PARTIAL), ignore_errors=True)
-
-
 def leftovers(final: Path) -> list[str]:
     """Names beside ``final`` that a killed writer left."""
     beside = (final.with_name(final.name + end) for end in (PARTIAL, OLD))

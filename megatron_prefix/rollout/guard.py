@@ -16,6 +16,24 @@ import sys
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+class Relay:
+    """Passes a SIGTERM on to the command, also one that comes while the command is started."""
+
+    def __init__(self) -> None:
+        self._told = False
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, *_: object) -> None:
+        self._told = True
+        if self._server is not None:
+            self._server.terminate()
+
+    def start(self, server: subprocess.Popen[bytes]) -> None:
+        self._server = server
+        if self._told:
+            server.terminate()
+
+
 def die_with_guard() -> None:
     """For the command, in case that the guard itself is killed."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -27,11 +45,11 @@ def main(parent_pid: int, command: list[str]) -> None:
     parent = os.pidfd_open(parent_pid)
     if os.getppid() != parent_pid:  # it ended before it was watched
         sys.exit(f"the parent process {parent_pid} is gone")
-    started: list[subprocess.Popen[bytes]] = []
-    signal.signal(signal.SIGTERM, lambda *_: started[0].terminate() if started else sys.exit(1))
+    relay = Relay()
+    signal.signal(signal.SIGTERM, relay)
     # One thread here, so that Python code between fork and exec cannot deadlock.
     server = subprocess.Popen(command, preexec_fn=die_with_guard)
-    started.append(server)
+    relay.start(server)
     events = select.poll()
     for process in (parent, os.pidfd_open(server.pid)):
         events.register(process, select.POLLIN)

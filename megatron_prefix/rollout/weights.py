@@ -68,6 +68,7 @@ class WeightGroup:
         self._store = store  # the servers' connections end with it
         self._timeout_s = timeout_s
         self._broken = False
+        self._opening: list[concurrent.futures.Future[None]] = []
         self._threads = concurrent.futures.ThreadPoolExecutor(
             max_workers=len(self._clients), thread_name_prefix="weights"
         )
@@ -103,6 +104,25 @@ class WeightGroup:
         _first_failure([*invitations, meeting], timeout_s, _JOIN)
         return cls(clients, name, meeting.result(), store, timeout_s)
 
+    def open(self) -> None:
+        """Begin the next update in the background: servers are idle while a step computes, and
+        beginning costs as much as sending a small model. :meth:`publish` goes on from there."""
+        if not self._broken and not self._opening:
+            self._opening = [
+                self._threads.submit(client.begin_weight_update) for client in self._clients
+            ]
+
+    def cancel(self) -> None:
+        """End an update that was opened and is not needed."""
+        if self._opening:
+            self._begun()
+            self._on_all(SglangClient.end_weight_update, "end a weight update")
+
+    def _begun(self) -> None:
+        self.open()
+        opening, self._opening = self._opening, []
+        _first_failure(opening, self._timeout_s, "begin a weight update")
+
     def publish(self, buckets: Iterable[Bucket], policy_version: int) -> PublishStats:
         """Send a whole model, bucket by bucket, and name it ``policy_version``.
 
@@ -117,7 +137,7 @@ class WeightGroup:
         started_at = time.monotonic()
         count = tensors = size = 0
         try:
-            self._on_all(SglangClient.begin_weight_update, "begin a weight update")
+            self._begun()
             for bucket, last in _marking_last(buckets):
                 size += self._send(bucket, policy_version if last else None)
                 count, tensors = count + 1, tensors + len(bucket)

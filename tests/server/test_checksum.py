@@ -31,7 +31,7 @@ def random_bytes(count: int, seed: int = 0) -> torch.Tensor:
 
 
 # Bytes: nothing, less than a word, words, a tile of 8192 words and one to either side, tiles.
-SIZES = [0, 1, 4, 6, 4000, 32764, 32768, 32769, 32772, 65536, 300_001]
+SIZES = [0, 1, 4, 6, 4000, 32764, 32768, 32769, 32772, 98_305]
 
 # SGLang's kernels, run by Triton's interpreter where there is no GPU.
 SGLANG_HASHES = """

@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -10,7 +11,13 @@ from transformers import PreTrainedModel
 from megatron_prefix.config import RolloutConfig
 from megatron_prefix.rollout.client import SglangClient
 from megatron_prefix.rollout.collector import Collector
-from megatron_prefix.rollout.protocol import Generation, RequestRefused, Sampling, UnexpectedAnswer
+from megatron_prefix.rollout.protocol import (
+    Generation,
+    RequestRefused,
+    Sampling,
+    UnexpectedAnswer,
+    generate_body,
+)
 from megatron_prefix.rollout.server import Server
 from megatron_prefix.types import Prompt
 from tests.server.conftest import VOCABULARY
@@ -101,23 +108,19 @@ def test_no_tokens_is_refused_before_the_server_is_asked() -> None:
         Sampling(0)
 
 
-def test_abort_ends_a_running_generation(client: SglangClient) -> None:
-    """The answer holds what was sampled until then."""
-    with ThreadPoolExecutor() as threads:
-        running = threads.submit(client.generate, PROMPTS, Sampling(1800, temperature=3.0))
-        while not running.done():
-            time.sleep(0.2)
-            client.abort()
-    reasons = {generation.finish_reason for generation in running.result()}
-    assert "abort" in reasons
-    assert "length" not in reasons
+def cached_tokens(client: SglangClient) -> int:
+    """Prompt tokens that one more generation finds in the cache."""
+    body = generate_body(PROMPTS[-1:], Sampling(1))
+    headers = client.endpoint.headers()
+    answer = httpx.post(client.endpoint.request_url("/generate"), json=body, headers=headers)
+    return answer.json()[0]["meta_info"]["cached_tokens"]
 
 
 def test_the_cache_is_flushed_on_demand(client: SglangClient) -> None:
-    client.generate(PROMPTS, Sampling(1))
+    cached_tokens(client)
+    assert cached_tokens(client) > 0
     client.flush_cache()
-    cached = client.server_info()["internal_states"][0]["memory_usage"]
-    assert cached is not None
+    assert cached_tokens(client) == 0
 
 
 def test_the_servers_words_reach_the_user(client: SglangClient) -> None:
@@ -182,6 +185,22 @@ def test_stragglers_are_aborted_at_the_quorum(
     stats = collected.stats
     assert (stats.started, stats.aborted, stats.dropped, stats.surplus) == (8, 4, 4, 0)
     assert stats.tokens < stats.tokens_sampled < 8 * 1500
+
+
+def test_abort_ends_running_generations(
+    client: SglangClient, race: tuple[list[Prompt], tuple[int, ...]]
+) -> None:
+    """The answers hold what was sampled until then."""
+    prompts, stop = race
+    slow = [prompt.input_ids for prompt in prompts[:4]]
+    sampling = Sampling(1500, temperature=0.0, stop_token_ids=stop)
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(client.generate, slow, sampling)
+        while not running.done():
+            time.sleep(0.2)
+            client.abort()
+    assert {generation.finish_reason for generation in running.result()} == {"abort"}
+    assert all(len(generation.token_ids) < 1500 for generation in running.result())
 
 
 def test_long_enough_stragglers_are_kept(

@@ -24,7 +24,7 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "ip", "nsenter", "ps")
 NETWORK = "10.77.0"
 CONTROLLER = f"{NETWORK}.254"
-GPUS, CPUS = 2, 8
+GPUS, CPUS = 1, 8
 DIE_WITH_PARENT = Path(__file__).parents[2] / "megatron_prefix" / "die_with_parent.py"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE")
 
@@ -268,7 +268,7 @@ class VirtualSlurm:
         files = {
             "slurm.conf": settings,
             "cgroup.conf": "CgroupPlugin=cgroup/v1\n",  # or slurmd looks for a bus of systemd's
-            "gres.conf": f"Name=gpu File={self.root}/dev/gpu[0-{GPUS - 1}]\n",
+            "gres.conf": f"Name=gpu File={self.root}/dev/gpu0\n",
             "hosts": "".join(f"{address} {name}\n" for name, address in hosts.items()),
             "bin/sacct": SACCT,
         }

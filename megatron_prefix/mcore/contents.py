@@ -1,0 +1,160 @@
+"""What is in a checkpoint folder, Hugging Face's or Megatron's, without loading a weight."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
+
+from megatron_prefix.hf_folder import HfFolder, read_hf_folder
+from megatron_prefix.mcore.hf_map import FAMILIES, read_hf_model
+from megatron_prefix.mcore.source import tensor_problems
+
+RECORD = "recipe.yaml"  # a run's resolved recipe
+NOT_WEIGHTS = ("optimizer.", "optimizer/", "rng", "scheduler")
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+@dataclass(frozen=True)
+class MegatronContents:
+    """One step's folder."""
+
+    path: Path
+    run_state: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]  # of the weights, whole
+    dtypes: Mapping[str, torch.dtype]
+    optimizer_tensors: int
+
+    @property
+    def params_dtype(self) -> str:
+        """bf16 | fp32, of the embedding."""
+        return "fp32" if self.dtypes[VOCABULARY[0]] == torch.float32 else "bf16"
+
+    @property
+    def parameters(self) -> int:
+        """Weights with the vocabulary's padding."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+
+def read_step(path: Path) -> MegatronContents:
+    """ValueError for a folder that holds no whole checkpoint of a step."""
+    try:
+        metadata = dist_checkpointing.load_tensors_metadata(str(path))
+        run_state = json.loads((path / "run_state.json").read_text())
+    except (CheckpointingException, OSError, ValueError) as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{path} is no whole Megatron checkpoint: {words}") from error
+    weights = {key: t for key, t in metadata.items() if not key.startswith(NOT_WEIGHTS)}
+    if VOCABULARY[0] not in weights:
+        raise ValueError(f"{path} holds no {VOCABULARY[0]}; give a checkpoint of a GPT model")
+    return MegatronContents(
+        path=path,
+        run_state=run_state,
+        shapes={key: tuple(t.global_shape) for key, t in weights.items()},
+        dtypes={key: t.dtype for key, t in weights.items()},
+        optimizer_tensors=len(metadata) - len(weights),
+    )
+
+
+def find_step(checkpoint: Path, step: int | None) -> Path:
+    """The folder of one step: ``checkpoint`` itself, or of a run's checkpoints the newest or the
+    one asked for."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"--checkpoint {checkpoint} is no folder")
+    if (checkpoint / "run_state.json").is_file():
+        return checkpoint
+    there = sorted(f for f in checkpoint.glob("step_*") if f.is_dir() and f.suffix != ".partial")
+    if not there:
+        raise ValueError(f"--checkpoint {checkpoint} holds no step_* folder; give a run's one")
+    if step is None:
+        return there[-1]
+    wanted = checkpoint / f"step_{step:08d}"
+    if wanted not in there:
+        names = ", ".join(str(int(f.name.removeprefix("step_"))) for f in there)
+        raise ValueError(f"--step {step} is not in {checkpoint}; there: {names}")
+    return wanted
+
+
+def find_hf_model(step: Path) -> Path:
+    """The folder of config and tokenizer that a step was converted or trained from."""
+    beside = step.parent / "hf"
+    if (beside / "config.json").is_file():
+        return beside
+    record = step.parent.parent / RECORD
+    if record.is_file():
+        from megatron_prefix.recipe import load_record
+
+        return Path(load_record(record).student.hf_path)
+    raise ValueError(f"neither {beside} nor {record} says which model this is; give --hf-model")
+
+
+def check_manifest(step: Path) -> int:
+    """Verify the SHA-256 of every file; returns how many. ValueError names what does not match."""
+    try:
+        verify_integrity_manifest(str(step))
+    except CheckpointingException as error:
+        raise ValueError(f"{step} does not verify: {' '.join(str(error).split())}") from error
+    return len([file for file in step.rglob("*") if file.is_file()]) - 1  # the manifest itself
+
+
+def describe(path: Path, *, checksums: bool = True) -> dict[str, Any]:
+    """What is in ``path``, JSON-ready, for either kind. ValueError where it is neither."""
+    if (path / "config.json").is_file():
+        return _describe_hf(read_hf_folder(str(path), "model"))
+    return _describe_megatron(find_step(path, None), checksums)
+
+
+def _describe_hf(folder: HfFolder) -> dict[str, Any]:
+    architecture = folder.config["architectures"][0]
+    supported = architecture in FAMILIES
+    sizes = {entry.file: entry.file.stat().st_size for entry in folder.tensors.values()}
+    found: dict[str, Any] = {
+        "kind": "Hugging Face",
+        "family": architecture,
+        "supported": supported,
+        "parameters": sum(prod(entry.shape) for entry in folder.tensors.values()),
+        "tensors": len(folder.tensors),
+        "precision": dict(Counter(entry.dtype for entry in folder.tensors.values())),
+        "files": len(sizes),
+        "bytes": sum(sizes.values()),
+        "largest_file": max(sizes.values()),
+        "headers": "whole",
+    }
+    if supported:
+        found["problems"] = tensor_problems(folder, read_hf_model(str(folder.path)))
+    return found
+
+
+def _describe_megatron(step: Path, checksums: bool) -> dict[str, Any]:
+    saved = read_step(step)
+    layout = saved.run_state.get("layout")
+    files = [file for file in step.rglob("*") if file.is_file()]
+    return {
+        "kind": "Megatron",
+        "family": _family(step),
+        "step": saved.run_state["step"],
+        "policy_version": saved.run_state.get("policy_version"),
+        "layout": dict(zip(("tp", "dp", "pp"), layout[:3], strict=True)) if layout else None,
+        "parameters": saved.parameters,
+        "tensors": len(saved.shapes),
+        "precision": dict(Counter(str(d).removeprefix("torch.") for d in saved.dtypes.values())),
+        "optimizer_tensors": saved.optimizer_tensors,
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+        "checksums": f"{check_manifest(step)} files verified" if checksums else "not looked at",
+    }
+
+
+def _family(step: Path) -> str:
+    try:
+        config = json.loads((find_hf_model(step) / "config.json").read_text())
+        return str(config["architectures"][0])
+    except (ValueError, OSError, KeyError) as error:
+        return f"unknown: {error}"

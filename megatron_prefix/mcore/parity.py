@@ -1,0 +1,191 @@
+"""One checkpoint in transformers, in Megatron at a layout and behind an SGLang server, on the same
+tokens: greedy tokens, log-probabilities, and the first layer where they part.
+
+transformers decides the tokens greedily; the others are fed, or asked for, the same.
+Legend: B sequences, T tokens of all of them, N sampled positions of all of them, V vocabulary,
+H hidden size. A sequence's last token is fed to none: it predicts nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.batch import pack, plan_microbatches, sequence_length
+from megatron_prefix.config import ModelConfig
+from megatron_prefix.layout import model_layout
+from megatron_prefix.mcore.convert import empty_model
+from megatron_prefix.mcore.hf_map import HfModel, read_hf_model
+from megatron_prefix.mcore.model import DTYPES, MegatronModel
+from megatron_prefix.mcore.ranks import run_on_ranks
+from megatron_prefix.mcore.schedule import run_schedule
+from megatron_prefix.mcore.weights import load_hf_weights
+from megatron_prefix.rollout.client import SglangClient
+from megatron_prefix.rollout.protocol import Sampling
+from megatron_prefix.types import Rollout
+
+
+@dataclass(frozen=True)
+class View:
+    """What one engine makes of the sequences."""
+
+    tokens: tuple[tuple[int, ...], ...]  # [B][L_i], the greedy choice at each sampled position
+    logprobs: tuple[Tensor, ...]  # [B] of [L_i], of the reference's tokens at the same positions
+    layers: tuple[Tensor, ...] = ()  # [T, H] after each layer, before the last norm
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One engine against transformers."""
+
+    tokens: int  # compared
+    other_tokens: int  # where the greedy choice is another
+    largest_logprob: float  # difference, over the tokens compared
+    first_layer_apart: int  # from 0; -1: none, or not seen
+    largest_layer: float  # relative difference of any layer's output
+
+    def agrees(self, tolerance: float) -> bool:
+        near = self.largest_logprob <= tolerance
+        return self.other_tokens == 0 and near and self.first_layer_apart < 0
+
+
+def random_prompts(hf: HfModel, count: int, length: int, seed: int) -> list[tuple[int, ...]]:
+    """Prompts of about ``length`` random ids, no two of one length."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [max(1, length - i) for i in range(count)]
+    return [
+        tuple(torch.randint(hf.shape.vocab_size, (n,), generator=generator).tolist()) for n in sizes
+    ]
+
+
+@torch.no_grad()
+def reference_view(
+    folder: Path, prompts: Sequence[tuple[int, ...]], new_tokens: int, dtype: str
+) -> tuple[View, list[Rollout]]:
+    """transformers' greedy continuation, end tokens ignored, and the sequences it makes."""
+    import transformers
+
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype=DTYPES[dtype]).eval()
+    rollouts = []
+    for index, prompt in enumerate(prompts):
+        ids = list(prompt)
+        for _ in range(new_tokens):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        rollouts.append(
+            Rollout(prompt, tuple(ids[len(prompt) :]), (0.0,) * new_tokens, "length", 0, index)
+        )
+    outputs: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(_first(output)))
+        for layer in model.model.layers
+    ]
+    logits = [_sampled(model(_fed(rollout)).logits[0], rollout) for rollout in rollouts]
+    for hook in hooks:
+        hook.remove()
+    layers = len(hooks)
+    by_layer = [torch.cat([o[0].float() for o in outputs[i::layers]]) for i in range(layers)]
+    return _view(logits, rollouts, by_layer), rollouts
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _fed(rollout: Rollout) -> Tensor:
+    return torch.tensor([(*rollout.prompt_ids, *rollout.prefix_ids)[:-1]])
+
+
+def _sampled(logits: Tensor, rollout: Rollout) -> Tensor:
+    return logits[len(rollout.prompt_ids) - 1 :]
+
+
+def _view(logits: Sequence[Tensor], rollouts: Sequence[Rollout], layers: Sequence[Tensor]) -> View:
+    """Of [L_i, V] logits a sequence."""
+    logprobs = [one.float().log_softmax(-1) for one in logits]
+    chosen = [torch.tensor(rollout.prefix_ids)[:, None] for rollout in rollouts]
+    return View(
+        tuple(tuple(one.argmax(-1).tolist()) for one in logprobs),
+        tuple(one.gather(1, ids)[:, 0] for one, ids in zip(logprobs, chosen, strict=True)),
+        tuple(layers),
+    )
+
+
+def megatron_view(config: ModelConfig, world_size: int, rollouts: Sequence[Rollout]) -> View:
+    """Megatron's view on ``world_size`` ranks of this machine."""
+    ranks = run_on_ranks(world_size, _on_rank, config, world_size, list(rollouts))
+    layout, hf = model_layout(config, world_size), read_hf_model(config.hf_path)
+    rows = torch.cat([ranks[r][1] for r in layout.last_stage(0)], dim=1)[:, : hf.shape.vocab_size]
+    logits = rows.split([len(rollout.prefix_ids) for rollout in rollouts])
+    fed = sum(sequence_length(rollout) for rollout in rollouts)
+    layers: list[Tensor] = []
+    for stage in range(layout.pp):
+        shards = [ranks[layout.rank(tp, 0, stage)][0] for tp in range(layout.tp)]
+        if not config.sequence_parallel:  # every rank has all tokens
+            shards = shards[:1]
+        layers += [torch.cat(parts)[:fed] for parts in zip(*shards, strict=True)]
+    return _view(logits, rollouts, layers)
+
+
+@torch.no_grad()
+def _on_rank(
+    config: ModelConfig, world_size: int, rollouts: list[Rollout]
+) -> tuple[list[Tensor], Tensor | None]:
+    """Outputs [T or T/tp, H] of this stage's layers, and on the last stage logits [N, V/tp]."""
+    model = empty_model(config, world_size)
+    load_hf_weights(model)
+    model.module.eval()
+    outputs: list[Tensor] = []
+    for layer in model.module.decoder.layers:
+        layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(_first(output)))
+    logits = _logits(model, rollouts)
+    return [o[:, 0].float().cpu() for o in outputs], logits
+
+
+def _logits(model: MegatronModel, rollouts: list[Rollout]) -> Tensor | None:
+    device = next(model.module.parameters()).device
+    plan = plan_microbatches(rollouts, 1, multiple=8 * model.groups.layout.tp)
+    batches = [pack(rollouts, plan, 0, device)]
+
+    def head(_batch: object, hidden: Tensor, weight: Tensor | None) -> Tensor:
+        assert weight is not None
+        return hidden @ weight.T
+
+    found = run_schedule(model, model.module, batches, head, forward_only=True)
+    return found[0].float().cpu() if found else None
+
+
+def server_view(client: SglangClient, rollouts: Sequence[Rollout]) -> View:
+    """A server's own greedy continuation; it may end earlier, at an end token."""
+    longest = max(len(rollout.prefix_ids) for rollout in rollouts)
+    sampling = Sampling(longest, temperature=0.0)
+    answers = client.generate([rollout.prompt_ids for rollout in rollouts], sampling)
+    return View(
+        tuple(answer.token_ids for answer in answers),
+        tuple(torch.tensor(answer.logprobs) for answer in answers),
+    )
+
+
+def compare(reference: View, other: View, layer_tolerance: float) -> Difference:
+    """``other`` against transformers. Of a sequence that is sampled anew, what follows the first
+    other token is another text and is not compared."""
+    compared, wrong, largest = 0, 0, 0.0
+    for b in range(len(reference.tokens)):
+        same = [x == y for x, y in zip(reference.tokens[b], other.tokens[b], strict=False)]
+        # Megatron was fed the reference's tokens, so each of its positions can be compared.
+        if not other.layers and not all(same):
+            same = same[: same.index(False) + 1]
+        compared += len(same)
+        wrong += same.count(False)
+        fed = len(same) if other.layers else same.count(True)
+        apart_by = (reference.logprobs[b][:fed] - other.logprobs[b][:fed]).abs()
+        largest = max([largest, *apart_by.tolist()])
+    apart = [
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+        for a, b in zip(reference.layers, other.layers, strict=bool(other.layers))
+    ]
+    first = next((i for i, value in enumerate(apart) if not value <= layer_tolerance), -1)
+    return Difference(compared, wrong, largest, first, max(apart, default=0.0))

@@ -1,0 +1,310 @@
+"""The conversion tools on tiny checkpoints: bit for bit, whole or not at all, errors in one line."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megatron_prefix.config import CheckpointConfig
+from megatron_prefix.mcore.checkpoint import Checkpointer
+from megatron_prefix.mcore.contents import describe
+from megatron_prefix.mcore.folders import finish_folder, start_folder
+from megatron_prefix.tokenizers import write_byte_tokenizer
+from tests.distributed.ranks import run_ranks
+from tests.distributed.world import Case, World, model_config, rollouts
+from tests.tiny_models import (
+    write_tiny_llama,
+    write_tiny_mixtral,
+    write_tiny_qwen2,
+    write_tiny_qwen3,
+    write_tiny_qwen3_moe,
+)
+
+TOOLS = Path(__file__).parents[2] / "tools"
+WRITERS = {
+    "llama": write_tiny_llama,
+    "qwen2": write_tiny_qwen2,
+    "qwen3": write_tiny_qwen3,
+    "qwen3-moe": write_tiny_qwen3_moe,
+    "mixtral": write_tiny_mixtral,
+}
+
+
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_tool(name: str, *arguments: object) -> int:
+    return tool(name).main([str(argument) for argument in arguments])
+
+
+def to_megatron(folder: Path, output: Path, *more: object) -> int:
+    return run_tool("convert_hf_to_megatron", "--hf-model", folder, "--output", output, *more)
+
+
+def to_hf(checkpoint: Path, output: Path, *more: object) -> int:
+    return run_tool("convert_megatron_to_hf", "--checkpoint", checkpoint, "--output", output, *more)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def check_equal(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+    assert sorted(before) == sorted(after)
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = write_tiny_qwen3(tmp_path / "model", vocab_size=265)
+    write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_there_and_back_is_bit_for_bit(family: str, tmp_path: Path) -> None:
+    folder = WRITERS[family](tmp_path / "model", vocab_size=61, num_hidden_layers=3)
+    # Written by two ranks, read by one.
+    assert to_megatron(folder, tmp_path / "megatron", "--ranks", 2) == 0
+    assert to_hf(tmp_path / "megatron", tmp_path / "back") == 0
+    check_equal(tensors(folder), tensors(tmp_path / "back"))
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def test_the_folder_is_complete_and_its_index_right(model: Path, tmp_path: Path) -> None:
+    assert to_megatron(model, tmp_path / "megatron", "--dtype", "bf16") == 0
+    assert to_hf(tmp_path / "megatron", tmp_path / "back") == 0
+    back = tmp_path / "back"
+    index = json.loads((back / "model.safetensors.index.json").read_text())
+    found = tensors(back)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    assert sorted(index["weight_map"]) == sorted(found)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (back / name).read_bytes() == (model / name).read_bytes()
+    assert transformers.AutoTokenizer.from_pretrained(back).chat_template
+
+
+def save_trained(case: Case, folder: Path) -> dict[str, torch.Tensor]:
+    """Two steps and two checkpoints of a run; rank 0 gives the weights after the first."""
+    world = World.build(case, torch.distributed.get_world_size())
+    checkpointer = Checkpointer(folder, world.student, CheckpointConfig(async_save=False))
+    weights = {}
+    for step in (1, 2):
+        world.step(rollouts(seed=step))
+        world.student.update()
+        weights = weights or world.weights()
+        checkpointer.save(step, {"layout": checkpointer.layout_record()}, wait=True)
+    return weights
+
+
+def test_a_runs_checkpoint_of_any_layout_becomes_a_folder(tmp_path: Path) -> None:
+    student = write_tiny_qwen3(tmp_path / "model", vocab_size=62)
+    config = model_config(student, tp=2)
+    case = Case(config, replace(config, tensor_model_parallel_size=1))
+    trained, _ = run_ranks(2, save_trained, case, tmp_path / "run" / "checkpoints")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert to_hf(checkpoints, tmp_path / "out", "--hf-model", student, "--step", 1) == 0
+    check_equal(trained, tensors(tmp_path / "out"))
+    found = describe(checkpoints / "step_00000002")
+    assert found["layout"] == {"tp": 2, "dp": 1, "pp": 1}
+    assert found["step"] == 2
+    assert found["optimizer_tensors"] > 0
+    assert found["checksums"].endswith("files verified")
+
+
+def check_refused(capfd: pytest.CaptureFixture[str], code: int, *words: str) -> None:
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert code == 2
+    assert "error: " in said
+    assert [word for word in words if word not in said] == []
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    change(held)
+    save_file(held, file)
+
+
+def test_every_wrong_tensor_is_named_at_once(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def change(held: dict[str, torch.Tensor]) -> None:
+        del held["model.norm.weight"]
+        held["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 5)
+        held["model.layers.7.extra"] = torch.zeros(1)
+
+    edit(model, change)
+    words = ("model.norm.weight is missing", "up_proj.weight has shape [3, 5]", "7.extra has no")
+    check_refused(capfd, to_megatron(model, tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_are_not_finite_are_named(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def change(held: dict[str, torch.Tensor]) -> None:
+        held["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
+        held["model.layers.1.self_attn.q_norm.weight"][1] = float("inf")
+
+    edit(model, change)
+    code = to_megatron(model, tmp_path / "out")
+    check_refused(capfd, code, "layers.0.mlp.up_proj.weight", "layers.1.self_attn.q_norm.weight")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_dry_run_writes_nothing(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert to_megatron(model, tmp_path / "megatron", "--dry-run") == 0
+    assert "would write" in capfd.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert to_megatron(model, tmp_path / "megatron") == 0
+    assert to_hf(tmp_path / "megatron", tmp_path / "back", "--dry-run") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "model"]
+
+
+def test_another_models_config_is_refused_by_name(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = write_tiny_llama(tmp_path / "other", vocab_size=265)
+    assert to_megatron(model, tmp_path / "megatron") == 0
+    code = to_hf(tmp_path / "megatron", tmp_path / "out", "--hf-model", other)
+    check_refused(capfd, code, "output_layer.weight is missing", "does not hold the model")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--checkpoint", "nowhere"], "--checkpoint nowhere is no folder"),
+        (["--checkpoint", "."], "holds no step_* folder"),
+        (["--checkpoint", "megatron", "--step", "7"], "--step 7 is not in"),
+        (["--checkpoint", "megatron", "--ranks", "9"], "--ranks 9 must be from 1 to 2"),
+    ],
+)
+def test_arguments_that_cannot_be(
+    arguments: list[str],
+    words: str,
+    model: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "megatron" in arguments:
+        assert to_megatron(model, tmp_path / "megatron") == 0
+    check_refused(capfd, run_tool("convert_megatron_to_hf", *arguments, "--output", "out"), words)
+
+
+def test_a_flipped_bit_is_found(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert to_megatron(model, tmp_path / "megatron") == 0
+    file = next((tmp_path / "megatron" / "step_00000000").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    check_refused(capfd, to_hf(tmp_path / "megatron", tmp_path / "out"), "does not verify", "hash")
+    check_refused(capfd, run_tool("inspect_checkpoint", tmp_path / "megatron"), "does not verify")
+
+
+def test_output_is_replaced_only_where_asked(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("old")
+    check_refused(capfd, to_megatron(model, output), "is there already", "--overwrite")
+    assert (output / "precious").read_text() == "old"
+    assert to_megatron(model, output, "--overwrite") == 0
+    assert sorted(path.name for path in output.iterdir()) == ["hf", "step_00000000"]
+
+
+KILLED = """
+import os, signal, sys
+from megatron_prefix.mcore.cpu import adapt_to_cpu
+adapt_to_cpu()
+from megatron_prefix.mcore import convert
+whole = convert.save_weights
+def half_way(model, step):
+    whole(model, step)
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+convert.save_weights = half_way
+sys.path.insert(0, {tools!r})
+import convert_hf_to_megatron
+convert_hf_to_megatron.main(sys.argv[1:])
+"""
+
+
+def test_a_kill_half_way_leaves_the_old_output(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert to_megatron(model, output) == 0
+    old = (output / "step_00000000" / "integrity.json").read_bytes()
+    arguments = ["--hf-model", str(model), "--output", str(output), "--overwrite"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED.format(tools=str(TOOLS)), *arguments],
+        env=os.environ | {"PYTHONPATH": str(TOOLS.parent)},
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "out.partial").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (output / "step_00000000" / "integrity.json").read_bytes() == old
+    assert to_hf(output, tmp_path / "back") == 0
+    capfd.readouterr()
+    assert to_megatron(model, output, "--overwrite") == 0
+    assert "found out.partial of a run that did not end" in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "model", "out"]
+
+
+def test_a_folder_moved_aside_is_put_back(tmp_path: Path) -> None:
+    """A kill between the two renames leaves the old folder under its other name."""
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "old").touch()
+    partial = start_folder(tmp_path / "out")
+    assert (tmp_path / "out" / "old").exists()
+    (partial / "new").touch()
+    finish_folder(tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_a_hugging_face_folder_is_described(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_tool("inspect_checkpoint", model, "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["family"] == "Qwen3ForCausalLM"
+    assert found["parameters"] == sum(t.numel() for t in tensors(model).values())
+    assert found["precision"] == {"F32": found["tensors"]}
+    assert found["problems"] == []
+    edit(model, lambda held: held.pop("model.norm.weight"))
+    assert run_tool("inspect_checkpoint", model) == 1
+    assert "model.norm.weight is missing" in capfd.readouterr().out

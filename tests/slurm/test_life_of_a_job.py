@@ -1,0 +1,176 @@
+"""One job on two nodes that meets its time limit, a preemption and a node's death, and the same job
+left alone: what they train must be equal to the last bit."""
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import STEPS, Job
+from tests.slurm.virtual_slurm import VirtualSlurm, wait_until
+
+pytestmark = pytest.mark.slurm
+MULTI_NODE = Path(__file__).parents[2] / "slurm" / "multi_node.sbatch"
+PATIENCE_S = 900.0  # a start is 20 s of imports on idle cores, and minutes on busy ones
+
+
+def submit(slurm: VirtualSlurm, job: Job, name: str, *options: str, more: tuple[str, ...] = ()):
+    words = [f"--output={job.root.parent}/{name}.out", "--nodes=2", *options, str(MULTI_NODE)]
+    settings = [*job.settings(name), *more]
+    return slurm.sbatch(*words, "gsm8k_bytes", *settings, SERVER_NODES="0")
+
+
+@dataclass
+class Story:
+    """What was seen of the interrupted job."""
+
+    number: int
+    steps: list[int] = field(default_factory=list)  # taken when each interruption came
+    states: list[str] = field(default_factory=list)
+    output: str = ""
+
+
+@pytest.fixture(scope="module")
+def plain(virtual_slurm: VirtualSlurm, job: Job) -> tuple[int, str]:
+    """Number and last state of the job that is left alone."""
+    number = submit(virtual_slurm, job, "plain")
+    return number, virtual_slurm.wait_for_end(number, PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def story(virtual_slurm: VirtualSlurm, job: Job) -> Story:
+    # 30 minutes before the limit: a limit of 10 minutes is then over at once.
+    options = ("--partition=low", "--time=60", "--signal=USR1@1800")
+    seen = Story(submit(virtual_slurm, job, "story", *options))
+    for restarts, interrupt in enumerate((meet_time_limit, be_preempted, lose_a_node), start=1):
+        before = len(job.records("story"))
+        wait_until(
+            lambda done=before: len(job.records("story")) >= done + 3, "3 more steps", PATIENCE_S
+        )
+        interrupt(virtual_slurm, seen.number)
+        wait_until(
+            lambda want=restarts: int(virtual_slurm.job(seen.number)["Restarts"]) == want,
+            f"requeue {restarts}",
+            PATIENCE_S,
+        )
+        seen.steps.append(len(job.records("story")))
+        virtual_slurm.run("scontrol", "update", f"JobId={seen.number}", "TimeLimit=60")
+    seen.states.append(virtual_slurm.wait_for_end(seen.number, PATIENCE_S))
+    seen.output = (job.root.parent / "story.out").read_text()
+    return seen
+
+
+def meet_time_limit(slurm: VirtualSlurm, number: int) -> None:
+    with frozen_until_signalled(slurm):
+        slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=10")
+
+
+def be_preempted(slurm: VirtualSlurm, number: int) -> None:
+    with frozen_until_signalled(slurm):
+        slurm.sbatch("--partition=high", "--nodes=3", "--exclusive", "--wrap=true")
+
+
+def lose_a_node(slurm: VirtualSlurm, number: int) -> None:
+    """The second of the job's two, on which its script does not run."""
+    nodes = slurm.run("scontrol", "show", "hostnames", slurm.job(number)["NodeList"]).split()
+    slurm.kill_node(nodes[1])
+
+
+@contextlib.contextmanager
+def frozen_until_signalled(slurm: VirtualSlurm) -> Iterator[None]:
+    """Stops the ranks, so that they cannot finish first, until Slurm's signal waits for them."""
+    spawned = {pid: parent for name in slurm.names for pid, parent in spawned_on(slurm, name)}
+    # Writers of checkpoints are forks of ranks.
+    ranks = [pid for pid, parent in spawned.items() if parent not in spawned]
+    assert len(ranks) == 2, ranks
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    yield
+    wait_until(lambda: all(map(signalled, ranks)), "a signal from Slurm", PATIENCE_S)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+
+
+def spawned_on(slurm: VirtualSlurm, name: str) -> Iterator[tuple[int, int]]:
+    """The agent's children on a node and theirs, each with its parent."""
+    for pid in slurm.pids(name):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            if b"multiprocessing.spawn" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                status = Path(f"/proc/{pid}/status").read_text()
+                yield pid, int(status.partition("PPid:")[2].split()[0])
+
+
+def signalled(pid: int) -> bool:
+    """Whether a USR1 or TERM is pending, or the process runs again: a TERM comes with a CONT."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    pending = sum(1 << (number - 1) for number in (signal.SIGUSR1, signal.SIGTERM))
+    masks = re.findall(r"^(?:Sig|Shd)Pnd:\s*([0-9a-f]+)", status, flags=re.MULTILINE)
+    assert len(masks) == 2, status
+    stopped = re.search(r"^State:\s*T", status, flags=re.MULTILINE)
+    return not stopped or any(int(mask, 16) & pending for mask in masks)
+
+
+def test_a_job_that_is_left_alone_completes(
+    virtual_slurm: VirtualSlurm, job: Job, plain: tuple[int, str]
+) -> None:
+    number, state = plain
+    assert state == "COMPLETED", (job.root.parent / "plain.out").read_text()
+    assert virtual_slurm.job(number)["Restarts"] == "0"
+    assert [record["step"] for record in job.records("plain")] == list(range(1, STEPS + 1))
+    assert sorted(path.name for path in job.folder("plain").glob("logs/rank_*.log")) == [
+        "rank_0.log",
+        "rank_1.log",
+    ]
+
+
+def test_time_limit_preemption_and_a_dead_node_each_requeue_the_job(
+    virtual_slurm: VirtualSlurm, story: Story
+) -> None:
+    assert story.states == ["COMPLETED"], story.output
+    assert virtual_slurm.job(story.number)["Restarts"] == "3"
+    assert 3 <= story.steps[0] < story.steps[1] < STEPS
+
+
+def test_a_signal_saves_and_ends_with_75(story: Story) -> None:
+    number = story.number
+    assert f"attempt {number}.0 ended with exit code 75" in story.output
+    assert f"attempt {number}.1 ended with exit code 75" in story.output
+    assert f"attempt {number}.2 ended" not in story.output, "nobody told it of the dead node"
+    assert f"attempt {number}.3 ended with exit code 0" in story.output
+
+
+def test_what_was_interrupted_trains_what_was_left_alone(
+    job: Job, plain: tuple[int, str], story: Story
+) -> None:
+    assert job.results("story") == job.results("plain")
+    assert len(job.results("story")) == STEPS
+
+
+def test_no_step_is_lost_to_a_signal_and_none_since_the_last_save_to_a_dead_node(
+    job: Job, story: Story
+) -> None:
+    events = (job.folder("story") / "events.jsonl").read_text()
+    resumed = [int(step) for step in re.findall(r"resumed after step (\d+)", events)]
+    assert resumed[:2] == story.steps[:2]
+    # A save is begun every second step; the newest may not have been whole yet.
+    assert story.steps[2] - 4 <= resumed[2] <= story.steps[2]
+
+
+def test_attempts_have_logs_of_their_own(job: Job, story: Story) -> None:
+    logs = [job.folder("story") / "logs" / f"job-{story.number}.{i}" for i in range(4)]
+    firsts = [
+        re.findall(r"^0: step (\d+)/", (log / "trainer.out").read_text(), flags=re.MULTILINE)[0]
+        for log in logs
+    ]
+    assert len(set(firsts)) == 4
+    assert firsts[0] == "1"
+
+
+def test_nothing_in_a_value_is_run(job: Job, plain: tuple[int, str], story: Story) -> None:
+    assert "$(" in str(job.root)
+    assert not [path for folder in (Path.cwd(), job.root) for path in folder.rglob("INJECTED")]
