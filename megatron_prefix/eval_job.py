@@ -27,7 +27,7 @@ from megatron_prefix.scorers import load_scorer
 
 DONE, FAILED, STOPPED = 0, 1, 75
 _REQUEST_TIMEOUT_S = 7200.0  # of one answer, which may be long and waits for others
-_EXPORTER = "tools/convert_megatron_to_hf.py"
+_EXPORTER = "tools/convert_megatron_to_hf.py"  # of a checkout
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -88,11 +88,13 @@ def find_target(path: Path, step: int | None) -> Target:
 
 
 def _exported(run: Path, step: int | None, recipe: Recipe) -> Path:
-    """A run exports its last step to ``hf``."""
-    last, export = recipe.train.steps, run / "hf"
-    if step in (None, last) and (export / "config.json").is_file():
-        return export
+    """A run exports its last step to ``hf``; those of other steps lie beside it."""
+    last = recipe.train.steps
     wanted = last if step is None else step
+    own = run / f"hf_step_{wanted:08d}"
+    for export in (run / "hf", own) if wanted == last else (own,):
+        if (export / "config.json").is_file():
+            return export
     checkpoint = run / "checkpoints" / f"step_{wanted:08d}"
     if not checkpoint.is_dir():
         saved = sorted((run / "checkpoints").glob("step_*"))
@@ -102,8 +104,8 @@ def _exported(run: Path, step: int | None, recipe: Recipe) -> Path:
             f"of steps {steps or 'none'}"
         )
     raise ValueError(
-        f"{run} has no export of step {wanted}; write one with {_EXPORTER} {checkpoint}, and "
-        "evaluate the folder that it made"
+        f"{run} has no export of step {wanted}; write it with {_EXPORTER} --checkpoint "
+        f"{checkpoint} --output {own}, and evaluate it then"
     )
 
 
@@ -116,7 +118,8 @@ def make_job(arguments: argparse.Namespace) -> EvalJob:
     data = replace(data, max_prompt_length=_prompt_limit(arguments, config, settings, target))
     rollout = _rollout_settings(arguments)
     name = Path(settings.path).stem or "data"
-    label = "" if rollout.samples_per_prompt == 1 else f"-n{rollout.samples_per_prompt}"
+    label = "" if arguments.step is None else f"-step{arguments.step}"
+    label += "" if rollout.samples_per_prompt == 1 else f"-n{rollout.samples_per_prompt}"
     folder = Path(arguments.model, "evals") if target.from_run else Path("evals", target.model.name)
     output = Path(arguments.output) if arguments.output else folder / f"{name}{label}"
     dtype = _dtype(arguments.dtype, config)

@@ -25,6 +25,7 @@ class EvaluationRecord:
     truncated: int
     tokens: int
     seconds: float
+    unparsable: int = 0
 
 
 @dataclass(frozen=True)

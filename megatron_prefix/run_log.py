@@ -37,6 +37,9 @@ class Evaluation(Protocol):
     def truncated(self) -> int: ...  # answers that met eval.max_new_tokens
 
     @property
+    def unparsable(self) -> int: ...  # answers that could not be read, counted as wrong
+
+    @property
     def tokens(self) -> int: ...  # sampled
 
     @property
@@ -167,6 +170,7 @@ class RunLog:
             "accuracy": jsonl.number(result.accuracy),
             "n": result.n,
             "truncated": result.truncated,
+            "unparsable": result.unparsable,
             "tokens": result.tokens,
             "seconds": jsonl.number(result.seconds),
         }
@@ -174,8 +178,9 @@ class RunLog:
         if self._tensorboard:
             self._tensorboard.evaluation(step, result.accuracy)
         logger.info(
-            "evaluation after step %d: accuracy %.1f%% of %d, %d truncated, %.1f s",
-            step, 100 * result.accuracy, result.n, result.truncated, result.seconds,
+            "evaluation after step %d: accuracy %.1f%% of %d, %d truncated, %d unparsable, %.1f s",
+            step, 100 * result.accuracy, result.n, result.truncated, result.unparsable,
+            result.seconds,
         )  # fmt: skip
 
     def event(

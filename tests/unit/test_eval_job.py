@@ -39,10 +39,10 @@ def run(model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def export(run: Path, model: Path) -> None:
-    (run / "hf").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (run / "hf" / name).write_bytes((model / name).read_bytes())
+def export(run: Path, model: Path, name: str = "hf") -> None:
+    (run / name).mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (run / name / file).write_bytes((model / file).read_bytes())
 
 
 def job(*words: str | Path) -> EvalJob:
@@ -76,7 +76,15 @@ def test_a_run_brings_its_template_set_and_limits_along(run: Path, model: Path) 
     assert (made.data.max_prompt_length, made.data.system_prompt) == (40, "Be short.")
     other = job(run, "--step", "20", "--data", "b.jsonl", "--n", "4", "--temperature", "0.7")
     assert other.eval == replace(made.eval, path="b.jsonl")
-    assert other.output == run / "evals" / "b-n4"
+    assert other.output == run / "evals" / "b-step20-n4"
+
+
+def test_an_exported_step_is_found_beside_the_last(run: Path, model: Path) -> None:
+    export(run, model)
+    export(run, model, "hf_step_00000010")
+    assert job(run, "--step", "10").model == (run / "hf_step_00000010").resolve()
+    assert job(run).model == (run / "hf").resolve()
+    assert job(run).output != job(run, "--step", "10").output
 
 
 @pytest.mark.parametrize(
@@ -95,7 +103,7 @@ def test_a_run_brings_its_template_set_and_limits_along(run: Path, model: Path) 
         (["MODEL", "--data", "a", "--device", "gpu"], "--device='gpu' is not one of"),
         (["MODEL", "--data", "a", "--dtype", "fp8"], "--dtype='fp8' is not one of"),
         (["RUN"], "neither an export nor a checkpoint of step 20; its checkpoints are of steps 10"),
-        (["RUN", "--step", "10"], "has no export of step 10; write one with tools/convert_"),
+        (["RUN", "--step", "10"], "has no export of step 10; write it with tools/convert_"),
     ],
 )
 def test_what_cannot_be_is_one_line(

@@ -28,6 +28,7 @@ class Answers:
     accuracy: float
     n: int = 50
     truncated: int = 2
+    unparsable: int = 3
     tokens: int = 400
     seconds: float = 1.5
 
@@ -157,7 +158,8 @@ def test_evaluations_and_events(tmp_path: Path) -> None:
         run_log.evaluation(1, Answers(0.25))
         run_log.event("save", "checkpoint of step 1", seconds=float("nan"), bytes=12)
     evaluation = first_in(tmp_path / "evaluations.jsonl")
-    expected = {"step": 1, "accuracy": 0.25, "n": 50, "truncated": 2, "tokens": 400, "seconds": 1.5}
+    expected = {"step": 1, "accuracy": 0.25, "n": 50, "truncated": 2, "unparsable": 3}
+    expected |= {"tokens": 400, "seconds": 1.5}
     assert evaluation == expected
     event = first_in(tmp_path / "events.jsonl")
     assert (event["step"], event["kind"], event["bytes"]) == (1, "save", 12)

@@ -73,4 +73,4 @@ def __getattr__(name: str) -> _CudaKernel:
 sys.meta_path.append(_SubmoduleFinder())
 seeded_sampling.register()
 if not torch.cuda.is_available():
-    torch.get_device_module = _with_cpu_default(torch.get_device_module)
+    torch.get_device_module = _with_cpu_default(torch.get_device_module)  # type: ignore[assignment]
