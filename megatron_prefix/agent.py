@@ -14,14 +14,16 @@ import os
 import signal
 import sys
 import threading
+from multiprocessing import resource_tracker
 from pathlib import Path
-
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from typing import TYPE_CHECKING
 
 from megatron_prefix.rollout.addresses import own_address
-from megatron_prefix.worker import FAILED, run_rank
 
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
+FAILED = 1
 # What Slurm sends before it takes the nodes away. The other signals end the ranks at once.
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 _OTHER_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
@@ -30,9 +32,12 @@ _OTHER_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"
 def main() -> int:
     """The exit code of the node's ranks: 0 done, 75 saved after a signal, 1 failed."""
     arguments = _arguments()
-    # Blocked in this process, and in ranks until they can answer: none is lost in between.
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    _block_signals()
     threading.Thread(target=_forward, name="signals", daemon=True).start()
+    # After the signals are blocked: torch may start threads, which would else take them.
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
     try:
         codes = elastic_launch(_config(arguments), rank_main)(
             arguments.record, arguments.endpoints, arguments.endpoint_files
@@ -49,10 +54,20 @@ def main() -> int:
 
 def rank_main(record: Path, endpoints: Path | None, endpoint_files: int) -> int:
     """A failure has to end the process with an error for the agent to see it; 75 is no failure."""
+    from megatron_prefix.worker import run_rank
+
     code = run_rank(record, endpoints, endpoint_files)
     if code == FAILED:
         raise SystemExit(FAILED)
     return code
+
+
+def _block_signals() -> None:
+    """In this process, and in the ranks until they can answer: none is lost in between."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    # Python starts it with the first rank else, and unblocks SIGTERM then.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
 
 
 def _forward() -> None:
@@ -65,7 +80,9 @@ def _forward() -> None:
                 os.kill(rank.pid, number)
 
 
-def _config(arguments: argparse.Namespace) -> LaunchConfig:
+def _config(arguments: argparse.Namespace) -> "LaunchConfig":
+    from torch.distributed.launcher.api import LaunchConfig
+
     return LaunchConfig(
         min_nodes=arguments.nodes,
         max_nodes=arguments.nodes,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from rich import get_console
 
-from megatron_prefix.conductor import Conductor, Evaluator, RolloutSource, Staff
+from megatron_prefix.conductor import Conductor, Evaluator, Prober, RolloutSource, Staff
 from megatron_prefix.config import Recipe
 from megatron_prefix.evaluate import EvalResult, evaluate, write_samples
 from megatron_prefix.jsonl import EVALUATION_FOLDER
@@ -170,6 +170,7 @@ def _conductor(
             ),
             decode=tokenizer.decode,
             evaluate=_evaluator(recipe, folder, endpoints, stops, tokenizer, stack),
+            probe=_prober(recipe, endpoints, stops, tokenizer, stack),
             stop_requested=stop_requested,
         ),
     )
@@ -215,6 +216,30 @@ def _evaluator(
         result = evaluate(recipe.eval, tokenizer, answers, recipe.data)
         write_samples(folder / EVALUATION_FOLDER / f"step_{step:08d}.jsonl", result.samples)
         return result
+
+    return run
+
+
+def _prober(
+    recipe: Recipe,
+    endpoints: Sequence[Endpoint],
+    stops: tuple[int, ...],
+    tokenizer: "PreTrainedTokenizerBase",
+    stack: contextlib.ExitStack,
+) -> Prober | None:
+    """The same prompts each time, from an order of their own: the training's is not moved on."""
+    if not recipe.log.probe_interval or not endpoints:
+        return None
+    single = replace(recipe.rollout, samples_per_prompt=1, over_sample=1.0)
+    collector = stack.enter_context(Collector(endpoints, single, stops))
+    data = replace(recipe.data, seed=recipe.data.seed + 1)
+    prompts = PromptStream(data, tokenizer).take(recipe.log.probe_rollouts)
+
+    def run(policy_version: int) -> list[Rollout]:
+        length = recipe.prefix.max_length
+        return collector.collect(
+            prompts, max_new_tokens=length, policy_version=policy_version
+        ).rollouts
 
     return run
 

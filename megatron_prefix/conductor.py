@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from megatron_prefix.batch import count_loss_tokens, nothing_to_train_on
 from megatron_prefix.config import Recipe
 from megatron_prefix.kl_grid import mean_kl
@@ -15,7 +17,7 @@ from megatron_prefix.orders import Order
 from megatron_prefix.phases import Phases
 from megatron_prefix.prefix import Ledger, PrefixObservation, PrefixPolicy, loss_start
 from megatron_prefix.run_log import Evaluation, RunLog
-from megatron_prefix.types import Rollout, StepMetrics
+from megatron_prefix.types import ProbeMetrics, Rollout, StepMetrics
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -35,6 +37,10 @@ class Evaluator(Protocol):
     def __call__(self, step: int, policy_version: int) -> Evaluation: ...
 
 
+# Full-length rollouts of the probes' prompts, with the weights of this policy version.
+Prober = Callable[[int], list[Rollout]]
+
+
 @dataclass(frozen=True)
 class Staff:
     """What the conductor directs."""
@@ -45,6 +51,7 @@ class Staff:
     open_log: Callable[[int], RunLog]  # from the step that the run goes on after
     decode: Decode
     evaluate: Evaluator | None
+    probe: Prober | None
     stop_requested: Callable[[], bool]
 
 
@@ -146,6 +153,32 @@ class Conductor:
                 }
                 for r in shown
             ],
+        )
+
+    def probe_order(self, policy_version: int) -> Order:
+        """Full-length rollouts to score; none where there is not a token in them."""
+        assert self._staff.probe is not None
+        rollouts = tuple(self._staff.probe(policy_version))
+        scored = rollouts if count_loss_tokens(rollouts, 0) else ()
+        return Order("probe", self._recipe.prefix.max_length, scored)
+
+    def record_probe(
+        self, step: int, rollouts: Sequence[Rollout], kl_L: np.ndarray, tokens_L: np.ndarray
+    ) -> None:
+        """``kl_L`` and ``tokens_L``: mean KL and scored tokens by position, up to max_length."""
+        length = self._staff.policy.length(step)
+        self.log.probe(
+            ProbeMetrics(
+                step=step,
+                prefix_length=length,
+                kl_prefix=mean_kl(kl_L[:length], tokens_L[:length]),
+                kl_tail=mean_kl(kl_L[length:], tokens_L[length:]),
+                kl_by_position=kl_L,
+                tokens_by_position=tokens_L.astype(np.int64),
+                finished=sum(rollout.finish_reason == "stop" for rollout in rollouts),
+                rollouts=len(rollouts),
+                flops=self._staff.ledger.measure_probe(rollouts),
+            )
         )
 
     def evaluate_if_due(self, step: int, policy_version: int) -> None:

@@ -227,6 +227,10 @@ class LogConfig:
     kl_by_position_interval: int = 10
     sample_rollouts_interval: int = 25
     sample_rollouts: int = 4
+    # Steps between two probes: a few full-length rollouts that the teacher scores and nobody is
+    # trained on, which show the KL beyond the prefix; 0: none.
+    probe_interval: int = 0
+    probe_rollouts: int = 8  # of the same prompts each time
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from megatron_prefix.types import Flops, StepMetrics
+from megatron_prefix.types import Flops, ProbeMetrics, StepMetrics
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
+PROBES = "probes.jsonl"
 EVENTS = "events.jsonl"
 EVALUATION_FOLDER = "evaluations"  # every answer of an evaluation, step_N.jsonl
 
@@ -43,7 +44,7 @@ def flops_record(flops: Flops) -> dict[str, float | None]:
     }
 
 
-def metrics_record(metrics: StepMetrics) -> dict[str, Any]:
+def metrics_record(metrics: StepMetrics | ProbeMetrics) -> dict[str, Any]:
     """Every field of ``metrics`` in JSON's types."""
     record: dict[str, Any] = {}
     for name, value in vars(metrics).items():

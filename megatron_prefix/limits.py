@@ -109,6 +109,8 @@ RANGES: dict[str, Range] = {
     "log.kl_by_position_interval": _NOT_NEGATIVE,
     "log.sample_rollouts_interval": _NOT_NEGATIVE,
     "log.sample_rollouts": _NOT_NEGATIVE,
+    "log.probe_interval": _NOT_NEGATIVE,
+    "log.probe_rollouts": _COUNT,
 }
 
 

@@ -14,7 +14,7 @@ from megatron_prefix.types import FinishReason, Rollout
 class Order:
     """One turn of the loop. ``error``: rank 0 failed, and every rank ends with its words."""
 
-    kind: Literal["train", "save_and_stop", "error"]
+    kind: Literal["train", "probe", "save_and_stop", "error"]
     prefix_length: int = 0
     rollouts: tuple[Rollout, ...] = ()
     message: str = ""

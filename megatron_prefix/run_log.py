@@ -16,7 +16,7 @@ from megatron_prefix import jsonl
 from megatron_prefix.config import LogConfig
 from megatron_prefix.progress import progress_view
 from megatron_prefix.tb_writer import TensorBoardWriter
-from megatron_prefix.types import Flops, StepMetrics
+from megatron_prefix.types import Flops, ProbeMetrics, StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._log = log
         self._last_step = resume_step
-        for name in (jsonl.METRICS, jsonl.EVALUATIONS, jsonl.SAMPLES):
+        for name in (jsonl.METRICS, jsonl.EVALUATIONS, jsonl.SAMPLES, jsonl.PROBES):
             moved = jsonl.keep_until(folder / name, resume_step)
             if moved:
                 logger.info("resuming after step %d: moved %d of %s", resume_step, moved, name)
@@ -102,6 +102,7 @@ class RunLog:
         self._evaluations = jsonl.JsonLines(folder / jsonl.EVALUATIONS)
         self._samples = jsonl.JsonLines(folder / jsonl.SAMPLES)
         self._events = jsonl.JsonLines(folder / jsonl.EVENTS)
+        self._probes = jsonl.JsonLines(folder / jsonl.PROBES) if log.probe_interval else None
         self._tensorboard = (
             TensorBoardWriter(folder / "tensorboard", log, resume_step) if log.tensorboard else None
         )
@@ -183,6 +184,17 @@ class RunLog:
             result.seconds,
         )  # fmt: skip
 
+    def probe(self, metrics: ProbeMetrics) -> None:
+        """Full-length rollouts, scored and not trained on, with the weights after a step."""
+        assert self._probes is not None, "log.probe_interval=0"
+        self._probes.write(jsonl.metrics_record(metrics))
+        if self._tensorboard:
+            self._tensorboard.probe(metrics)
+        logger.info(
+            "probe after step %d: KL %.4f within the prefix of %d tokens, %.4f beyond it",
+            metrics.step, metrics.kl_prefix, metrics.prefix_length, metrics.kl_tail,
+        )  # fmt: skip
+
     def event(
         self,
         kind: str,
@@ -204,8 +216,10 @@ class RunLog:
             return
         self._closed = True
         self._view.close()
-        for file in (self._metrics, self._evaluations, self._samples, self._events):
-            file.close()
+        files = (self._metrics, self._evaluations, self._samples, self._events, self._probes)
+        for file in files:
+            if file is not None:
+                file.close()
         if self._tensorboard:
             self._tensorboard.close()
 

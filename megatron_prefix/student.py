@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_prefix.config import LossConfig
 from megatron_prefix.loss import prefix_divergence
+from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.optimizer import TrainableStudent
-from megatron_prefix.mcore.schedule import run_schedule
+from megatron_prefix.mcore.schedule import OnPrefix, run_schedule
 from megatron_prefix.types import PrefixBatch, TeacherHead, TeacherTargets
 
 
@@ -75,8 +76,43 @@ def forward_backward(
     ``targets`` and ``teacher_head`` are given on the last stage alone. Collective.
     """
     model = student.model
-    device = batches[0].input_ids.device
-    seen, waiting = _Accumulator(prefix_length, device), iter(targets)
+    seen = _Accumulator(prefix_length, batches[0].input_ids.device)
+    divergence = _divergence(model, targets, teacher_head, loss, seen)
+    student.zero_grad()
+    run_schedule(model, student.ddp, batches, divergence, forward_only=False)
+    return _reduce(seen, counts=model.groups.counts)
+
+
+@torch.no_grad()
+def score(
+    student: TrainableStudent,
+    batches: Sequence[PrefixBatch],
+    targets: Sequence[TeacherTargets],
+    teacher_head: TeacherHead | None,
+    loss: LossConfig,
+    prefix_length: int,
+) -> PrefixSums:
+    """The sums of :func:`forward_backward` without gradients: nothing is trained. Collective."""
+    model = student.model
+    seen = _Accumulator(prefix_length, batches[0].input_ids.device)
+    model.module.eval()
+    try:
+        divergence = _divergence(model, targets, teacher_head, loss, seen)
+        run_schedule(model, model.module, batches, divergence, forward_only=True)
+    finally:
+        model.module.train()
+    return _reduce(seen, counts=model.groups.counts)
+
+
+def _divergence(
+    model: MegatronModel,
+    targets: Sequence[TeacherTargets],
+    teacher_head: TeacherHead | None,
+    loss: LossConfig,
+    seen: _Accumulator,
+) -> OnPrefix:
+    """What the last stage does with a microbatch's hidden states; ``seen`` gathers what it saw."""
+    waiting = iter(targets)
 
     def divergence(batch: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
         assert head is not None and teacher_head is not None
@@ -99,9 +135,7 @@ def forward_backward(
         seen.add(batch, result.loss.detach(), result.kl, result.label_logprobs)
         return result.loss
 
-    student.zero_grad()
-    run_schedule(model, student.ddp, batches, divergence, forward_only=False)
-    return _reduce(seen, counts=model.groups.counts)
+    return divergence
 
 
 def _further_apart(a: Tensor, b: Tensor) -> Tensor:

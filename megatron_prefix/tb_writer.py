@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_prefix.config import LogConfig
 from megatron_prefix.kl_grid import KL_CEILING, KL_FLOOR, mean_kl, shrink, stack_rows
-from megatron_prefix.types import Flops, StepMetrics
+from megatron_prefix.types import Flops, ProbeMetrics, StepMetrics
 
 HEAT_MAP_STEPS = 128  # rows of the KL image
 MAX_IMAGE_WIDTH = 1024  # pixels; longer prefixes are averaged down to this
@@ -58,6 +58,15 @@ class TensorBoardWriter:
 
     def evaluation(self, step: int, accuracy: float) -> None:
         self._writer.add_scalar("evaluation/accuracy", accuracy, step)
+
+    def probe(self, metrics: ProbeMetrics) -> None:
+        values = {
+            "probe/kl_prefix": metrics.kl_prefix,
+            "probe/kl_tail": metrics.kl_tail,
+            "probe/finished_fraction": metrics.finished / metrics.rollouts,
+        }
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, metrics.step)
 
     def event(self, step: int, kind: str, message: str) -> None:
         self._writer.add_text(f"events/{kind}", message, step)

@@ -17,7 +17,7 @@ from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
 from megatron_prefix.orders import Order, share_order
 from megatron_prefix.phases import Phases
-from megatron_prefix.student import PrefixSums, forward_backward
+from megatron_prefix.student import PrefixSums, forward_backward, score
 from megatron_prefix.teacher import Teacher
 from megatron_prefix.types import PrefixBatch, StepMetrics, TeacherHead
 
@@ -71,6 +71,8 @@ class Trainer:
         """Train to the last step; False where a signal ended the run early, its state saved."""
         self._restore()
         self._parts.publisher.publish(self._policy_version)
+        if self._step == 0:
+            self._probe_if_due()
         self._evaluate_if_due()
         while self._step < self._recipe.train.steps:
             phases = Phases(self._synchronize)
@@ -176,7 +178,35 @@ class Trainer:
         self._parts.checkpointer.finalize()
         if interval and self._step % interval == 0:
             self._save(wait=False)
+        self._probe_if_due()
         self._evaluate_if_due()
+
+    def _probe_if_due(self) -> None:
+        """Full-length rollouts, scored and not trained on; the same decision on every rank."""
+        interval = self._recipe.log.probe_interval
+        if not interval or self._step % interval or self._recipe.rollout.replay:
+            return
+        parts = self._parts
+        order = share_order(self._decide_probe, parts.host_group)
+        if not order.rollouts:  # the student ended at once everywhere: there is nothing to score
+            return
+        plan = self._plan(order)
+        sums = score(
+            parts.student,
+            self._own_batches(order, plan),
+            parts.teacher.targets(order.rollouts, plan),
+            parts.teacher_head,
+            self._recipe.loss,
+            order.prefix_length,
+        )
+        if parts.conductor:
+            parts.conductor.record_probe(
+                self._step, order.rollouts, (sums.kl / sums.tokens).numpy(), sums.tokens.numpy()
+            )
+
+    def _decide_probe(self) -> Order:
+        assert self._parts.conductor is not None
+        return self._parts.conductor.probe_order(self._policy_version)
 
     def _evaluate_if_due(self) -> None:
         # The other ranks meanwhile wait in the next order's broadcast.

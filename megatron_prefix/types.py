@@ -87,6 +87,21 @@ class Flops:
 
 
 @dataclass(frozen=True)
+class ProbeMetrics:
+    """What a few full-length rollouts show that are scored and not trained on."""
+
+    step: int  # the weights after this step; 0: before training
+    prefix_length: int  # of the step to come
+    kl_prefix: float  # nats a token, mean before prefix_length
+    kl_tail: float  # mean from prefix_length on; NaN where no rollout went that far
+    kl_by_position: "np.ndarray"  # float64 [max_length]
+    tokens_by_position: "np.ndarray"  # int64 [max_length]
+    finished: int  # rollouts that ended by themselves
+    rollouts: int
+    flops: Flops  # not part of the ledger's totals
+
+
+@dataclass(frozen=True)
 class StepMetrics:
     """What a step reports. Values are global: reduced over all ranks."""
 

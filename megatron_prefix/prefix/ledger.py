@@ -8,7 +8,7 @@ by itself keeps its length; one that the prefix length, a cut or an abort ended 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from megatron_prefix.prefix.flops import ModelShape, step_flops
+from megatron_prefix.prefix.flops import ModelShape, scored_flops, step_flops
 from megatron_prefix.types import Flops, Rollout
 
 
@@ -63,6 +63,11 @@ class Ledger:
             prefix_tokens=sum(prefix for _, prefix in spent),
             full_tokens=sum(prefix for _, prefix in full),
         )
+
+    def measure_probe(self, rollouts: Iterable[Rollout]) -> Flops:
+        """What rollouts cost that are scored and not trained on; never part of the total."""
+        lengths = [(len(rollout.prompt_ids), len(rollout.prefix_ids)) for rollout in rollouts]
+        return scored_flops(self._student, self._teacher, lengths)
 
     def add(self, cost: StepCost) -> None:
         self._total += cost

@@ -1,4 +1,4 @@
-"""A loss on a window of the prefix: gradients against transformers, the same in every layout."""
+"""Losses on a window of the prefix, and probes: against transformers, and in every layout."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import transformers
 
 from megatron_prefix.batch import pack, plan_microbatches
 from megatron_prefix.config import LossConfig
-from megatron_prefix.student import PrefixSums, forward_backward
+from megatron_prefix.student import PrefixSums, forward_backward, score
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
     CPU,
@@ -97,3 +97,38 @@ def test_a_window_is_the_same_in_every_layout(
         assert norm == pytest.approx(one_norm, rel=2e-6)
         assert torch.equal(sums.tokens, one.tokens)
         torch.testing.assert_close(sums.kl, one.kl, rtol=1e-5, atol=1e-6)
+
+
+def scored_then_trained(case: Case, world_size: int) -> tuple[PrefixSums, PrefixSums, float]:
+    """A probe of the rollouts that are trained on next; and the gradient that it left."""
+    world = World.build(case, world_size)
+    sampled, groups = rollouts(), world.student.model.groups
+    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8)
+    mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
+    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    targets = world.teacher.targets(sampled, plan)
+    world.student.zero_grad()
+    probed = score(world.student, batches, targets, world.head, LossConfig(), LONGEST_PREFIX)
+    module = world.student.model.module
+    left = sum(float(param.main_grad.abs().sum()) for param in module.parameters())
+    assert module.training
+    return probed, windowed_step(world, 0), left
+
+
+@pytest.mark.parametrize(
+    ("world_size", "student", "teacher"),
+    [(1, (1, 1), (1, 1)), (2, (1, 1), (1, 1)), (2, (2, 1), (1, 2)), (2, (1, 2), (2, 1))],
+    ids=["one rank", "dp2", "tp2, teacher pp2", "pp2, teacher tp2"],
+)
+def test_a_probe_sees_what_a_step_sees_and_leaves_no_gradient(
+    folders: tuple[Path, Path],
+    world_size: int,
+    student: tuple[int, int],
+    teacher: tuple[int, int],
+) -> None:
+    case = Case(model_config(folders[0], *student), model_config(folders[1], *teacher))
+    for probed, trained, left in run_ranks(world_size, scored_then_trained, case, world_size):
+        assert left == 0.0
+        assert torch.equal(probed.tokens, trained.tokens)
+        torch.testing.assert_close(probed.kl, trained.kl, rtol=1e-5, atol=1e-7)
+        assert probed.loss == pytest.approx(trained.loss, rel=1e-6)

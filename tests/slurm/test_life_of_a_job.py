@@ -53,11 +53,7 @@ def story(virtual_slurm: VirtualSlurm, job: Job) -> Story:
             lambda done=before: len(job.records("story")) >= done + 3, "3 more steps", PATIENCE_S
         )
         interrupt(virtual_slurm, seen.number)
-        wait_until(
-            lambda want=restarts: int(virtual_slurm.job(seen.number)["Restarts"]) == want,
-            f"requeue {restarts}",
-            PATIENCE_S,
-        )
+        virtual_slurm.wait_for_restart(seen.number, restarts, PATIENCE_S)
         seen.steps.append(len(job.records("story")))
         virtual_slurm.run("scontrol", "update", f"JobId={seen.number}", "TimeLimit=60")
     seen.states.append(virtual_slurm.wait_for_end(seen.number, PATIENCE_S))

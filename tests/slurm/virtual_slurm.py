@@ -199,6 +199,17 @@ class VirtualSlurm:
     def wait_for_end(self, number: int, timeout_s: float = 600.0) -> str:
         return self.wait_for(number, *ENDED, timeout_s=timeout_s)
 
+    def wait_for_restart(self, number: int, restarts: int, timeout_s: float = 600.0) -> None:
+        """Until the job was requeued so many times; RuntimeError where it ends before."""
+
+        def there() -> bool:
+            job = self.job(number)
+            if job["JobState"] in ENDED:
+                raise RuntimeError(f"job {number} ended before requeue {restarts}: {job}")
+            return int(job["Restarts"]) >= restarts
+
+        wait_until(there, f"requeue {restarts} of job {number}", timeout_s)
+
     def pids(self, name: str) -> list[int]:
         """Of the node's processes, as this machine numbers them."""
         space = f"{self._spaces}{name}"

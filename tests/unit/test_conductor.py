@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_prefix.conductor import Conductor, Staff
@@ -42,7 +43,7 @@ class Listed:
 
 def conductor(folder: Path, prefix: PrefixConfig, source: Listed) -> Conductor:
     recipe = Recipe(prefix=prefix, train=TrainConfig(steps=4, max_skipped_steps=3))
-    log = LogConfig(tensorboard=False)
+    log = LogConfig(tensorboard=False, probe_interval=2)
     staff = Staff(
         policy=build_policy(prefix, 4),
         source=source,
@@ -50,6 +51,7 @@ def conductor(folder: Path, prefix: PrefixConfig, source: Listed) -> Conductor:
         open_log=lambda step: RunLog(folder, log, 4, resume_step=step),
         decode=str,
         evaluate=None,
+        probe=lambda policy_version: source.sample(0, prefix.max_length, policy_version),
         stop_requested=lambda: False,
     )
     return Conductor(recipe, staff)
@@ -79,3 +81,23 @@ def test_a_student_that_always_ends_at_once_ends_the_run_with_words(tmp_path: Pa
     with pytest.raises(ValueError, match=r"no prefix token from position 5 .* 3 times in a row"):
         conductor(tmp_path, WINDOW, source).order(0, 0)
     assert source.asked == 3
+
+
+def test_a_probe_is_told_apart_from_the_prefix_and_costs_no_backward(tmp_path: Path) -> None:
+    prefix = PrefixConfig("fixed", 3, 9)
+    under_test = conductor(tmp_path, prefix, Listed([rollouts(9, 4), rollouts(0, 0)]))
+    order = under_test.probe_order(0)
+    assert (order.kind, order.prefix_length, len(order.rollouts)) == ("probe", 9, 2)
+    tokens = np.array([2.0, 2, 2, 2, 1, 1, 1, 1, 1])
+    kl = np.array([0.5, 0.5, 0.2, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    under_test.record_probe(2, order.rollouts, kl, tokens)
+    assert under_test.probe_order(0).rollouts == ()  # every one ended at once
+    under_test.close()
+    (record,) = read_records(tmp_path / "probes.jsonl")
+    assert (record["step"], record["prefix_length"], record["finished"]) == (2, 3, 2)
+    assert record["kl_prefix"] == pytest.approx(0.4)
+    assert record["kl_tail"] == pytest.approx((2 * 1.0 + 5 * 2.0) / 7)
+    assert record["kl_by_position"] == kl.tolist()
+    step = Ledger(SHAPE, SHAPE, 9).measure(order.rollouts).flops
+    assert record["flops"]["student"] == pytest.approx(step.student / 3)
+    assert record["flops"]["rollout"] == pytest.approx(step.rollout)

@@ -21,6 +21,7 @@ from megatron_prefix.config import (
     TrainConfig,
 )
 from megatron_prefix.limits import CHOICES, RANGES, setting
+from megatron_prefix.prefix.registry import POLICIES
 from megatron_prefix.preflight import check_data_sets, check_machine, open_prompts
 from megatron_prefix.recipe import load_recipe, save_record
 from megatron_prefix.tokenizers import write_byte_tokenizer
@@ -32,7 +33,7 @@ TEXTS_OF_THE_USER = (
     "data.prompt_column data.system_prompt prefix.policy rollout.replay rollout.api_key_file "
     "eval.path eval.split eval.prompt_column eval.answer_column eval.scorer"
 ).split()
-CHECKED_ELSEWHERE = ("prefix.linear.", "prefix.anchored.", "prefix.late.", "prefix.adaptive.")
+CHECKED_ELSEWHERE = tuple(f"prefix.{name}." for name in POLICIES)
 
 
 @pytest.fixture(scope="module")
