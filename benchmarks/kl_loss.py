@@ -10,7 +10,7 @@ above the inputs, both gradients included. Errors are against fp64.
 |---|---|
 | gemms | the four matrix products alone, into memory that is there already: no loss |
 | one_pass | megatron_prefix.loss |
-| one_pass_main_grad | the same, the weight gradient added to a main_grad that is there already |
+| in_training | the same, into a main_grad that is there already, with a Workspace that is kept |
 | full_logits | whole logits, the divergence from log_softmax, autograd |
 | saved_logits | the usual tensor-parallel loss: per-token all-reduces on whole, saved logits |
 | liger | liger_kernel.chunked_loss at the one_pass chunk, uncompiled, where it is installed |
@@ -158,6 +158,7 @@ def errors(positions: int, vocabulary: int, divergence: str, method: str) -> dic
         inputs.teacher_weight.double(),
         inputs.token_weight.double(),
         inputs.main_grad,
+        inputs.workspace,
     )
     loss, expected = run_fresh(method, inputs, divergence), full_logits(exact, divergence)
     got = inputs.main_grad if inputs.weight.grad is None else inputs.weight.grad

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prefix.loss import vocab_parallel_kl
+from megatron_prefix.loss import Workspace, prefix_divergence, vocab_parallel_kl
 from megatron_prefix.loss.task import CPU_LIMITS, chosen_chunk
 
 D_STUDENT, D_TEACHER = 256, 384
@@ -26,6 +26,7 @@ class Inputs:
     teacher_weight: Tensor  # [V, d_t]
     token_weight: Tensor  # [N]
     main_grad: Tensor  # [V, d_s]
+    workspace: Workspace
 
 
 def make_inputs(positions: int, vocabulary: int) -> Inputs:
@@ -41,6 +42,7 @@ def make_inputs(positions: int, vocabulary: int) -> Inputs:
         torch.cat((weight, extra), 1),
         torch.full((positions,), 1 / positions),
         torch.zeros(vocabulary, D_STUDENT),
+        Workspace(),
     )
 
 
@@ -56,14 +58,16 @@ def one_pass(inputs: Inputs, divergence: str) -> Tensor:
     return loss
 
 
-def one_pass_main_grad(inputs: Inputs, divergence: str) -> Tensor:
+def in_training(inputs: Inputs, divergence: str) -> Tensor:
     """As under Megatron's DDP, where the weight's gradient has a place already."""
     inputs.weight.main_grad = inputs.main_grad
-    try:
-        return one_pass(inputs, divergence)
-    finally:
-        del inputs.weight.main_grad
-        inputs.weight.grad = None
+    heads = inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight
+    settings = {"vocab_size": inputs.weight.shape[0], "workspace": inputs.workspace}
+    result = prefix_divergence(*heads, inputs.token_weight, divergence, BETA, **settings)
+    result.loss.backward()
+    del inputs.weight.main_grad
+    inputs.weight.grad = None  # zeros, for DDP's hook
+    return result.loss
 
 
 def full_logits(inputs: Inputs, divergence: str) -> Tensor:
@@ -152,7 +156,7 @@ def liger(inputs: Inputs, divergence: str) -> Tensor:
 
 METHODS: dict[str, Method] = {
     "one_pass": one_pass,
-    "one_pass_main_grad": one_pass_main_grad,
+    "in_training": in_training,
     "full_logits": full_logits,
     "saved_logits": saved_logits,
     "liger": liger,

@@ -114,7 +114,7 @@ def show(rows: list[Row]) -> None:
             f"{row.step:.0f}",
             f"{row.overhead:.1%}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def main() -> None:

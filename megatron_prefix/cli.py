@@ -4,11 +4,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.eval_arguments import EXAMPLES as _EVAL_EXAMPLES
 from megatron_prefix.eval_arguments import add_eval_arguments
+from megatron_prefix.launch_arguments import EXAMPLES as _LAUNCH_EXAMPLES
+from megatron_prefix.launch_arguments import add_launch_arguments
 
 DONE, FAILURE, BAD_INPUT = 0, 1, 2
 _WITHOUT_RECIPE = ("eval", "doctor")
@@ -49,6 +52,7 @@ examples:
   megatron-prefix plan quickstart --json | jq .cost.run.ratio
 """,
     "eval": _EVAL_EXAMPLES,
+    "launch": _LAUNCH_EXAMPLES,
     "prepare": """\
 examples:
   megatron-prefix prepare quickstart run.world_size=16
@@ -109,6 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     plan = _command(commands, "plan", "validate a recipe and lay it out, starting nothing", _plan)
     _recipe_arguments(plan)
     plan.add_argument("--json", action="store_true", help="every number, exact")
+    start = _command(commands, "launch", "run a recipe on a cluster, through nemo-run", _launch)
+    _recipe_arguments(start)
+    add_launch_arguments(start)
     _recipe_arguments(
         _command(commands, "prepare", "check a recipe, write its record, print its path", _prepare)
     )
@@ -168,18 +175,43 @@ def _train(arguments: argparse.Namespace) -> int:
     return launch_local(recipe)
 
 
+def _launch(arguments: argparse.Namespace) -> int:
+    from megatron_prefix.cluster import check_cluster
+    from megatron_prefix.launch import dry_run, launch
+    from megatron_prefix.launch_arguments import cluster_of
+    from megatron_prefix.recipe import RECORD_NAME, save_record
+
+    recipe, cluster = _load(arguments), cluster_of(arguments)
+    check_cluster(cluster, recipe)
+    if cluster.world_size:
+        recipe = replace(recipe, run=replace(recipe.run, world_size=cluster.world_size))
+    folder = _checked_folder(recipe)
+    if arguments.dryrun:
+        print(dry_run((folder / RECORD_NAME).absolute(), recipe, cluster), end="")
+        return DONE
+    record = save_record(recipe, folder)
+    return launch(record.absolute(), recipe, cluster, detach=arguments.detach)
+
+
 def _prepare(arguments: argparse.Namespace) -> int:
-    from megatron_prefix.preflight import check_data_sets
-    from megatron_prefix.recipe import check_run_folder, save_record
-    from megatron_prefix.validate import validate
+    from megatron_prefix.recipe import save_record
 
     recipe = _load(arguments)
+    print(save_record(recipe, _checked_folder(recipe)))
+    return DONE
+
+
+def _checked_folder(recipe: Recipe) -> Path:
+    """The run folder of a recipe that could start, but for the machines that it is to start on."""
+    from megatron_prefix.preflight import check_data_sets
+    from megatron_prefix.recipe import check_run_folder
+    from megatron_prefix.validate import validate
+
     folder = Path(recipe.run.output_dir, recipe.run.name)
     check_run_folder(folder, recipe)
     validate(recipe)
     check_data_sets(recipe)
-    print(save_record(recipe, folder))
-    return DONE
+    return folder
 
 
 def _plan(arguments: argparse.Namespace) -> int:

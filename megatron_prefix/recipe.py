@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_prefix.config import Recipe
 
 RECORD_NAME = "recipe.yaml"
+_YAML = (".yaml", ".yml")
 _BOOLEANS = ("true", "false", "on", "off", "yes", "no")
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the recipes inside the package, a checkout beside it.
@@ -135,17 +136,30 @@ def check_run_folder(folder: Path, recipe: Recipe) -> None:
             )
 
 
+def factory_beside(source: str, name: str) -> Callable[[], Any] | None:
+    """The function ``name`` of the file or module behind ``source``; None where it has none."""
+    if Path(source).suffix in _YAML:
+        return None
+    found = getattr(_find_module(source)[0], name, None)
+    return found if callable(found) else None
+
+
 def _base_recipe(source: str) -> Recipe:
+    if Path(source).suffix in _YAML:
+        return load_record(Path(source))
+    return _call_factory(*_find_module(source))
+
+
+def _find_module(source: str) -> tuple[ModuleType, str]:
+    """And what to call it in messages."""
     path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
-        return load_record(path)
     if path.suffix != ".py":
         named = [folder / f"{source}.py" for folder in (Path("recipes"), *_SHIPPED)]
         found = [file for file in named if file.is_file()]
         if not found:
-            return _call_factory(_import_by_name(source), source)
+            return _import_by_name(source), source
         path = found[0]
-    return _call_factory(_import_file(path), str(path))
+    return _import_file(path), str(path)
 
 
 def _import_by_name(name: str) -> ModuleType:

@@ -3,6 +3,7 @@
 Torch and a process group that is handed in; neither Megatron nor global parallel state.
 """
 
+from megatron_prefix.loss.buffers import Workspace
 from megatron_prefix.loss.checks import check_finite
 from megatron_prefix.loss.vocab_parallel import (
     DivergenceResult,
@@ -10,4 +11,10 @@ from megatron_prefix.loss.vocab_parallel import (
     vocab_parallel_kl,
 )
 
-__all__ = ["DivergenceResult", "check_finite", "prefix_divergence", "vocab_parallel_kl"]
+__all__ = [
+    "DivergenceResult",
+    "Workspace",
+    "check_finite",
+    "prefix_divergence",
+    "vocab_parallel_kl",
+]

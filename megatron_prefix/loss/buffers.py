@@ -13,14 +13,29 @@ from torch import Tensor
 _GLIBC_KEEPS_BELOW = 32 << 20
 
 
-def empty_fp32(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Uninitialised; on a CPU in huge pages where it is large and they can be had."""
+class Workspace:
+    """The logits of the chunks in flight. A caller that keeps one from call to call (of one size
+    or another, one call at a time) spares a CPU the fresh pages."""
+
+    def __init__(self) -> None:
+        self._flat: list[Tensor] = []  # fp32, one for each buffer in use
+
+    def logits(self, count: int, shape: tuple[int, int], device: torch.device) -> list[Tensor]:
+        """``count`` uninitialised fp32 [C, V]; they hold until the next call."""
+        size = math.prod(shape)
+        fits = [each for each in self._flat if each.numel() >= size and each.device == device]
+        missing = range(count - len(fits))
+        self._flat = (fits + [_empty_fp32((size,), device) for _ in missing])[:count]
+        return [each[:size].view(shape) for each in self._flat]
+
+
+def _empty_fp32(shape: Sequence[int], device: torch.device) -> Tensor:
     huge = _huge_zeros(shape, device)
     return torch.empty(shape, dtype=torch.float32, device=device) if huge is None else huge
 
 
 def zeros_fp32(shape: Sequence[int], device: torch.device) -> Tensor:
-    """As ``empty_fp32``, zero: the kernel's fresh pages are so anyhow."""
+    """On a CPU in huge pages where it is large and they can be had."""
     huge = _huge_zeros(shape, device)
     return torch.zeros(shape, dtype=torch.float32, device=device) if huge is None else huge
 

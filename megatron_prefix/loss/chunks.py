@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_prefix.loss.buffers import empty_fp32
 from megatron_prefix.loss.divergence import gradient_factors, merge_statistics, token_values
 from megatron_prefix.loss.task import Outcome, Task, Work, begin
 
@@ -18,19 +17,13 @@ def run_chunks(task: Task) -> Outcome:
     """All of one call's work."""
     work = begin(task)
     if task.chunks:
-        longest = task.chunks[0].stop
-        pairs = [_buffer_pair(work, longest) for _ in range(task.chunks_in_flight)]
+        shape = task.chunks[0].stop, task.real_rows
+        buffers = task.workspace.logits(2 * task.chunks_in_flight, shape, work.kl.device)
         if task.tp_group is None:
-            _run_on_one_rank(work, *pairs[0])
+            _run_on_one_rank(work, *buffers)
         else:
-            _run_over_ranks(work, pairs)
+            _run_over_ranks(work, [(buffers[0], buffers[1]), (buffers[2], buffers[3])])
     return work.outcome()
-
-
-def _buffer_pair(work: Work, positions: int) -> tuple[Tensor, Tensor]:
-    """For student and teacher logits, fp32 [C, V] each."""
-    shape, device = (positions, work.task.real_rows), work.kl.device
-    return empty_fp32(shape, device), empty_fp32(shape, device)
 
 
 def _run_on_one_rank(work: Work, student: Tensor, teacher: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss import gemm
 from megatron_prefix.loss.backends import kernels_for
-from megatron_prefix.loss.buffers import zeros_fp32
+from megatron_prefix.loss.buffers import Workspace, zeros_fp32
 from megatron_prefix.loss.divergence import Divergence
 from megatron_prefix.loss.kernels import Kernels
 from megatron_prefix.loss.labels import label_columns, label_logprobs
@@ -59,6 +59,7 @@ class Task:
     hidden_gradient: bool  # wanted
     weight_gradient: bool  # wanted
     main_grad: Tensor | None  # [V/R, d_s]
+    workspace: Workspace
 
     @property
     def rank(self) -> int:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss import checks
+from megatron_prefix.loss.buffers import Workspace
 from megatron_prefix.loss.chunks import run_chunks
 from megatron_prefix.loss.divergence import Divergence
 from megatron_prefix.loss.task import Task
@@ -84,6 +85,7 @@ def prefix_divergence(
     chunk_size: int | None = None,
     sequence_parallel: bool = False,
     labels: Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> DivergenceResult:
     """Weighted sum over N prefix positions of a divergence over the whole vocabulary.
 
@@ -91,7 +93,8 @@ def prefix_divergence(
     ``teacher_weight [V/R, d_t]``: fp32, bf16 or fp16, the hidden states the same on all ranks of
     ``tp_group`` (N too: 0 is fine, on all of them alike). ``token_weight`` fp32 [N].
     ``labels`` int64 [N]: also return the student's log-probabilities of these tokens.
-    ``chunk_size``: positions whose logits exist at a time; None chooses. ``temperature`` divides
+    ``chunk_size``: positions whose logits exist at a time; None chooses. ``workspace``: memory for
+    them, where the caller keeps it between calls. ``temperature`` divides
     both models' logits; the loss is not multiplied by its square.
 
     Gradients: ``dh`` reaches ``student_hidden`` summed over the group once, or, with
@@ -126,6 +129,7 @@ def prefix_divergence(
         hidden_gradient=differentiate and student_hidden.requires_grad,
         weight_gradient=differentiate and student_weight.requires_grad,
         main_grad=getattr(student_weight, "main_grad", None),
+        workspace=workspace or Workspace(),
     )
     if differentiate and student_weight.requires_grad and task.main_grad is not None:
         student_weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]

@@ -71,11 +71,11 @@ SACCT = r"""#!/bin/bash
 while (($#)); do [[ $1 == -j ]] && id=$2; shift; done
 echo "JobID|JobName|Partition|Account|AllocCPUS|State|ExitCode"
 scontrol --oneliner show job "$id" | while read -r line; do
-  field() { grep -oP "(?<=(^| )$1=)[^ ]*" <<<" $line" | head -n1; }
+  field() { grep -oP "(?<= $1=)[^ ]*" <<<" $line" | head -n1; }
   state=$(field JobState)
   [[ $state == COMPLETING ]] && state=RUNNING
   [[ $state == CONFIGURING ]] && state=PENDING
-  echo "$(field JobId)|$(field JobName)|$(field Partition)|$(field Account)|1|$state|$(field ExitCode)"
+  echo "$(field JobId)|$(field JobName)|$(field Partition)||1|$state|$(field ExitCode)"
 done
 """
 
@@ -289,5 +289,3 @@ class VirtualSlurm:
         key = self.root / "run" / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
-
-

@@ -23,7 +23,7 @@ IN_THE_SERVER = "rollout.cpu_engine"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "types"),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
-    ("recipe", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
+    ("recipe", "cluster", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
     + ("jsonl", "kl_grid", "progress", "tb_writer", "run_log", "run_history", "figure", "report")
     + ("sources", "evaluate", "pass_at_k", "eval_run"),
@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("conductor", "trainer"),
     ("assemble", "worker"),
     ("agent",),
-    ("launch", "launcher", "die_with_parent"),
+    ("launch_arguments", "launch", "launcher", "die_with_parent"),
     ("cli",),
 )
 # What may import these packages of others.
@@ -45,7 +45,8 @@ EDGES = {
     "nemo_run": ("launch",),
 }
 # What a module may import of ours, where the layers alone would allow more.
-ONLY = {"recipe": ("config",), "launch": ("config", "recipe", "launch"), "loss": ("loss",)}
+ONLY = {"recipe": ("config",), "cluster": ("config",), "loss": ("loss",)}
+ONLY |= {"launch": ("config", "recipe", "cluster")}
 # Importing these may bring Megatron along; importing any other must not.
 NEEDS_MEGATRON = ("mcore", "teacher", "student", "publisher", "trainer", "assemble")
 WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "limits", "plan", "plan_view")

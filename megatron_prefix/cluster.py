@@ -1,0 +1,149 @@
+"""Where a run goes, and the scripts of its steps: pure text, quoted here. ``launch.py`` submits it.
+
+``slurm/multi_node.sbatch`` does the same by hand; docs/slurm.md has the life of such a job.
+"""
+
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prefix.config import Recipe
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_FIRST_PORT = 20000  # of rendezvous; the job's number follows, since jobs may share a node
+# Runs in the batch script. The lines that nemo-run adds below it end the job with the exit code of
+# the first step that ends, so servers must outlast the trainer: they wait for the folder to go.
+_SETUP = """\
+export run_head="$SLURMD_NODENAME"
+export run_attempt="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_ON_NODE"
+endpoints=@ENDPOINTS@
+rm -rf -- "$endpoints"
+mkdir -p -- "$endpoints/$run_attempt"
+finish() {
+  code=$?
+  rm -rf -- "$endpoints"
+  if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
+  exit "$code"
+}
+trap finish EXIT"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Words are sbatch's; an empty one or 0 leaves the cluster's own default."""
+
+    executor: str = "local"  # local | slurm
+    nodes: int = 1  # of the job, those that serve included
+    server_nodes: int = 0  # the last ones; 0: the one node does both, or servers run elsewhere
+    gpus_per_node: int = 0
+    ranks_per_node: int = 0  # 0: gpus_per_node, or 1 without GPUs
+    max_restarts: int = 0  # of all ranks in place, after one of them failed
+    partition: str = ""
+    account: str = ""
+    time: str = "04:00:00"
+    signal_before_s: int = 300  # before the limit; the ranks save then
+    singleton: bool = False  # wait for the jobs of the same name: a chain
+    container: str = ""  # an image for pyxis
+    mounts: tuple[str, ...] = ()  # SRC:DST, into the container
+    env: tuple[tuple[str, str], ...] = ()  # of the steps
+    modules: tuple[str, ...] = ()
+    python: str = ""  # empty: this one, or a container's `python`
+
+    @property
+    def trainer_nodes(self) -> int:
+        return self.nodes - self.server_nodes
+
+    @property
+    def trains_alone(self) -> bool:
+        """One node with servers of its own, as ``megatron-prefix train`` runs it."""
+        return self.nodes == 1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks over all nodes; 0 where the recipe decides."""
+        ranks = self.ranks_per_node or self.gpus_per_node
+        return ranks if self.trains_alone else self.trainer_nodes * (ranks or 1)
+
+
+def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
+    """ValueError for what cannot be launched, with the value and the remedy."""
+    if cluster.executor not in ("local", "slurm"):
+        raise ValueError(f"--executor {cluster.executor} must be local or slurm")
+    if cluster.executor == "local" and cluster.nodes > 1:
+        raise ValueError(f"--nodes {cluster.nodes} needs --executor slurm: this machine is one")
+    if cluster.nodes < 1 or not 0 <= cluster.server_nodes < cluster.nodes:
+        raise ValueError(
+            f"--server-nodes {cluster.server_nodes} of --nodes {cluster.nodes} must leave one to "
+            "train on"
+        )
+    elsewhere = recipe.rollout.server_urls or recipe.rollout.replay
+    if cluster.nodes > 1 and not cluster.server_nodes and not elsewhere:
+        raise ValueError(
+            f"--nodes {cluster.nodes} has no node that serves: give --server-nodes 1, or name "
+            "running servers in rollout.server_urls"
+        )
+    if cluster.server_nodes and elsewhere:
+        raise ValueError(
+            f"--server-nodes {cluster.server_nodes} is not needed: rollout.server_urls or "
+            "rollout.replay says where rollouts come from; give 0"
+        )
+    _check_words(cluster)
+
+
+def _check_words(cluster: Cluster) -> None:
+    """A line break would end an #SBATCH line, whatever quotes are around it."""
+    words = (cluster.partition, cluster.account, cluster.time, cluster.container)
+    for word in (*words, *cluster.mounts, *cluster.modules):
+        if _CONTROL.search(word):
+            raise ValueError(f"{word!r} has a control character; leave it out")
+    for name, _ in cluster.env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"--env {name!r} is no variable's name; give NAME=value")
+
+
+def quote(word: object) -> str:
+    """For a shell, and past nemo-run, which replaces ``/nemo_run`` wherever it stands."""
+    return shlex.quote(str(word)).replace("/nemo_run", "/nemo''_run")
+
+
+def setup_lines(record: Path) -> str:
+    return _SETUP.replace("@ENDPOINTS@", quote(record.parent / "endpoints"))
+
+
+def trainer_script(cluster: Cluster, record: Path, folder: Path) -> str:
+    """What each node that trains runs, from ``folder``."""
+    if cluster.trains_alone:
+        return _script(cluster, folder, ["-m", "megatron_prefix.cli", "train", str(record)])
+    words = ["-m", "megatron_prefix.agent", str(record)]
+    words += ["--nodes", str(cluster.trainer_nodes)]
+    words += ["--ranks-per-node", str(cluster.ranks_per_node or cluster.gpus_per_node or 1)]
+    words += ["--max-restarts", str(cluster.max_restarts)]
+    more = f'--id "$run_attempt" --rendezvous "$run_head:$(({_FIRST_PORT} + SLURM_JOB_ID % 20000))"'
+    if cluster.server_nodes:
+        more += f" --endpoints {_endpoints(record)} --endpoint-files {cluster.server_nodes}"
+    return _script(cluster, folder, words, more)
+
+
+def server_script(cluster: Cluster, record: Path, folder: Path) -> str:
+    """What each node that serves runs, from ``folder``."""
+    words = ["-m", "megatron_prefix.rollout.serve", str(record)]
+    more = f'--peer "$run_head" --endpoints-dir {_endpoints(record)}'
+    return _script(cluster, folder, words, more)
+
+
+def _endpoints(record: Path) -> str:
+    return f'{quote(record.parent / "endpoints")}/"$run_attempt"'
+
+
+def _script(cluster: Cluster, folder: Path, words: list[str], more: str = "") -> str:
+    """``words`` are quoted, ``more`` is shell text."""
+    python = cluster.python or ("python" if cluster.container else sys.executable)
+    lines = ["set -e"]
+    lines += [f"module load {quote(name)}" for name in cluster.modules]
+    lines += [f"export {name}={quote(value)}" for name, value in cluster.env]
+    lines += [f"cd -- {quote(folder)}"]
+    lines += [f"exec {' '.join(map(quote, [python, *words]))} {more}".rstrip()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,132 @@
+"""Submits a run through nemo-run, and is the only file that imports it.
+
+Its batch script is given numbers and checked words alone: it does not quote the rest. All values
+of the recipe and of the user go into the steps' own scripts, which ``cluster.py`` writes
+(docs/decisions/0005-slurm.md).
+"""
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_prefix.cluster import Cluster, server_script, setup_lines, trainer_script
+from megatron_prefix.config import Recipe
+
+if TYPE_CHECKING:
+    import nemo_run
+
+DONE, FAILED = 0, 1
+_JOB_NAMES = "megatron-prefix."
+_UNQUOTED = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
+_MONITOR_S = 5  # between two looks at the steps
+_DRY = "DRYRUN"
+
+
+def launch(record: Path, recipe: Recipe, cluster: Cluster, *, detach: bool = False) -> int:
+    """Submit the run whose resolved recipe is at ``record``; ``detach``: without waiting for it.
+
+    Returns 0, or 1 where it was seen to fail. Steps run from the current folder, which has to be
+    there on every node, as the run folder has.
+    """
+    from nemo_run.config import get_nemorun_home
+    from torchx.specs.api import AppState
+
+    with _experiment(record, recipe, cluster, Path(get_nemorun_home())) as experiment:
+        experiment.run(detach=detach, tail_logs=not detach)
+    if detach:
+        return DONE
+    ended_well = all(job.state == AppState.SUCCEEDED for job in experiment.jobs)
+    return DONE if ended_well else FAILED
+
+
+def dry_run(record: Path, recipe: Recipe, cluster: Cluster) -> str:
+    """The scripts that :func:`launch` would submit, with the names that they would have."""
+    from nemo_run.config import get_nemorun_home
+
+    with tempfile.TemporaryDirectory() as folder:
+        with _experiment(record, recipe, cluster, Path(folder), _DRY) as experiment:
+            experiment.dryrun(log=False, delete_exp_dir=False)
+        found = sorted(Path(folder).rglob("*.sh"), key=lambda path: path.parent.name == "scripts")
+        texts = [f"# ==> {path} <==\n{path.read_text().rstrip()}\n" for path in found]
+    return "\n".join(texts).replace(folder, get_nemorun_home())
+
+
+@contextlib.contextmanager
+def _experiment(
+    record: Path, recipe: Recipe, cluster: Cluster, home: Path, number: str = ""
+) -> "Iterator[nemo_run.Experiment]":
+    """With the run as its one job; leaving the block waits for what was launched in it."""
+    import nemo_run
+
+    if not _UNQUOTED.fullmatch(str(home)):
+        raise ValueError(
+            f"NEMORUN_HOME={home} has characters that nemo-run does not quote; set another folder"
+        )
+    title = re.sub(r"[^A-Za-z0-9-]+", "-", recipe.run.name)
+    with nemo_run.Experiment(
+        title,
+        id=f"{title}_{number}" if number else None,
+        base_dir=str(home),
+        log_level="WARN",
+        clean_mode=bool(number),
+        skip_status_at_exit=True,
+        serialize_metadata_for_scripts=False,
+    ) as experiment:
+        _add_job(experiment, title, record, cluster, home)
+        yield experiment
+
+
+def _add_job(
+    experiment: "nemo_run.Experiment", name: str, record: Path, cluster: Cluster, home: Path
+) -> None:
+    import nemo_run
+
+    trainer = nemo_run.Script(inline=trainer_script(cluster, record, Path.cwd()))
+    if cluster.executor == "local":
+        experiment.add(trainer, executor=nemo_run.LocalExecutor(), name=name)
+    elif not cluster.server_nodes:
+        executor = _slurm(record, cluster, home, cluster.nodes, first=0)
+        experiment.add(trainer, executor=executor, name=name)
+    else:
+        servers = nemo_run.Script(inline=server_script(cluster, record, Path.cwd()))
+        first = cluster.trainer_nodes
+        executors = [
+            _slurm(record, cluster, home, first, first=0),
+            _slurm(record, cluster, home, cluster.server_nodes, first=first),
+        ]
+        experiment.add([trainer, servers], executor=executors, name=name)
+
+
+def _slurm(
+    record: Path, cluster: Cluster, home: Path, step_nodes: int, *, first: int
+) -> "nemo_run.SlurmExecutor":
+    """A step on ``step_nodes`` of the job's nodes, counted from ``first``."""
+    import nemo_run
+
+    return nemo_run.SlurmExecutor(
+        account=cluster.account or None,
+        partition=cluster.partition or None,
+        time=cluster.time,
+        nodes=cluster.nodes,
+        ntasks_per_node=1,
+        gpus_per_node=cluster.gpus_per_node or None,
+        exclusive=True,
+        signal=f"USR1@{cluster.signal_before_s}",
+        additional_parameters={"dependency": "singleton"} if cluster.singleton else None,
+        container_image=cluster.container or None,
+        container_mounts=list(cluster.mounts),
+        # The ranks of a node that ends with 75 first must not take the others' 75 from them.
+        srun_args=["--kill-on-bad-exit=0", f"--nodes={step_nodes}", f"--ntasks={step_nodes}"]
+        + [f"--relative={first}", "--label"],
+        job_name_prefix=_JOB_NAMES,
+        setup_lines=setup_lines(record),
+        tunnel=nemo_run.LocalTunnel(job_dir=str(home / "experiments")),
+        packager=nemo_run.Packager(),  # the environment is there; no code is sent along
+        retries=0,  # nemo-run would requeue after any failure
+        wait_time_for_group_job=0,
+        monitor_group_job_wait_time=_MONITOR_S,
+        poll_estimated_start_time=False,
+    )

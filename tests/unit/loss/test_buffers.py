@@ -1,0 +1,43 @@
+"""Memory for logits: the right size, kept where asked to be, huge or not."""
+
+import torch
+
+from megatron_prefix.loss import Workspace, prefix_divergence
+from megatron_prefix.loss.buffers import zeros_fp32
+from tests.unit.loss.reference import dense, make_case, relative_error
+
+CPU = torch.device("cpu")
+
+
+def test_a_workspace_is_used_again_and_grows() -> None:
+    workspace = Workspace()
+    first = workspace.logits(2, (4, 10), CPU)
+    again = workspace.logits(2, (3, 11), CPU)
+    assert [each.shape for each in again] == [(3, 11), (3, 11)]
+    assert [each.data_ptr() for each in again] == [each.data_ptr() for each in first]
+    grown = workspace.logits(4, (4, 11), CPU)
+    assert len({each.data_ptr() for each in grown}) == 4
+    assert all(each.shape == (4, 11) and each.is_contiguous() for each in grown)
+
+
+def test_large_memory_is_zero_and_writable() -> None:
+    large = zeros_fp32((3, 4 << 20), CPU)  # 48 MiB
+    assert large.shape == (3, 4 << 20) and torch.count_nonzero(large) == 0
+    large[2, -1] = 1.0
+    assert large.sum() == 1.0
+
+
+def test_calls_that_share_a_workspace_do_not_disturb_each_other() -> None:
+    workspace = Workspace()
+    for n, divergence in ((37, "jsd"), (12, "reverse_kl"), (50, "forward_kl")):
+        case = make_case(n=n, seed=n)
+        hidden, weight = case.student_hidden.requires_grad_(), case.student_weight.requires_grad_()
+        result = prefix_divergence(
+            *case.inputs, divergence, vocab_size=203, chunk_size=20, workspace=workspace
+        )
+        result.loss.backward()
+        expected = dense(case, divergence, 203)
+        assert hidden.grad is not None and weight.grad is not None
+        assert relative_error(result.kl, expected.kl) < 1e-6
+        assert relative_error(hidden.grad, expected.hidden_gradient) < 5e-6
+        assert relative_error(weight.grad, expected.weight_gradient) < 5e-6
