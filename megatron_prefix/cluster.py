@@ -19,6 +19,7 @@ _SETUP = """\
 export run_head="$SLURMD_NODENAME"
 export run_attempt="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_ON_NODE"
+unset SLURM_UNBUFFEREDIO  # it gives each task a terminal, and so the logs a progress bar
 endpoints=@ENDPOINTS@
 rm -rf -- "$endpoints"
 mkdir -p -- "$endpoints/$run_attempt"

@@ -26,9 +26,8 @@ class ModelConfig:
     pipeline_model_parallel_size: int = 1
     # Layers on the first stage where they do not divide over the stages; 0: as even as can be.
     num_layers_in_first_pipeline_stage: int = 0
-    # Mixtures of experts: ranks that share the experts of a layer, and the ranks each expert is cut
-    # over; 0: as tensor_model_parallel_size.
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1  # ranks that share the experts of a mixture's layers
+    # Ranks that each expert is cut over; 0: as tensor_model_parallel_size.
     expert_tensor_parallel_size: int = 0
     sequence_parallel: bool = False
     params_dtype: str = "bf16"  # bf16 | fp32

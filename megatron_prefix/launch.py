@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_prefix.cluster import Cluster, server_script, setup_lines, trainer_script
+from megatron_prefix.cluster import Cluster, quote, server_script, setup_lines, trainer_script
 from megatron_prefix.config import Recipe
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def dry_run(record: Path, recipe: Recipe, cluster: Cluster) -> str:
     with tempfile.TemporaryDirectory() as folder:
         with _experiment(record, recipe, cluster, Path(folder), _DRY) as experiment:
             experiment.dryrun(log=False, delete_exp_dir=False)
-        found = sorted(Path(folder).rglob("*.sh"), key=lambda path: path.parent.name == "scripts")
+        found = sorted(Path(folder).rglob("*_sbatch.sh"))
+        found += sorted(Path(folder).rglob("scripts/*.sh"))
         texts = [f"# ==> {path} <==\n{path.read_text().rstrip()}\n" for path in found]
     return "\n".join(texts).replace(folder, get_nemorun_home())
 
@@ -116,8 +117,9 @@ def _slurm(
         exclusive=True,
         signal=f"USR1@{cluster.signal_before_s}",
         additional_parameters={"dependency": "singleton"} if cluster.singleton else None,
-        container_image=cluster.container or None,
-        container_mounts=list(cluster.mounts),
+        # nemo-run means to quote these and does not: its `noquote` is another name for str.
+        container_image=quote(cluster.container) if cluster.container else None,
+        container_mounts=list(map(quote, cluster.mounts)),
         # The ranks of a node that ends with 75 first must not take the others' 75 from them.
         srun_args=["--kill-on-bad-exit=0", f"--nodes={step_nodes}", f"--ntasks={step_nodes}"]
         + [f"--relative={first}", "--label"],

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -17,7 +18,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megatron_prefix.config import Recipe
+from megatron_prefix.config import Recipe, RolloutConfig
 from megatron_prefix.recipe import load_record
 from megatron_prefix.rollout.addresses import await_endpoints, read_endpoints, recipe_endpoints
 from megatron_prefix.rollout.client import Endpoint
@@ -45,6 +46,25 @@ class StopFlag:
         return self.signal != 0
 
 
+@dataclass(frozen=True)
+class Servers:
+    """Where their addresses are: in a file, in a folder that ``files`` nodes will write one into
+    each once their servers answer, or in the recipe."""
+
+    endpoints: Path | None = None
+    files: int = 1
+
+    def find(self, rollout: RolloutConfig, stop: StopFlag) -> list[Endpoint] | None:
+        """None where a signal came before all answered."""
+        if rollout.replay:
+            return []
+        if self.endpoints is None:
+            return recipe_endpoints(rollout)
+        if self.endpoints.is_dir():
+            return await_endpoints(self.endpoints, self.files, rollout.start_timeout_s, stop)
+        return read_endpoints(self.endpoints)
+
+
 def main() -> int:
     arguments = _arguments()
     return run_rank(arguments.record, arguments.endpoints, arguments.endpoint_files)
@@ -64,20 +84,27 @@ def run_rank(record: Path, endpoints: Path | None, endpoint_files: int) -> int:
     folder = Path(recipe.run.output_dir, recipe.run.name)
     setup_logging(folder, rank)
     try:
-        return _train(recipe, folder, _endpoints(recipe, endpoints, endpoint_files), stop)
+        return _train(recipe, folder, Servers(endpoints, endpoint_files), stop)
     except (RuntimeError, ValueError, OSError) as error:
         logger.debug("traceback", exc_info=True)
         logger.error("%s: %s", type(error).__name__, error, exc_info=rank != 0)
         return FAILED
 
 
-def _train(recipe: Recipe, folder: Path, endpoints: list[Endpoint], stop: StopFlag) -> int:
+def _train(recipe: Recipe, folder: Path, servers: Servers, stop: StopFlag) -> int:
     from megatron_prefix.mcore.cpu import adapt_to_cpu
 
     adapt_to_cpu()  # before anything of Megatron is imported
     from megatron_prefix.assemble import assemble
 
     _join_world(recipe)
+    # Rank 0 alone talks to the servers.
+    endpoints = servers.find(recipe.rollout, stop) if dist.get_rank() == 0 else []
+    ready = [endpoints is not None]
+    dist.broadcast_object_list(ready, src=0)
+    if endpoints is None or not ready[0]:  # a signal came first; nothing is lost
+        dist.destroy_process_group()
+        return SAVED
     with assemble(recipe, folder, endpoints, stop) as trainer:
         finished = trainer.train()
     dist.barrier()
@@ -107,17 +134,6 @@ def _arguments() -> argparse.Namespace:
         "--endpoint-files", type=int, default=1, help="files to wait for in that folder"
     )
     return parser.parse_args()
-
-
-def _endpoints(recipe: Recipe, path: Path | None, files: int) -> list[Endpoint]:
-    """For rank 0, which alone talks to the servers."""
-    if int(os.environ["RANK"]) != 0:
-        return []
-    if path is None:
-        return recipe_endpoints(recipe.rollout)
-    if path.is_dir():
-        return await_endpoints(path, files, recipe.rollout.start_timeout_s)
-    return read_endpoints(path)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from megatron_prefix.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    LogConfig,
     ModelConfig,
     OptimizerConfig,
     PrefixConfig,
@@ -54,4 +55,5 @@ def recipe() -> Recipe:
             max_new_tokens=sort_chain.RESPONSE_LENGTH,
             samples=sort_chain.NUM_HELD_OUT,
         ),
+        log=LogConfig(log_interval=10),
     )

@@ -8,11 +8,17 @@ log-probabilities of the tokens, and for Megatron the output of every layer. Exi
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_prefix.mcore.cpu import adapt_to_cpu
+
+if TYPE_CHECKING:
+    from megatron_prefix.mcore.parity import Difference, View
+    from megatron_prefix.rollout.client import SglangClient
+    from megatron_prefix.types import Rollout
 
 APART = 1
 TOLERANCES = {"fp32": (1e-4, 1e-4), "bf16": (0.25, 0.05)}  # nats, share of a layer's largest value
@@ -28,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ep", type=int, default=1, help="expert parallel")
     parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="fp32")
     parser.add_argument("--server", default="", help="URL of a server of the same checkpoint")
+    parser.add_argument("--api-key-file", type=Path, help="holds the server's key")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=24, help="of the longest prompt")
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -73,8 +80,9 @@ def work(args: argparse.Namespace) -> int:
             config, world_size, rollouts
         )
     if args.server:
-        with console.status(args.server), SglangClient(Endpoint(args.server)) as client:
-            views[args.server] = parity.server_view(client, rollouts)
+        key = args.api_key_file.read_text().strip() if args.api_key_file else ""
+        with console.status(args.server), SglangClient(Endpoint(args.server, key)) as client:
+            views[args.server] = ask_server(client, rollouts)
     tolerance, of_layers = TOLERANCES[args.dtype]
     found = {name: parity.compare(reference, view, of_layers) for name, view in views.items()}
     Console().print(table(found, hf.shape.num_layers))
@@ -82,7 +90,18 @@ def work(args: argparse.Namespace) -> int:
     return 0 if all(difference.agrees(limit) for difference in found.values()) else APART
 
 
-def table(found: dict, num_layers: int) -> Table:
+def ask_server(client: "SglangClient", rollouts: "list[Rollout]") -> "View":
+    """ValueError in one line where the server cannot be reached or refuses."""
+    from megatron_prefix.mcore.parity import server_view
+    from megatron_prefix.rollout.protocol import RequestRefused, ServerUnavailable
+
+    try:
+        return server_view(client, rollouts)
+    except (RequestRefused, ServerUnavailable) as error:
+        raise ValueError(str(error)) from error
+
+
+def table(found: "dict[str, Difference]", num_layers: int) -> Table:
     rows = Table(
         "against transformers", "tokens", "other tokens", "largest log-probability difference"
     )

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss import gemm
 from megatron_prefix.loss.backends import kernels_for
-from megatron_prefix.loss.buffers import Workspace, zeros_fp32
+from megatron_prefix.loss.buffers import Workspace
 from megatron_prefix.loss.divergence import Divergence
 from megatron_prefix.loss.kernels import Kernels
 from megatron_prefix.loss.labels import label_columns, label_logprobs
@@ -188,4 +188,4 @@ def _weight_accumulator(task: Task) -> Tensor | None:
         return None
     if task.main_grad is not None and task.main_grad.dtype == torch.float32:
         return task.main_grad
-    return zeros_fp32(task.student_weight.shape, task.student_weight.device)
+    return torch.zeros_like(task.student_weight, dtype=torch.float32)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss import checks
-from megatron_prefix.loss.buffers import Workspace
+from megatron_prefix.loss.buffers import Workspace, zeros_never_read
 from megatron_prefix.loss.chunks import run_chunks
 from megatron_prefix.loss.divergence import Divergence
 from megatron_prefix.loss.task import Task
@@ -145,7 +145,7 @@ class _GradientInForward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         outcome = run_chunks(task)
         ctx.gradients = (outcome.hidden_gradient, outcome.weight_gradient)
-        ctx.weight_like = student_weight.new_zeros(()).expand(student_weight.shape)
+        ctx.weight_like = student_weight.new_empty(()).expand(student_weight.shape)
         ctx.needs_unit_gradient = task.weight_gradient and task.main_grad is not None
         ctx.mark_non_differentiable(outcome.kl)
         if outcome.label_logprobs is not None:
@@ -174,7 +174,7 @@ class _GradientInForward(torch.autograd.Function):
                 grad_loss == 1,
                 "with main_grad the gradient of the loss must be 1; fold any scale",
             )
-            weight_gradient = ctx.weight_like
+            weight_gradient = zeros_never_read(ctx.weight_like)
         elif weight_gradient is not None:
             weight_gradient = weight_gradient.mul_(grad_loss).to(ctx.weight_like.dtype)
         return hidden_gradient, weight_gradient, None

@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_prefix.config import CheckpointConfig
 from megatron_prefix.mcore.optimizer import TrainableStudent
+from megatron_prefix.mcore.optimizer_state import join_state, optimizer_step, split_state
 
 logger = logging.getLogger(__name__)
 RUN_STATE = "run_state.json"
@@ -54,8 +55,9 @@ class Checkpointer:
         if dist.get_rank() == 0:
             _make_empty(partial)
         dist.barrier()
+        state, _ = self._sharded_state(is_loading=False)
         request = dist_checkpointing.save(
-            self._sharded_state(is_loading=False),
+            state,
             str(partial),
             async_sharded_save=True,
             async_strategy="mcore",
@@ -117,11 +119,12 @@ class Checkpointer:
     def _load(self, folder: Path) -> Restored:
         run_state = json.loads((folder / RUN_STATE).read_text())
         same_layout = run_state.get("layout") == self.layout_record()
-        state = dist_checkpointing.load(
-            self._sharded_state(is_loading=True, with_rng=same_layout), str(folder)
-        )
+        wanted, own = self._sharded_state(is_loading=True, with_rng=same_layout)
+        state = dist_checkpointing.load(wanted, str(folder))
         self._student.model.module.load_state_dict(state["model"])
-        self._student.optimizer.load_state_dict(state["optimizer"])
+        self._student.optimizer.load_state_dict(
+            join_state(state["optimizer"], own, state["optimizer_step"])
+        )
         self._student.scheduler.num_steps = 0  # Megatron adds the saved steps to those it has
         self._student.scheduler.load_state_dict(state["scheduler"])
         if same_layout:
@@ -134,7 +137,10 @@ class Checkpointer:
         layout = self._student.model.groups.layout
         return [layout.tp, layout.dp, layout.pp]
 
-    def _sharded_state(self, *, is_loading: bool, with_rng: bool = True) -> dict[str, Any]:
+    def _sharded_state(
+        self, *, is_loading: bool, with_rng: bool = True
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is in a checkpoint, and of the optimizer what is not."""
         model = self._student.model
         metadata = {
             # The one format of the distributed optimizer that loads into another tp and pp.
@@ -143,16 +149,20 @@ class Checkpointer:
             "chained_optim_avoid_prefix": True,
         }
         weights = model.module.sharded_state_dict(metadata=metadata)
+        sharded, own = split_state(
+            self._student.optimizer.sharded_state_dict(
+                weights, is_loading=is_loading, metadata=metadata
+            )
+        )
         state = {
             "model": weights,
-            "optimizer": self._student.optimizer.sharded_state_dict(
-                weights, is_loading=is_loading, metadata=metadata
-            ),
+            "optimizer": sharded,
+            "optimizer_step": optimizer_step(own),
             "scheduler": self._student.scheduler.state_dict(),
         }
         if with_rng:
             state["rng"] = self._rng_object()
-        return state
+        return state, own
 
     def _rng_object(self) -> ShardedObject:
         groups = self._student.model.groups

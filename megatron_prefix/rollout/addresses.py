@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,13 +39,18 @@ def read_endpoints(path: Path) -> list[Endpoint]:
     return [Endpoint(**entry) for entry in json.loads(path.read_text())]
 
 
-def await_endpoints(folder: Path, files: int, timeout_s: float) -> list[Endpoint]:
-    """The servers in ``folder``, once it holds as many files as nodes start servers.
+def await_endpoints(
+    folder: Path, files: int, timeout_s: float, should_stop: Callable[[], bool] = lambda: False
+) -> list[Endpoint] | None:
+    """The servers in ``folder``, once it holds as many files as nodes start servers; None where
+    ``should_stop`` says so first.
 
     Raises ServerUnavailable after ``timeout_s``.
     """
     deadline = time.monotonic() + timeout_s
     while len(found := sorted(folder.glob("*.json"))) < files:
+        if should_stop():
+            return None
         if time.monotonic() > deadline:
             raise ServerUnavailable(
                 f"{len(found)} of {files} nodes have servers that answer, after "

@@ -114,7 +114,8 @@ def save_trained(case: Case, folder: Path) -> dict[str, torch.Tensor]:
     for step in (1, 2):
         world.step(rollouts(seed=step))
         world.student.update()
-        weights = weights or world.weights()
+        if step == 1:
+            weights = world.weights()
         checkpointer.save(step, {"layout": checkpointer.layout_record()}, wait=True)
     return weights
 

@@ -1,28 +1,28 @@
 """One job on two nodes that meets its time limit, a preemption and a node's death, and the same job
 left alone: what they train must be equal to the last bit."""
 
-import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.conftest import STEPS, Job
+from tests.slurm.freeze import PATIENCE_S, frozen_until_signalled, rank_pids
 from tests.slurm.virtual_slurm import VirtualSlurm, wait_until
 
 pytestmark = pytest.mark.slurm
-MULTI_NODE = Path(__file__).parents[2] / "slurm" / "multi_node.sbatch"
-PATIENCE_S = 900.0  # a start is 20 s of imports on idle cores, and minutes on busy ones
+SCRIPTS = Path(__file__).parents[2] / "slurm"
 
 
-def submit(slurm: VirtualSlurm, job: Job, name: str, *options: str, more: tuple[str, ...] = ()):
-    words = [f"--output={job.root.parent}/{name}.out", "--nodes=2", *options, str(MULTI_NODE)]
-    settings = [*job.settings(name), *more]
-    return slurm.sbatch(*words, "gsm8k_bytes", *settings, SERVER_NODES="0")
+def submit(slurm: VirtualSlurm, job: Job, name: str, *options: str, **more: str) -> int:
+    words = [f"--output={job.root.parent}/{name}.out", "--nodes=2", *options]
+    settings = ["gsm8k_bytes", *job.settings(name)]
+    return slurm.sbatch(
+        *words, str(SCRIPTS / "multi_node.sbatch"), *settings, SERVER_NODES="0", **more
+    )
 
 
 @dataclass
@@ -75,40 +75,6 @@ def lose_a_node(slurm: VirtualSlurm, number: int) -> None:
     """The second of the job's two, on which its script does not run."""
     nodes = slurm.run("scontrol", "show", "hostnames", slurm.job(number)["NodeList"]).split()
     slurm.kill_node(nodes[1])
-
-
-@contextlib.contextmanager
-def frozen_until_signalled(slurm: VirtualSlurm) -> Iterator[None]:
-    """Stops the ranks, so that they cannot finish first, until Slurm's signal waits for them."""
-    spawned = {pid: parent for name in slurm.names for pid, parent in spawned_on(slurm, name)}
-    # Writers of checkpoints are forks of ranks.
-    ranks = [pid for pid, parent in spawned.items() if parent not in spawned]
-    assert len(ranks) == 2, ranks
-    for pid in ranks:
-        os.kill(pid, signal.SIGSTOP)
-    yield
-    wait_until(lambda: all(map(signalled, ranks)), "a signal from Slurm", PATIENCE_S)
-    for pid in ranks:
-        os.kill(pid, signal.SIGCONT)
-
-
-def spawned_on(slurm: VirtualSlurm, name: str) -> Iterator[tuple[int, int]]:
-    """The agent's children on a node and theirs, each with its parent."""
-    for pid in slurm.pids(name):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-            if b"multiprocessing.spawn" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                status = Path(f"/proc/{pid}/status").read_text()
-                yield pid, int(status.partition("PPid:")[2].split()[0])
-
-
-def signalled(pid: int) -> bool:
-    """Whether a USR1 or TERM is pending, or the process runs again: a TERM comes with a CONT."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    pending = sum(1 << (number - 1) for number in (signal.SIGUSR1, signal.SIGTERM))
-    masks = re.findall(r"^(?:Sig|Shd)Pnd:\s*([0-9a-f]+)", status, flags=re.MULTILINE)
-    assert len(masks) == 2, status
-    stopped = re.search(r"^State:\s*T", status, flags=re.MULTILINE)
-    return not stopped or any(int(mask, 16) & pending for mask in masks)
 
 
 def test_a_job_that_is_left_alone_completes(
@@ -170,3 +136,33 @@ def test_attempts_have_logs_of_their_own(job: Job, story: Story) -> None:
 def test_nothing_in_a_value_is_run(job: Job, plain: tuple[int, str], story: Story) -> None:
     assert "$(" in str(job.root)
     assert not [path for folder in (Path.cwd(), job.root) for path in folder.rglob("INJECTED")]
+
+
+def test_a_killed_rank_is_restarted_in_place(
+    virtual_slurm: VirtualSlurm, job: Job, plain: tuple[int, str]
+) -> None:
+    number = submit(virtual_slurm, job, "restarted", MAX_RESTARTS="1")
+    wait_until(lambda: len(job.records("restarted")) >= 3, "3 steps", PATIENCE_S)
+    os.kill(rank_pids(virtual_slurm)[-1], signal.SIGKILL)
+    state = virtual_slurm.wait_for_end(number, PATIENCE_S)
+    assert state == "COMPLETED", (job.root.parent / "restarted.out").read_text()
+    assert virtual_slurm.job(number)["Restarts"] == "0", "the nodes were kept"
+    assert job.results("restarted") == job.results("plain")
+    assert "resumed after step" in (job.folder("restarted") / "events.jsonl").read_text()
+
+
+def test_one_node_saves_on_a_signal_and_goes_on(virtual_slurm: VirtualSlurm, job: Job) -> None:
+    number = virtual_slurm.sbatch(
+        f"--output={job.root.parent}/alone.out", f"--chdir={job.root}",
+        str(SCRIPTS / "one_node.sbatch"), "gsm8k_bytes", *job.settings("alone"),
+    )  # fmt: skip
+    wait_until(lambda: len(job.records("alone")) >= 3, "3 steps", PATIENCE_S)
+    with frozen_until_signalled(virtual_slurm):
+        virtual_slurm.run("scancel", "--signal=USR1", str(number))
+    virtual_slurm.wait_for_restart(number, 1, PATIENCE_S)
+    assert virtual_slurm.wait_for_end(number, PATIENCE_S) == "COMPLETED"
+    assert [record["step"] for record in job.records("alone")] == list(range(1, STEPS + 1))
+    told = (job.root.parent / "alone.out").read_text()
+    assert f"attempt {number}.0 ended with exit code 75" in told
+    logs = [job.root / f"slurm-{number}.{attempt}.out" for attempt in (0, 1)]
+    assert all(log.stat().st_size for log in logs)

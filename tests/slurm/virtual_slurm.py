@@ -55,7 +55,7 @@ PreemptMode=REQUEUE
 MinJobAge=86400
 KillWait=5
 # A busy machine must not make a node look dead.
-SlurmdTimeout=30
+SlurmdTimeout=20
 MessageTimeout=60
 TCPTimeout=30
 ReturnToService=2

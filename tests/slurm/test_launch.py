@@ -1,0 +1,168 @@
+"""``megatron-prefix launch`` through the real nemo-run, on the virtual Slurm."""
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import STEPS, Job
+from tests.slurm.freeze import PATIENCE_S, frozen_until_signalled
+from tests.slurm.virtual_slurm import VirtualSlurm, wait_until
+
+pytestmark = pytest.mark.slurm
+ODD = 'it\'s  "$(touch INJECTED)" `touch INJECTED` $HOME $$ \\'
+
+
+class Launched:
+    """A ``megatron-prefix launch`` that is under way beside the controller."""
+
+    def __init__(self, slurm: VirtualSlurm, job: Job, *words: str) -> None:
+        self.home = job.root.parent / "nemo"
+        self._process = slurm.popen(
+            *(sys.executable, "-m", "megatron_prefix.cli", "launch", "gsm8k_bytes"),
+            *("--executor", "slurm", "--ranks-per-node", "1", *words),
+            NEMORUN_HOME=str(self.home),
+        )
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def end(self) -> tuple[int, str]:
+        output, errors = self._process.communicate(timeout=PATIENCE_S)
+        return self._process.returncode, output + errors
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def wait_for_servers(launched: Launched, folder: Path) -> Path:
+    """The file that the first node's servers leave once they answer."""
+    found: list[Path] = []
+
+    def there() -> bool:
+        found[:] = folder.glob("endpoints/*/servers-0.json")
+        return bool(found) or not launched.running()
+
+    wait_until(there, "servers", PATIENCE_S)
+    assert found, launched.end()
+    return found[0]
+
+
+def commands_on(slurm: VirtualSlurm, node: str) -> dict[int, str]:
+    found = {}
+    for pid in slurm.pids(node):
+        try:
+            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def listening(pid: int) -> Iterator[str]:
+    """Hexadecimal addresses that a process listens on, in its own network."""
+    try:
+        links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+        rows = [
+            line.split()
+            for table in ("tcp", "tcp6")
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+        ]
+    except OSError:  # it ended meanwhile
+        return
+    for row in rows:
+        if row[3] == "0A" and f"socket:[{row[9]}]" in links:
+            yield row[1].partition(":")[0]
+
+
+@pytest.fixture(scope="module")
+def served(virtual_slurm: VirtualSlurm, job: Job) -> Iterator[tuple[Launched, Path]]:
+    """Two nodes that train on what a real SGLang on a third one samples."""
+    settings = [*job.settings("served", replay=False), "train.steps=3"]
+    words = ["--nodes", "3", "--server-nodes", "1", "--env", f"ODD={ODD}", *settings]
+    launched = Launched(virtual_slurm, job, *words, "rollout.start_timeout_s=1200")
+    try:
+        yield launched, wait_for_servers(launched, job.folder("served"))
+    finally:
+        launched.stop()
+
+
+def test_servers_are_reached_by_the_nodes_address_and_a_key_of_the_run(
+    virtual_slurm: VirtualSlurm, job: Job, served: tuple[Launched, Path]
+) -> None:
+    file = served[1]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    (endpoint,) = json.loads(file.read_text())
+    assert endpoint["url"].startswith("http://10.77.0.3:")
+    commands = [
+        c for name in virtual_slurm.names for c in commands_on(virtual_slurm, name).values()
+    ]
+    assert any("rollout.serve" in command for command in commands)
+    assert not any(endpoint["api_key"] in command for command in commands)
+    key = endpoint["api_key"].encode()
+    texts = [path for path in served[0].home.rglob("*") if path.is_file()]
+    texts += [job.folder("served") / "recipe.yaml", *job.folder("served").glob("logs/*.log")]
+    assert texts
+    assert not [path for path in texts if key in path.read_bytes()]
+
+
+def test_servers_listen_on_loopback_and_the_nodes_address_alone(
+    virtual_slurm: VirtualSlurm, served: tuple[Launched, Path]
+) -> None:
+    servers = [p for p, c in commands_on(virtual_slurm, "node3").items() if "sglang" in c]
+    found = {address for pid in servers for address in listening(pid)}
+    assert "03004D0A" in found, "10.77.0.3"
+    assert found <= {"03004D0A", "0100007F"}
+
+
+def test_a_variable_arrives_as_it_is(
+    virtual_slurm: VirtualSlurm, served: tuple[Launched, Path]
+) -> None:
+    (pid,) = [
+        pid
+        for pid, command in commands_on(virtual_slurm, "node3").items()
+        if "-m megatron_prefix.rollout.serve" in command and "bash" not in command.split()[0]
+        if not command.startswith("srun")
+    ]
+    assert f"ODD={ODD}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+def test_the_run_ends_well_and_leaves_nothing_running(
+    virtual_slurm: VirtualSlurm, job: Job, served: tuple[Launched, Path]
+) -> None:
+    code, output = served[0].end()
+    assert code == 0, output
+    records = job.records("served")
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert max(record["logprob_diff_max"] for record in records) < 1e-3
+    assert not (job.folder("served") / "endpoints").exists()
+    wait_until(lambda: virtual_slurm.idle_nodes() == virtual_slurm.names, "idle nodes")
+    left = [c for name in virtual_slurm.names for c in commands_on(virtual_slurm, name).values()]
+    assert not [command for command in left if "megatron_prefix" in command or "sglang" in command]
+    assert not [path for folder in (Path.cwd(), job.root) for path in folder.rglob("INJECTED")]
+
+
+def test_a_detached_run_is_requeued_after_a_signal_and_goes_on(
+    virtual_slurm: VirtualSlurm, job: Job
+) -> None:
+    launched = Launched(virtual_slurm, job, "--detach", "--nodes", "2", *job.settings("detached"))
+    code, output = launched.end()
+    assert code == 0, output
+    (number,) = map(int, virtual_slurm.run("squeue", "--noheader", "--format=%i").split())
+    wait_until(lambda: len(job.records("detached")) >= 3, "3 steps", PATIENCE_S)
+    with frozen_until_signalled(virtual_slurm):
+        virtual_slurm.run("scancel", "--signal=USR1", str(number))
+    virtual_slurm.wait_for_restart(number, 1, PATIENCE_S)
+    assert virtual_slurm.wait_for_end(number, PATIENCE_S) == "COMPLETED"
+    assert [record["step"] for record in job.records("detached")] == list(range(1, STEPS + 1))
+    logs = sorted(path.name for path in launched.home.rglob(f"log-*_{number}_*.out"))
+    assert [name.rpartition("_")[2] for name in logs] == ["0.out", "1.out"]
+    (script,) = launched.home.rglob("detached_sbatch.sh")
+    assert re.search(r"^#SBATCH --signal=USR1@300$", script.read_text(), flags=re.MULTILINE)
+    subprocess.run(["bash", "-n", str(script)], check=True)

@@ -1,0 +1,73 @@
+"""Servers on a node of their own: how their end and the trainer's bear on the job's."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import STEPS, Job
+from tests.slurm.virtual_slurm import VirtualSlurm
+
+pytestmark = pytest.mark.slurm
+MULTI_NODE = str(Path(__file__).parents[2] / "slurm" / "multi_node.sbatch")
+
+
+def output_of(job: Job, name: str) -> str:
+    return (job.root.parent / f"{name}.out").read_text()
+
+
+def test_a_heterogeneous_job_ends_its_servers_with_its_trainer(
+    virtual_slurm: VirtualSlurm, job: Job
+) -> None:
+    """The rollouts are replayed, so that nothing waits for the servers to answer."""
+    groups = ["--nodes=1", ":", "--nodes=1"]
+    number = virtual_slurm.sbatch(
+        f"--output={job.root.parent}/het.out", *groups, MULTI_NODE, "gsm8k_bytes",
+        *job.settings("het"), "train.steps=3",
+    )  # fmt: skip
+    assert virtual_slurm.wait_for_end(number, 900) == "COMPLETED", output_of(job, "het")
+    assert len(job.records("het")) == 3
+    logs = job.folder("het") / "logs"
+    assert "error" not in (logs / f"job-{number}.0" / "servers.out").read_text()
+    assert list((job.folder("het") / "endpoints").iterdir()) == []
+    started = (logs / "servers-0" / "server-0.log").read_text()
+    assert "--host 10.77.0." in started, "on the address of its own node"
+
+
+def test_servers_do_not_hide_that_the_trainer_failed(virtual_slurm: VirtualSlurm, job: Job) -> None:
+    number = virtual_slurm.sbatch(
+        f"--output={job.root.parent}/failing.out", "--nodes=2", MULTI_NODE, "gsm8k_bytes",
+        *job.settings("failing"), f"train.steps={STEPS + 1}",
+        # Fails as soon as the first rollouts are looked for.
+        f"rollout.replay={job.student}",
+    )  # fmt: skip
+    assert virtual_slurm.wait_for_end(number, 900) == "FAILED", output_of(job, "failing")
+    assert virtual_slurm.job(number)["ExitCode"] == "1:0"
+    assert virtual_slurm.job(number)["Restarts"] == "0", "a failure is not tried again"
+    told = (job.folder("failing") / "logs" / f"job-{number}.0" / "trainer.out").read_text()
+    assert "no recorded rollouts of step 0" in told
+
+
+def test_a_server_that_cannot_start_fails_the_job(virtual_slurm: VirtualSlurm, job: Job) -> None:
+    number = virtual_slurm.sbatch(
+        f"--output={job.root.parent}/no-server.out", "--nodes=2", MULTI_NODE, "gsm8k_bytes",
+        *job.settings("no-server", replay=False), "rollout.server_args=[--no-such-option]",
+        "rollout.start_timeout_s=1200",
+    )  # fmt: skip
+    assert virtual_slurm.wait_for_end(number, 900) == "FAILED", output_of(job, "no-server")
+    assert virtual_slurm.job(number)["ExitCode"] == "1:0"
+    assert "a server ended, see" in output_of(job, "no-server")
+    told = (job.folder("no-server") / "logs" / f"job-{number}.0" / "servers.out").read_text()
+    assert "no-such-option" in told
+
+
+def test_bad_input_is_told_at_once_and_never_tried_again(
+    virtual_slurm: VirtualSlurm, job: Job
+) -> None:
+    number = virtual_slurm.sbatch(
+        f"--output={job.root.parent}/bad.out", "--nodes=2", MULTI_NODE, "gsm8k_bytes",
+        *job.settings("bad"), "train.stepz=3", SERVER_NODES="0",
+    )  # fmt: skip
+    assert virtual_slurm.wait_for_end(number, 900) == "FAILED"
+    assert virtual_slurm.job(number)["ExitCode"] == "2:0"
+    assert "Did you mean 'train.steps'" in output_of(job, "bad")
+    assert not job.folder("bad").exists()

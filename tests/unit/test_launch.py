@@ -1,0 +1,187 @@
+"""``megatron-prefix launch`` without a cluster: its scripts, its quoting, its words on bad input.
+
+A golden file that is not there is written, and the test fails once: read it and keep it.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_prefix.cli import build_parser, main
+from megatron_prefix.cluster import Cluster, check_cluster, server_script, trainer_script
+from megatron_prefix.config import DataConfig, ModelConfig, Recipe, RolloutConfig
+from megatron_prefix.launch_arguments import cluster_of
+from megatron_prefix.recipe import save_record
+from megatron_prefix.tokenizers import write_byte_tokenizer
+from tests.tiny_models import write_tiny_qwen3
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+HOME = "/cluster/nemo"
+ODD = 'it\'s  "$(touch INJECTED)" `touch INJECTED` $HOME $$ \\ /nemo_run\n2nd line'
+ONE_NODE = ["--gpus-per-node", "8", "--python", "python3"]
+STEPS = [
+    *("--nodes", "3", "--server-nodes", "1", "--gpus-per-node", "8", "--max-restarts", "2"),
+    *("--partition", "big one", "--account", "me", "--time", "12:00:00", "--singleton"),
+    *("--container", "/images/it's.sqsh", "--mount", "/a $(b):/c d", "--module", "cuda/13.0"),
+    *("--env", f"ODD={ODD}", "--signal-before", "600"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the command is given, with a model and prompts."""
+    monkeypatch.chdir(tmp_path)
+    write_byte_tokenizer(write_tiny_qwen3(tmp_path / "model", vocab_size=264))
+    Path("prompts.jsonl").write_text('{"prompt": "2+2?"}\n')
+    model = ModelConfig(hf_path="model")
+    data = DataConfig(path="prompts.jsonl", max_prompt_length=64)
+    recipe = Recipe(student=model, teacher=model, data=data)
+    recipe = replace(recipe, prefix=replace(recipe.prefix, max_length=75))
+    save_record(recipe, tmp_path / "sound")
+    return tmp_path
+
+
+def dry_run(folder: Path, *words: str) -> str:
+    """In a process of its own: nemo-run keeps its home from when it is imported."""
+    command = [sys.executable, "-m", "megatron_prefix.cli", "launch", "sound/recipe.yaml"]
+    command += ["run.name=it's a $(run)", "train.global_batch_size=128", "train.micro_batch_size=1"]
+    done = subprocess.run(
+        [*command, "--executor", "slurm", "--dryrun", *words],
+        env={**os.environ, "NEMORUN_HOME": HOME},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.replace(str(folder), "/FOLDER")
+
+
+@pytest.mark.parametrize("name, words", [("one_node", ONE_NODE), ("steps", STEPS)])
+def test_a_dry_run_prints_the_scripts_and_writes_nothing(
+    name: str, words: list[str], folder: Path
+) -> None:
+    before = sorted(folder.rglob("*"))
+    text = dry_run(folder, *words)
+    golden = GOLDEN / f"launch_{name}.sh"
+    if not golden.exists():
+        golden.write_text(text)
+        pytest.fail(f"{golden} was written anew")
+    assert text == golden.read_text()
+    assert sorted(folder.rglob("*")) == before
+    assert not Path(HOME).exists()
+
+
+@pytest.mark.parametrize("name", ["one_node", "steps"])
+def test_the_printed_scripts_are_shell(name: str) -> None:
+    scripts = (GOLDEN / f"launch_{name}.sh").read_text().split("# ==> ")[1:]
+    assert len(scripts) == {"one_node": 2, "steps": 3}[name]
+    for script in scripts:
+        body = script.partition("\n")[2]
+        done = subprocess.run(["bash", "-n"], input=body, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_only_checked_words_and_numbers_reach_the_batch_script() -> None:
+    batch = (GOLDEN / "launch_steps.sh").read_text().split("# ==> ")[1]
+    assert batch.count("touch") == 0, "a variable's value"
+    steps = [shlex.split(line) for line in batch.splitlines() if line.startswith("srun ")]
+    assert len(steps) == 2
+    for words in steps:
+        assert words[words.index("--container-image") + 1] == "/images/it's.sqsh"
+        assert words[words.index("--container-mounts") + 1].startswith("/a $(b):/c d,")
+    # The run's name as a folder, which is quoted.
+    assert batch.count("$(run)") == batch.count("endpoints='/FOLDER/runs/it'\"'\"'s a $(run)/") == 1
+
+
+def test_a_steps_script_hands_values_on_as_they_are(tmp_path: Path) -> None:
+    here = tmp_path / "a $(touch INJECTED) 'b"
+    record = here / "nemo_run $x" / "recipe.yaml"
+    record.parent.mkdir(parents=True)
+    tool = tmp_path / "tool"
+    tool.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "print(json.dumps([sys.argv[1:], os.environ['ODD'], os.getcwd()]))\n"
+    )
+    tool.chmod(0o755)
+    cluster = Cluster(nodes=3, server_nodes=1, env=(("ODD", ODD),), python=str(tool))
+    variables = {"run_head": "node1", "run_attempt": "7.0", "SLURM_JOB_ID": "20007"}
+    seen = []
+    for script in (trainer_script(cluster, record, here), server_script(cluster, record, here)):
+        command = ["bash", "-c", script.replace("/nemo_run", "/replaced by nemo-run")]
+        told = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+        seen.append(json.loads(told.stdout))
+    endpoints = str(record.parent / "endpoints" / "7.0")
+    assert seen[0][1:] == seen[1][1:] == [ODD, str(here)]
+    assert seen[0][0][:3] == ["-m", "megatron_prefix.agent", str(record)]
+    assert seen[0][0][3:] == [
+        *("--nodes", "2", "--ranks-per-node", "1", "--max-restarts", "0", "--id", "7.0"),
+        *("--rendezvous", "node1:20007", "--endpoints", endpoints, "--endpoint-files", "1"),
+    ]
+    assert seen[1][0][1:3] == ["megatron_prefix.rollout.serve", str(record)]
+    assert seen[1][0][3:] == ["--peer", "node1", "--endpoints-dir", endpoints]
+    assert not list(tmp_path.rglob("INJECTED"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "2"], "--nodes 2 needs --executor slurm"),
+        (["--executor", "slurm", "--nodes", "2"], "give --server-nodes 1"),
+        (["--executor", "slurm", "--nodes", "2", "--server-nodes", "2"], "leave one to train on"),
+        (["--executor", "slurm", "--partition", "a\nb"], "control character"),
+        (["--env", "a b=1"], "is no variable's name"),
+        (["--env", "NOT_SET_ANYWHERE"], "no such variable here; give NOT_SET_ANYWHERE=value"),
+        (["--gpus-per-node", "3"], "must be a multiple of"),
+    ],
+)
+def test_bad_words_are_told_in_one_line(
+    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "sound/recipe.yaml", *words]) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.err.count("\n") == 1
+    assert not (folder / "runs").exists()
+
+
+def test_nodes_that_serve_are_refused_where_nothing_is_asked_of_them() -> None:
+    cluster = Cluster(executor="slurm", nodes=2, server_nodes=1)
+    check_cluster(cluster, Recipe())
+    for rollout in (RolloutConfig(replay="old"), RolloutConfig(server_urls=("http://a:1",))):
+        with pytest.raises(ValueError, match="--server-nodes 1 is not needed"):
+            check_cluster(cluster, Recipe(rollout=rollout))
+
+
+def test_options_win_over_the_recipes_own_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "from megatron_prefix.cluster import Cluster\nfrom megatron_prefix.config import Recipe\n"
+        "def recipe():\n    return Recipe()\n"
+        "def cluster():\n    return Cluster(executor='slurm', nodes=5, partition='gpu')\n"
+    )
+    monkeypatch.setenv("HERE", "a b")
+    words = ["--nodes", "4", "--env", "HERE", "--env", "X=1=2", "--mount", "/a:/b"]
+    arguments = build_parser().parse_args(["launch", str(recipe), *words])
+    assert cluster_of(arguments) == Cluster(
+        executor="slurm",
+        nodes=4,
+        partition="gpu",
+        env=(("HERE", "a b"), ("X", "1=2")),
+        mounts=("/a:/b",),
+    )
+
+
+def test_world_sizes() -> None:
+    assert Cluster().world_size == 0, "the recipe's"
+    assert Cluster(gpus_per_node=8).world_size == 8
+    assert Cluster(nodes=3, server_nodes=1).world_size == 2
+    assert Cluster(nodes=3, server_nodes=1, gpus_per_node=8).world_size == 16
+    assert Cluster(nodes=3, gpus_per_node=8, ranks_per_node=4).world_size == 12
