@@ -129,7 +129,7 @@ def prefix_divergence(
         hidden_gradient=differentiate and student_hidden.requires_grad,
         weight_gradient=differentiate and student_weight.requires_grad,
         main_grad=getattr(student_weight, "main_grad", None),
-        workspace=workspace or Workspace(),
+        workspace=workspace or Workspace(huge_pages=False),
     )
     if differentiate and student_weight.requires_grad and task.main_grad is not None:
         student_weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
