@@ -34,7 +34,7 @@ def main() -> int:
     arguments = _arguments()
     _block_signals()
     threading.Thread(target=_forward, name="signals", daemon=True).start()
-    # torch 2.14 keeps one store over restarts, where new ranks then find the addresses of dead ones.
+    # torch 2.14 keeps one store over restarts: new ranks find the addresses of dead ones in it.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # After the signals are blocked: torch may start threads, which would else take them.
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

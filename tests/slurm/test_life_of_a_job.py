@@ -142,7 +142,8 @@ def test_a_killed_rank_is_restarted_in_place(
     virtual_slurm: VirtualSlurm, job: Job, plain: tuple[int, str]
 ) -> None:
     number = submit(virtual_slurm, job, "restarted", MAX_RESTARTS="1")
-    wait_until(lambda: len(job.records("restarted")) >= 3, "3 steps", PATIENCE_S)
+    saved = job.folder("restarted") / "checkpoints" / "step_00000002"
+    wait_until(saved.exists, "a checkpoint", PATIENCE_S)
     os.kill(rank_pids(virtual_slurm)[-1], signal.SIGKILL)
     state = virtual_slurm.wait_for_end(number, PATIENCE_S)
     assert state == "COMPLETED", (job.root.parent / "restarted.out").read_text()
