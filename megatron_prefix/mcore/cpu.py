@@ -6,14 +6,18 @@ is a GPU. This file answers those calls on the CPU and touches nothing else. Cal
 """
 
 import contextlib
+import ctypes
 import functools
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CPU = torch.device("cpu")
 FACTORIES = (
     "arange",
@@ -220,7 +224,14 @@ def _adapt_checkpoint_writers() -> None:
     def forked_queue(_: str = "spawn") -> Any:
         # Spawning imports torch once more for every rank; without CUDA a fork is safe.
         if filesystem_async._results_queue is None:
-            filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+            manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+            manager.start(initializer=_die_with_rank)
+            filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
     filesystem_async.get_write_results_queue = forked_queue
+
+
+def _die_with_rank() -> None:
+    """For the queue's process, which would outlive a rank that is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -184,14 +184,22 @@ def test_what_was_trained_is_exported_and_loads(
     assert tokenizer.decode(tokenizer.encode("2+2", add_special_tokens=False)) == "2+2"
 
 
-def test_killed_outright_it_leaves_neither_ranks_nor_servers(job: Job, tmp_path: Path) -> None:
+def test_killed_outright_its_ranks_leave_nothing(
+    job: Job, resumed: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
     marker = str(tmp_path)
     process = subprocess.Popen(
-        job.command(f"run.output_dir={tmp_path}"),
+        job.command(
+            f"run.output_dir={tmp_path}",
+            f"rollout.replay={job.folder / 'rollouts'}",
+            "checkpoint.save_interval=1",
+        ),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    assert wait_until(lambda: len(children_of(f"megatron_prefix.worker {marker}")) == 2)
+    # Replayed, so that a save (which forks a process for its results) comes within seconds.
+    assert wait_until(lambda: (tmp_path / "job" / "checkpoints").exists())
+    assert len(children_of(f"megatron_prefix.worker {marker}")) >= 2
     process.kill()
     process.wait()
     assert wait_until(lambda: not children_of(marker) and not children_of(str(job.student)))
