@@ -38,6 +38,7 @@ from megatron_prefix.rollout.protocol import ServerUnavailable
 from megatron_prefix.rollout.weights import WeightGroup
 from megatron_prefix.run_log import RunLog
 from megatron_prefix.sources import ReplaySource, ServerSource
+from megatron_prefix.student import Objective
 from megatron_prefix.teacher import ColocatedTeacher
 from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
 from megatron_prefix.trainer import Parts, Publisher, Trainer
@@ -69,7 +70,7 @@ def assemble(
             Parts(
                 student=trainable,
                 teacher=ColocatedTeacher(teacher, groups.layout, device),
-                teacher_head=_teacher_head(student, teacher, device),
+                objective=Objective(recipe.loss, _teacher_head(student, teacher, device)),
                 publisher=_publisher(recipe, student, endpoints, folder, stack),
                 checkpointer=Checkpointer(folder / "checkpoints", trainable, recipe.checkpoint),
                 conductor=_conductor(recipe, folder, endpoints, stop_requested, stack),

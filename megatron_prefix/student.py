@@ -2,18 +2,27 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prefix.config import LossConfig
-from megatron_prefix.loss import prefix_divergence
+from megatron_prefix.loss import Workspace, prefix_divergence
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.optimizer import TrainableStudent
 from megatron_prefix.mcore.schedule import OnPrefix, run_schedule
 from megatron_prefix.types import PrefixBatch, TeacherHead, TeacherTargets
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the student's last stage computes, and with what; kept for the whole run."""
+
+    loss: LossConfig
+    teacher_head: TeacherHead | None  # on the last stage
+    workspace: Workspace = field(default_factory=Workspace)
 
 
 @dataclass(frozen=True)
@@ -67,17 +76,16 @@ def forward_backward(
     student: TrainableStudent,
     batches: Sequence[PrefixBatch],
     targets: Sequence[TeacherTargets],
-    teacher_head: TeacherHead | None,
-    loss: LossConfig,
+    objective: Objective,
     prefix_length: int,
 ) -> PrefixSums:
     """Gradients of this rank's microbatches, reduced over data-parallel ranks, in ``main_grad``.
 
-    ``targets`` and ``teacher_head`` are given on the last stage alone. Collective.
+    ``targets`` and the objective's head are given on the last stage alone. Collective.
     """
     model = student.model
     seen = _Accumulator(prefix_length, batches[0].input_ids.device)
-    divergence = _divergence(model, targets, teacher_head, loss, seen)
+    divergence = _divergence(model, targets, objective, seen)
     student.zero_grad()
     run_schedule(model, student.ddp, batches, divergence, forward_only=False)
     return _reduce(seen, counts=model.groups.counts)
@@ -88,8 +96,7 @@ def score(
     student: TrainableStudent,
     batches: Sequence[PrefixBatch],
     targets: Sequence[TeacherTargets],
-    teacher_head: TeacherHead | None,
-    loss: LossConfig,
+    objective: Objective,
     prefix_length: int,
 ) -> PrefixSums:
     """The sums of :func:`forward_backward` without gradients: nothing is trained. Collective."""
@@ -97,7 +104,7 @@ def score(
     seen = _Accumulator(prefix_length, batches[0].input_ids.device)
     model.module.eval()
     try:
-        divergence = _divergence(model, targets, teacher_head, loss, seen)
+        divergence = _divergence(model, targets, objective, seen)
         run_schedule(model, model.module, batches, divergence, forward_only=True)
     finally:
         model.module.train()
@@ -107,12 +114,11 @@ def score(
 def _divergence(
     model: MegatronModel,
     targets: Sequence[TeacherTargets],
-    teacher_head: TeacherHead | None,
-    loss: LossConfig,
+    objective: Objective,
     seen: _Accumulator,
 ) -> OnPrefix:
     """What the last stage does with a microbatch's hidden states; ``seen`` gathers what it saw."""
-    waiting = iter(targets)
+    waiting, loss, teacher_head = iter(targets), objective.loss, objective.teacher_head
 
     def divergence(batch: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
         assert head is not None and teacher_head is not None
@@ -130,6 +136,7 @@ def _divergence(
             chunk_size=loss.chunk_size or None,
             sequence_parallel=model.config.sequence_parallel,
             labels=batch.labels,
+            workspace=objective.workspace,
         )
         assert result.label_logprobs is not None
         seen.add(batch, result.loss.detach(), result.kl, result.label_logprobs)

@@ -17,9 +17,9 @@ from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
 from megatron_prefix.orders import Order, share_order
 from megatron_prefix.phases import Phases
-from megatron_prefix.student import PrefixSums, forward_backward, score
+from megatron_prefix.student import Objective, PrefixSums, forward_backward, score
 from megatron_prefix.teacher import Teacher
-from megatron_prefix.types import PrefixBatch, StepMetrics, TeacherHead
+from megatron_prefix.types import PrefixBatch, StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Parts:
 
     student: TrainableStudent
     teacher: Teacher
-    teacher_head: TeacherHead | None  # on the student's last stage
+    objective: Objective
     publisher: Publisher
     checkpointer: Checkpointer
     conductor: Conductor | None  # on rank 0
@@ -101,8 +101,7 @@ class Trainer:
                 parts.student,
                 self._own_batches(order, plan),
                 targets,
-                parts.teacher_head,
-                self._recipe.loss,
+                parts.objective,
                 order.prefix_length,
             )
         lr = parts.student.lr
@@ -195,8 +194,7 @@ class Trainer:
             parts.student,
             self._own_batches(order, plan),
             parts.teacher.targets(order.rollouts, plan),
-            parts.teacher_head,
-            self._recipe.loss,
+            parts.objective,
             order.prefix_length,
         )
         if parts.conductor:

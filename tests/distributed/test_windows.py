@@ -7,7 +7,6 @@ import torch
 import transformers
 
 from megatron_prefix.batch import pack, plan_microbatches
-from megatron_prefix.config import LossConfig
 from megatron_prefix.student import PrefixSums, forward_backward, score
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
@@ -42,9 +41,7 @@ def windowed_step(world: World, start: int) -> PrefixSums:
     mine = range(groups.dp_rank * per_rank, (groups.dp_rank + 1) * per_rank)
     batches = [pack(sampled, plan, m, CPU) for m in mine]
     targets = world.teacher.targets(sampled, plan)
-    return forward_backward(
-        world.student, batches, targets, world.head, LossConfig(), LONGEST_PREFIX
-    )
+    return forward_backward(world.student, batches, targets, world.objective, LONGEST_PREFIX)
 
 
 def gradients(case: Case, start: int) -> dict[str, torch.Tensor]:
@@ -108,7 +105,7 @@ def scored_then_trained(case: Case, world_size: int) -> tuple[PrefixSums, Prefix
     batches = [pack(sampled, plan, m, CPU) for m in mine]
     targets = world.teacher.targets(sampled, plan)
     world.student.zero_grad()
-    probed = score(world.student, batches, targets, world.head, LossConfig(), LONGEST_PREFIX)
+    probed = score(world.student, batches, targets, world.objective, LONGEST_PREFIX)
     module = world.student.model.module
     left = sum(float(param.main_grad.abs().sum()) for param in module.parameters())
     assert module.training

@@ -14,7 +14,7 @@ from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import MegatronModel, build_model
 from megatron_prefix.mcore.optimizer import TrainableStudent, make_trainable
 from megatron_prefix.mcore.weights import head_shard, hf_buckets, load_hf_weights
-from megatron_prefix.student import forward_backward
+from megatron_prefix.student import Objective, forward_backward
 from megatron_prefix.teacher import ColocatedTeacher
 from megatron_prefix.types import Rollout, TeacherHead
 
@@ -85,7 +85,7 @@ class World:
 
     student: TrainableStudent
     teacher: ColocatedTeacher
-    head: TeacherHead | None
+    objective: Objective
 
     @classmethod
     def build(cls, case: Case, world_size: int) -> "World":
@@ -98,18 +98,16 @@ class World:
             weight = head_shard(teacher, student.vocab_rows, groups.tp_rank, vocab)
             head = TeacherHead(weight, vocab)
         trainable = make_trainable(student, case.optimizer, 100)
-        return cls(trainable, ColocatedTeacher(teacher, groups.layout, CPU), head)
+        objective = Objective(LossConfig(), head)
+        return cls(trainable, ColocatedTeacher(teacher, groups.layout, CPU), objective)
 
     def step(self, sampled: Sequence[Rollout], *, multiple: int = 8):
         groups = self.student.model.groups
         plan = plan_microbatches(sampled, MICROBATCHES, multiple=multiple)
-        per_rank = MICROBATCHES // groups.layout.dp
-        mine = range(groups.dp_rank * per_rank, (groups.dp_rank + 1) * per_rank)
+        mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
         batches = [pack(sampled, plan, m, CPU) for m in mine]
         targets = self.teacher.targets(sampled, plan)
-        return forward_backward(
-            self.student, batches, targets, self.head, LossConfig(), LONGEST_PREFIX
-        )
+        return forward_backward(self.student, batches, targets, self.objective, LONGEST_PREFIX)
 
     def weights(self) -> dict[str, torch.Tensor]:
         # A bucket smaller than the model, so that several are made.

@@ -33,7 +33,7 @@ def one_step(student: Path, teacher: Path, fp8: Fp8Config, device: torch.device)
     from megatron_prefix.mcore.fp8 import SEQUENCE_MULTIPLE
     from megatron_prefix.mcore.optimizer import make_trainable
     from megatron_prefix.mcore.weights import head_shard
-    from megatron_prefix.student import forward_backward
+    from megatron_prefix.student import Objective, forward_backward
     from megatron_prefix.teacher import ColocatedTeacher
     from tests.distributed.world import LONGEST_PREFIX, build
 
@@ -41,10 +41,11 @@ def one_step(student: Path, teacher: Path, fp8: Fp8Config, device: torch.device)
     master = build(ModelConfig(hf_path=str(teacher)), 1, owner="teacher")
     trainable = make_trainable(learner, OptimizerConfig(), 10)
     head = TeacherHead(head_shard(master, learner.vocab_rows, 0, VOCABULARY).to(device), VOCABULARY)
+    objective = Objective(LossConfig(), head)
     plan = plan_microbatches(sampled(), 2, multiple=SEQUENCE_MULTIPLE)
     batches = [pack(sampled(), plan, m, device) for m in range(2)]
     targets = ColocatedTeacher(master, learner.groups.layout, device).targets(sampled(), plan)
-    sums = forward_backward(trainable, batches, targets, head, LossConfig(), LONGEST_PREFIX)
+    sums = forward_backward(trainable, batches, targets, objective, LONGEST_PREFIX)
     gradient = [p.main_grad.float().flatten() for p in learner.module.parameters()]
     return Outcome(sums.loss, torch.cat(gradient).clone())
 
