@@ -50,7 +50,8 @@ def _rank_main(
     from megatron_prefix.mcore.cpu import adapt_to_cpu
 
     if adapt_to_cpu():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+        # A fork does not inherit OpenMP's threads, and would wait for them for ever.
+        torch.set_num_threads(1)
     else:
         torch.cuda.set_device(rank)
     dist.init_process_group(
