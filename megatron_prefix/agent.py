@@ -18,12 +18,12 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_prefix.exit_codes import FAILED
 from megatron_prefix.rollout.addresses import own_address
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
-FAILED = 1
 # What Slurm sends before it takes the nodes away. The other signals end the ranks at once.
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 _OTHER_SIGNALS = "SIGINT,SIGHUP,SIGQUIT"

@@ -10,10 +10,10 @@ from pathlib import Path
 from megatron_prefix.config import Recipe
 from megatron_prefix.eval_arguments import EXAMPLES as _EVAL_EXAMPLES
 from megatron_prefix.eval_arguments import add_eval_arguments
+from megatron_prefix.exit_codes import BAD_INPUT, DONE, FAILED
 from megatron_prefix.launch_arguments import EXAMPLES as _LAUNCH_EXAMPLES
 from megatron_prefix.launch_arguments import add_launch_arguments
 
-DONE, FAILURE, BAD_INPUT = 0, 1, 2
 _WITHOUT_RECIPE = ("eval", "doctor")
 
 _RECIPES = """\
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
+        return FAILED
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -248,7 +248,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         from rich.console import Console
 
         print_findings(findings, Console())
-    return DONE if findings.cpu_path else FAILURE
+    return DONE if findings.cpu_path else FAILED
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ from rich.table import Table
 from megatron_prefix import eval_run
 from megatron_prefix.config import DataConfig, EvalConfig, Recipe, RolloutConfig
 from megatron_prefix.evaluate import load_eval_set
+from megatron_prefix.exit_codes import DONE, FAILED, SAVED
 from megatron_prefix.limits import RANGES, check_choice
 from megatron_prefix.recipe import RECORD_NAME, load_record
 from megatron_prefix.rollout.protocol import Sampling, SglangError
 from megatron_prefix.rollout.server import ServerFailed, server_pool
 from megatron_prefix.scorers import load_scorer
 
-DONE, FAILED, STOPPED = 0, 1, 75
 _REQUEST_TIMEOUT_S = 7200.0  # of one answer, which may be long and waits for others
 _EXPORTER = "tools/convert_megatron_to_hf.py"  # of a checkout
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -227,7 +227,7 @@ def run_eval(job: EvalJob, console: Console, as_json: bool) -> int:
         print(
             f"stopped; answers are kept in {job.output}, the same command goes on", file=sys.stderr
         )
-        return STOPPED
+        return SAVED
     except (SglangError, ServerFailed) as error:
         print(f"megatron-prefix: error: {error}", file=sys.stderr)
         return FAILED

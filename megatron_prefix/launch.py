@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from megatron_prefix.cluster import Cluster, quote, server_script, setup_lines, trainer_script
 from megatron_prefix.config import Recipe
+from megatron_prefix.exit_codes import DONE, FAILED
 
 if TYPE_CHECKING:
     import nemo_run
 
-DONE, FAILED = 0, 1
 _JOB_NAMES = "megatron-prefix."
 _UNQUOTED = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 _MONITOR_S = 5  # between two looks at the steps

@@ -13,12 +13,12 @@ from types import FrameType
 
 from megatron_prefix import die_with_parent
 from megatron_prefix.config import Recipe
+from megatron_prefix.exit_codes import DONE, FAILED, SAVED
 from megatron_prefix.recipe import check_run_folder, save_record
 from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
 from megatron_prefix.rollout.server import Server, free_port, start_server
 from megatron_prefix.validate import resolve_world_size
 
-DONE, FAILED, SAVED = 0, 1, 75  # exit codes; 75: stopped by a signal, state saved, can be resumed
 POLL_S = 0.1
 GRACE_S = 20.0  # a failing run's other ranks get this long before SIGKILL
 

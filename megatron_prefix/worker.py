@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_prefix.config import Recipe, RolloutConfig
+from megatron_prefix.exit_codes import DONE, FAILED, SAVED
 from megatron_prefix.recipe import load_record
 from megatron_prefix.rollout.addresses import await_endpoints, read_endpoints, recipe_endpoints
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.run_log import setup_logging
 
 logger = logging.getLogger("megatron_prefix.worker")  # this file runs as __main__
-DONE, FAILED, SAVED = 0, 1, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 

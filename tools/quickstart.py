@@ -10,13 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_prefix.cli import main as command
+from megatron_prefix.exit_codes import BAD_INPUT, SAVED
 from megatron_prefix.recipe import load_recipe
 from megatron_prefix.report import phase_table, quickstart_figure, summary_table
 from megatron_prefix.run_history import load_run, summarise, write_summary
 from megatron_prefix.tasks import sort_chain
 
 RECIPE = "recipes/quickstart.py"
-SAVED = 75  # the command's exit code after a signal, with everything saved
 
 
 def main(overrides: list[str]) -> int:
@@ -25,7 +25,7 @@ def main(overrides: list[str]) -> int:
         recipe = load_recipe(RECIPE, overrides=overrides)
     except ValueError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     folder = Path(recipe.run.output_dir, recipe.run.name)
     moved = move_aside(folder)
     if moved:

@@ -4,9 +4,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_prefix.exit_codes import BAD_INPUT
 from megatron_prefix.mcore.folders import leftovers
-
-BAD_INPUT = 2
 
 
 def run_tool(name: str, work: Callable[[], int]) -> int:

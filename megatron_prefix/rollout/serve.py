@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
+from megatron_prefix.exit_codes import DONE, FAILED
 from megatron_prefix.recipe import load_record
 from megatron_prefix.rollout.addresses import own_address, write_endpoints
 from megatron_prefix.rollout.server import ServerFailed, server_pool
 
-DONE, FAILED = 0, 1
 # Blocked, not ignored: SGLang would put handlers of its own in place.
 _FOR_THE_TRAINER = (signal.SIGTERM, signal.SIGUSR1)
 _POLL_S = 0.5

@@ -21,7 +21,7 @@ IN_THE_SERVER = "rollout.cpu_engine"
 
 # From the bottom up: a module imports modules of its own layer and of those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "types"),
+    ("config", "types", "exit_codes"),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
     ("recipe", "cluster", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
@@ -46,7 +46,7 @@ EDGES = {
 }
 # What a module may import of ours, where the layers alone would allow more.
 ONLY = {"recipe": ("config",), "cluster": ("config",), "loss": ("loss",)}
-ONLY |= {"launch": ("config", "recipe", "cluster")}
+ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes")}
 # Importing these may bring Megatron along; importing any other must not.
 NEEDS_MEGATRON = ("mcore", "teacher", "student", "publisher", "trainer", "assemble")
 WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "limits", "plan", "plan_view")
