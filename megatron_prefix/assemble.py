@@ -25,7 +25,7 @@ from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import MegatronModel, build_model
 from megatron_prefix.mcore.optimizer import make_trainable
 from megatron_prefix.mcore.weights import head_shard, load_hf_weights
-from megatron_prefix.prefix import Ledger, build_policy, model_shape
+from megatron_prefix.prefix import Ledger, build_cut_off, build_policy, model_shape
 from megatron_prefix.prompts import PromptStream
 from megatron_prefix.publisher import (
     NoPublisher,
@@ -189,7 +189,9 @@ def _source(
 ) -> RolloutSource:
     if recipe.rollout.replay:
         return ReplaySource(Path(recipe.rollout.replay))
-    collector = stack.enter_context(Collector(endpoints, recipe.rollout, stops))
+    vocab_size = read_hf_model(recipe.student.hf_path).shape.vocab_size
+    cut_off = build_cut_off(recipe.prefix.cut_off, vocab_size)
+    collector = stack.enter_context(Collector(endpoints, recipe.rollout, stops, cut_off))
     record = folder / "rollouts" if recipe.rollout.record else None
     return ServerSource(recipe, PromptStream(recipe.data, tokenizer), collector, record)
 

@@ -92,6 +92,21 @@ class AdaptiveConfig:
 
 
 @dataclass(frozen=True)
+class CutOffConfig:
+    """Where one rollout ends before the step's length, while the server samples it."""
+
+    # none | surprisal (-ln p of the sampled tokens) | entropy (bounded from the server's top_k):
+    # cut where the mean over the last ``window`` tokens is at most ``threshold``; or
+    # "package.module:Class" of a user's own
+    rule: str = "none"
+    threshold: float = 0.1  # nats a token
+    window: int = 16  # tokens
+    min_tokens: int = 32  # no rollout is cut before it has so many
+    top_k: int = 20  # entropy: log-probabilities that the server sends of each token
+    check_every: int = 4  # tokens between two looks; what is sampled past a cut is thrown away
+
+
+@dataclass(frozen=True)
 class PrefixConfig:
     """The prefix policy. ``prefix/`` holds one file a policy; lengths are in tokens."""
 
@@ -107,6 +122,7 @@ class PrefixConfig:
     late: LateConfig = field(default_factory=LateConfig)
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
+    cut_off: CutOffConfig = field(default_factory=CutOffConfig)
     options: dict[str, float] = field(default_factory=dict)  # for a user's own policy
 
 

@@ -85,6 +85,7 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
         "optimizer/skipped": float(metrics.skipped),
         "prefix/length": metrics.prefix_length,
         "prefix/cut_fraction": metrics.cut_fraction,
+        "prefix/cut_off_fraction": metrics.cut_off_fraction,
         "prefix/prefix_tokens": metrics.prefix_tokens,
         "prefix/prompt_tokens": metrics.prompt_tokens,
         "rollout/policy_version": metrics.policy_version,

@@ -260,6 +260,7 @@ def step_metrics(
         prefix_tokens=sum(len(r.prefix_ids) for r in rollouts),
         prompt_tokens=sum(len(r.prompt_ids) for r in rollouts),
         cut_fraction=reached / len(rollouts),
+        cut_off_fraction=sum(r.finish_reason == "cut" for r in rollouts) / len(rollouts),
         policy_version=sampled_version,
         policy_lag=sum(sampled_version - r.policy_version for r in rollouts) / len(rollouts),
         logprob_diff_max=sums.worst.difference,

@@ -123,3 +123,4 @@ class StepMetrics:
     flops: Flops = Flops()
     flops_full: Flops = Flops()  # the same step's full-length counterfactual
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    cut_off_fraction: float = 0.0  # of rollouts that a per-rollout rule ended early

@@ -14,7 +14,7 @@ from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.hf_folder import check_sizes, check_tensors, read_hf_folder
 from megatron_prefix.layout import Layout, layers_by_stage, least_world_size, model_layout
 from megatron_prefix.limits import check_settings
-from megatron_prefix.prefix import build_policy, loss_start
+from megatron_prefix.prefix import build_cut_off, build_policy, loss_start
 
 if TYPE_CHECKING:
     from megatron_prefix.mcore.hf_map import HfModel
@@ -95,6 +95,7 @@ def _check_policy(recipe: Recipe) -> None:
     for step in range(recipe.train.steps):
         policy.length(step)
         loss_start(policy, step)
+    build_cut_off(recipe.prefix.cut_off, vocab_size=2)  # its settings need no model's
 
 
 def _check_run(recipe: Recipe) -> None:

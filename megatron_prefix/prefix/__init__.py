@@ -1,16 +1,21 @@
 """The prefix engine: how long a prefix is at each step, and what it costs. Pure: no torch."""
 
+from megatron_prefix.prefix.cutoff import CutOff, CutOffRule, SampledToken, build_cut_off
 from megatron_prefix.prefix.flops import ModelShape, model_shape, rollout_flops, step_flops
 from megatron_prefix.prefix.ledger import Ledger, StepCost
 from megatron_prefix.prefix.policy import PrefixObservation, PrefixPolicy, loss_start
 from megatron_prefix.prefix.registry import build_policy
 
 __all__ = [
+    "CutOff",
+    "CutOffRule",
     "Ledger",
     "ModelShape",
     "PrefixObservation",
     "PrefixPolicy",
+    "SampledToken",
     "StepCost",
+    "build_cut_off",
     "build_policy",
     "loss_start",
     "model_shape",

@@ -1,7 +1,6 @@
 """From the recipe's ``prefix`` section to a policy."""
 
 import difflib
-import importlib
 from collections.abc import Callable, Mapping
 
 from megatron_prefix.config import PrefixConfig
@@ -13,6 +12,7 @@ from megatron_prefix.prefix.late import LatePolicy
 from megatron_prefix.prefix.linear import LinearPolicy
 from megatron_prefix.prefix.policy import PrefixObservation, PrefixPolicy, State, loss_start
 from megatron_prefix.prefix.steps import StepsPolicy
+from megatron_prefix.prefix.users import import_by_path
 from megatron_prefix.prefix.window import WindowPolicy
 
 PolicyClass = Callable[[PrefixConfig, int], PrefixPolicy]
@@ -90,14 +90,7 @@ def build_policy(config: PrefixConfig, total_steps: int) -> PrefixPolicy:
 
 
 def _users_policy(config: PrefixConfig, total_steps: int) -> PrefixPolicy:
-    module_name, _, class_name = config.policy.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"prefix.policy={config.policy!r} cannot be imported ({error}); "
-            "it must be package.module:Class on the Python path"
-        ) from error
+    cls = import_by_path("prefix.policy", config.policy)
     policy = cls(config, total_steps)
     if not isinstance(policy, PrefixPolicy):
         raise ValueError(

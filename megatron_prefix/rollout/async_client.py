@@ -5,14 +5,16 @@ aiohttp 0.15 ms, and an over-sampled step has a request a rollout.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import aiohttp
 
+from megatron_prefix.prefix import CutOffRule
 from megatron_prefix.rollout import protocol
 from megatron_prefix.rollout.client import CONNECT_TIMEOUT_S, Endpoint
 from megatron_prefix.rollout.protocol import Generation, Sampling, ServerUnavailable
+from megatron_prefix.rollout.streaming import EventReader, StreamedGeneration
 
 # Below the 5 s after which SGLang hangs up on an idle connection: between two steps no event loop
 # runs that would notice.
@@ -47,16 +49,58 @@ class AsyncGenerator:
         )
         return protocol.parse_generations(answer, len(prompts), self.endpoint.url)
 
+    async def stream(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        rule: CutOffRule,
+        request_id: Callable[[], str],
+    ) -> Generation:
+        """One generation that ``rule`` may cut: the server is told to end it there.
+
+        ``request_id`` is asked for each attempt, of which each begins anew. Raises as
+        ``SglangClient.generate``.
+        """
+        url, name = self.endpoint.request_url("/generate"), ""
+
+        def body() -> dict[str, Any]:
+            nonlocal name
+            name = request_id()
+            return protocol.stream_body(
+                prompt, sampling, name, top_k=rule.top_k, every=rule.check_every
+            )
+
+        async def read(answer: aiohttp.ClientResponse) -> Generation:
+            events, seen, told = EventReader(url), StreamedGeneration(rule.start(), url), False
+            async for data in answer.content.iter_any():
+                for event in events.feed(data):
+                    seen.add(event)
+                if seen.cut and not told:
+                    # The stream is read on: its end says what the server has sampled.
+                    told = True
+                    await self.abort(name)
+            return seen.result()
+
+        return await self._post("/generate", body, read)
+
     async def abort(self, request_id: str) -> None:
         """Stop one request, which then answers with what it has; an unknown id is ignored."""
         await self._post("/abort_request", lambda: {"rid": request_id})
 
-    async def _post(self, path: str, body: Callable[[], dict[str, Any]]) -> Any:
+    async def _post(
+        self,
+        path: str,
+        body: Callable[[], dict[str, Any]],
+        read: Callable[[aiohttp.ClientResponse], Awaitable[Any]] | None = None,
+    ) -> Any:
+        """What ``read`` makes of an answer below 400; without it, the answer's JSON."""
         url, retries = self.endpoint.request_url(path), self.endpoint.retries
         failure = ""
         for attempt in range(retries + 1):
             try:
                 async with self._session.post(url, json=body()) as answer:
+                    if read is not None and answer.status < 400:
+                        return await read(answer)
                     text = await answer.text()
             except aiohttp.SocketTimeoutError as error:
                 raise protocol.too_slow(url, self.endpoint.timeout_s) from error

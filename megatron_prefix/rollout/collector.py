@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from megatron_prefix.config import RolloutConfig
+from megatron_prefix.prefix import CutOffRule
 from megatron_prefix.rollout.async_client import AsyncGenerator
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.protocol import Generation, Sampling, SglangError, UnexpectedAnswer
@@ -36,6 +37,7 @@ class CollectStats:
     tokens: int  # sampled tokens of the rollouts that were returned
     tokens_sampled: int  # of all: what generation cost
     seconds: float
+    cut: int = 0  # by a per-rollout rule
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,15 @@ class Collector:
     """Asks the servers for rollouts. Holds connections: close it, or use it as a context."""
 
     def __init__(
-        self, endpoints: Sequence[Endpoint], rollout: RolloutConfig, stop_token_ids: Sequence[int]
+        self,
+        endpoints: Sequence[Endpoint],
+        rollout: RolloutConfig,
+        stop_token_ids: Sequence[int],
+        cut_off: CutOffRule | None = None,
     ) -> None:
+        """``cut_off``: each rollout is streamed and ends where this rule says so."""
         assert endpoints, "a collector needs a server"
-        self._rollout = rollout
+        self._rollout, self._cut_off = rollout, cut_off
         self._stop_token_ids = tuple(stop_token_ids)
         self._runner = asyncio.Runner()
         self._servers = self._runner.run(_open(endpoints))
@@ -114,7 +121,8 @@ class Collector:
         jobs = self._assign(prompts)
         wanted = wanted or len(jobs)
         assert 0 < wanted <= len(jobs), f"{wanted} rollouts wanted of {len(jobs)} started"
-        asked = self._batched if wanted == len(jobs) else self._with_quorum
+        one_by_one = wanted < len(jobs) or self._cut_off is not None
+        asked = self._with_quorum if one_by_one else self._batched
         generations = self._runner.run(asked(jobs, sampling, wanted))
         self._check_versions(jobs, generations, policy_version)
         rollouts = _usable(jobs, generations, self._rollout.keep_aborted_above * max_new_tokens)
@@ -169,11 +177,14 @@ class Collector:
         return await _all_or_none(tasks)
 
     async def _ask(self, job: _Job, request: _Request, sampling: Sampling) -> Generation:
-        def fresh_id() -> list[str]:
+        def fresh_id() -> str:
             request.request_id = next(self._request_ids)
-            return [request.request_id]
+            return request.request_id
 
-        answers = await request.server.generate([job.prompt.input_ids], sampling, fresh_id)
+        prompt = job.prompt.input_ids
+        if self._cut_off is not None:
+            return await request.server.stream(prompt, sampling, self._cut_off, fresh_id)
+        answers = await request.server.generate([prompt], sampling, lambda: [fresh_id()])
         return answers[0]
 
     def _check_versions(
@@ -253,6 +264,7 @@ def _statistics(
         dropped=len(generations) - len(usable),
         surplus=max(0, len(usable) - wanted),
         tokens=sum(len(rollout.prefix_ids) for rollout in usable[:wanted]),
-        tokens_sampled=sum(len(generation.token_ids) for generation in generations),
+        tokens_sampled=sum(len(one.token_ids) + one.discarded for one in generations),
+        cut=sum(generation.finish_reason == "cut" for generation in generations),
         seconds=seconds,
     )

@@ -68,6 +68,7 @@ def server_arguments(launch: Launch, rollout: RolloutConfig) -> list[str]:
         "--skip-tokenizer-init",  # only token ids travel
         "--sleep-on-idle",  # an idle scheduler otherwise takes a whole core
         "--enable-metrics",
+        "--incremental-streaming-output",  # a stream's events otherwise repeat all tokens so far
     ]
     pairs = [word for option, value in options.items() for word in (option, str(value))]
     return [*pairs, *flags, *rollout.server_args]

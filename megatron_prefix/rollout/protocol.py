@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 ServerFinish = Literal["stop", "length", "abort"]
+GenerationFinish = Literal["stop", "length", "abort", "cut"]
 _VERSION_LABEL = re.compile(r"v(\d+)")
 _SHOWN = 300  # characters of an answer that an error quotes
 
@@ -63,8 +64,22 @@ class Generation:
 
     token_ids: tuple[int, ...]  # [L_i], a stop token included
     logprobs: tuple[float, ...]  # [L_i], of the sampled tokens, at temperature 1
-    finish_reason: ServerFinish
+    finish_reason: GenerationFinish  # cut: by a rule of ours, while it was streamed
     policy_version: int  # of the weights that sampled the last token
+    discarded: int = 0  # tokens that were sampled after a cut
+
+
+def stream_body(
+    prompt: Sequence[int], sampling: Sampling, request_id: str, *, top_k: int, every: int
+) -> dict[str, Any]:
+    """The body of a streamed ``/generate`` of one prompt: an event each ``every`` tokens, with
+    ``top_k`` log-probabilities of each token beside its own."""
+    body = generate_body([prompt], sampling)
+    body["sampling_params"]["stream_interval"] = every
+    body |= {"input_ids": list(prompt), "rid": request_id, "stream": True}
+    if top_k:
+        body["top_logprobs_num"] = top_k
+    return body
 
 
 def generate_body(
@@ -130,6 +145,18 @@ def _token_logprobs(meta: dict[str, Any]) -> tuple[tuple[float, ...], tuple[int,
         if not math.isfinite(logprob):
             raise ValueError(f"log-probability {logprob}")
     return logprobs, tuple(int(entry[1]) for entry in entries)
+
+
+def finish(meta: dict[str, Any], url: str) -> tuple[ServerFinish, int]:
+    """How a generation ended and the policy version of its last token; UnexpectedAnswer naming
+    ``url`` where it does not say so."""
+    try:
+        return _finish_reason(meta), _policy_version(meta)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UnexpectedAnswer(
+            f"{url} ended a generation with no reason or version "
+            f"({type(error).__name__}: {error}): {shown(meta)}"
+        ) from error
 
 
 def _finish_reason(meta: dict[str, Any]) -> ServerFinish:

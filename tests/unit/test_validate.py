@@ -33,7 +33,7 @@ TEXTS_OF_THE_USER = (
     "data.prompt_column data.system_prompt prefix.policy rollout.replay rollout.api_key_file "
     "eval.path eval.split eval.prompt_column eval.answer_column eval.scorer"
 ).split()
-CHECKED_ELSEWHERE = tuple(f"prefix.{name}." for name in POLICIES)
+CHECKED_ELSEWHERE = tuple(f"prefix.{name}." for name in (*POLICIES, "cut_off"))
 
 
 @pytest.fixture(scope="module")
