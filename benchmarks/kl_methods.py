@@ -145,7 +145,7 @@ def liger(inputs: Inputs, divergence: str) -> Tensor:
         weight_soft_loss=1.0,
         beta=BETA,
         compiled=False,
-        chunk_size=chosen_chunk(*inputs.hidden.shape[:1], inputs.weight.shape[0], CPU_LIMITS),
+        chunk_size=chosen_chunk(*inputs.hidden.shape[:1], 2 * inputs.weight.shape[0], CPU_LIMITS),
     )
     labels = torch.zeros(inputs.hidden.shape[0], dtype=torch.int64)
     heads = inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight

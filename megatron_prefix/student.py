@@ -3,17 +3,23 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prefix.config import LossConfig
-from megatron_prefix.loss import Workspace, prefix_divergence
+from megatron_prefix.loss import (
+    DivergenceResult,
+    Workspace,
+    prefix_divergence,
+    top_k_divergence,
+)
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.optimizer import TrainableStudent
 from megatron_prefix.mcore.schedule import OnPrefix, run_schedule
-from megatron_prefix.types import PrefixBatch, TeacherHead, TeacherTargets
+from megatron_prefix.types import PrefixBatch, Targets, TeacherHead, TopKTargets
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Objective:
     """What the student's last stage computes, and with what; kept for the whole run."""
 
     loss: LossConfig
-    teacher_head: TeacherHead | None  # on the last stage
+    teacher_head: TeacherHead | None  # on the last stage; never for a teacher of top-k targets
     workspace: Workspace = field(default_factory=Workspace)
 
 
@@ -75,7 +81,7 @@ class _Accumulator:
 def forward_backward(
     student: TrainableStudent,
     batches: Sequence[PrefixBatch],
-    targets: Sequence[TeacherTargets],
+    targets: Sequence[Targets],
     objective: Objective,
     prefix_length: int,
 ) -> PrefixSums:
@@ -95,7 +101,7 @@ def forward_backward(
 def score(
     student: TrainableStudent,
     batches: Sequence[PrefixBatch],
-    targets: Sequence[TeacherTargets],
+    targets: Sequence[Targets],
     objective: Objective,
     prefix_length: int,
 ) -> PrefixSums:
@@ -113,36 +119,51 @@ def score(
 
 def _divergence(
     model: MegatronModel,
-    targets: Sequence[TeacherTargets],
+    targets: Sequence[Targets],
     objective: Objective,
     seen: _Accumulator,
 ) -> OnPrefix:
     """What the last stage does with a microbatch's hidden states; ``seen`` gathers what it saw."""
-    waiting, loss, teacher_head = iter(targets), objective.loss, objective.teacher_head
+    waiting = iter(targets)
 
     def divergence(batch: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
-        assert head is not None and teacher_head is not None
-        result = prefix_divergence(
-            hidden,
-            head,
-            next(waiting).hidden,
-            teacher_head.weight,
-            batch.token_weight,
-            divergence=loss.divergence,
-            beta=loss.beta,
-            temperature=loss.temperature,
-            vocab_size=teacher_head.vocab_size,
-            tp_group=model.groups.pg.tp,
-            chunk_size=loss.chunk_size or None,
-            sequence_parallel=model.config.sequence_parallel,
-            labels=batch.labels,
-            workspace=objective.workspace,
-        )
+        assert head is not None
+        result = _compare(model, batch, hidden, head, next(waiting), objective)
         assert result.label_logprobs is not None
         seen.add(batch, result.loss.detach(), result.kl, result.label_logprobs)
         return result.loss
 
     return divergence
+
+
+def _compare(
+    model: MegatronModel,
+    batch: PrefixBatch,
+    hidden: Tensor,
+    head: Tensor,
+    target: Targets,
+    objective: Objective,
+) -> DivergenceResult:
+    """The divergence from a teacher of either kind."""
+    loss, teacher_head = objective.loss, objective.teacher_head
+    settings: dict[str, Any] = {
+        "divergence": loss.divergence,
+        "beta": loss.beta,
+        "temperature": loss.temperature,
+        "tp_group": model.groups.pg.tp,
+        "chunk_size": loss.chunk_size or None,
+        "sequence_parallel": model.config.sequence_parallel,
+        "labels": batch.labels,
+        "workspace": objective.workspace,
+    }
+    if isinstance(target, TopKTargets):
+        settings["vocab_size"] = model.hf.shape.vocab_size
+        given = target.ids, target.logprobs
+        return top_k_divergence(hidden, head, *given, batch.token_weight, **settings)
+    assert teacher_head is not None
+    settings["vocab_size"] = teacher_head.vocab_size
+    given = target.hidden, teacher_head.weight
+    return prefix_divergence(hidden, head, *given, batch.token_weight, **settings)
 
 
 def _further_apart(a: Tensor, b: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from megatron_prefix.batch import MicrobatchPlan, pack, prefix_count
 from megatron_prefix.layout import Layout
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.schedule import run_schedule
-from megatron_prefix.types import PrefixBatch, Rollout, TeacherTargets
+from megatron_prefix.types import PrefixBatch, Rollout, Targets, TeacherTargets
 
 
 class Teacher(Protocol):
     """Anything that can score the student's prefixes."""
 
-    def targets(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> list[TeacherTargets]:
+    def targets(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> Sequence[Targets]:
         """Targets of this rank's student microbatches, in order; empty off the last stage.
 
         Collective over the world.

@@ -1,7 +1,7 @@
 """The values that travel between the parts: frozen, with a shape and a dtype on every field.
 
 Legend: P prompt tokens, L_i prefix tokens of rollout i, T packed tokens of a microbatch,
-B sequences in it, N prefix positions in it, d_t the teacher's hidden size.
+B sequences in it, N prefix positions in it, d_t the teacher's hidden size, k its tokens a position.
 """
 
 from dataclasses import dataclass, field
@@ -58,6 +58,18 @@ class TeacherTargets:
     """The teacher's final hidden states (after its last norm) for one student microbatch."""
 
     hidden: "torch.Tensor"  # [N, d_t], in the teacher's params_dtype
+
+
+@dataclass(frozen=True)
+class TopKTargets:
+    """What a teacher that gives no hidden states says of one student microbatch: its k likeliest
+    tokens at each prefix position. The same on all tensor-parallel ranks of the student."""
+
+    ids: "torch.Tensor"  # int64 [N, k], distinct in a row
+    logprobs: "torch.Tensor"  # float32 [N, k], over the whole vocabulary, at the loss's temperature
+
+
+Targets = TeacherTargets | TopKTargets
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
-"""Full-vocabulary divergences over tensor-parallel LM heads.
+"""Divergences over tensor-parallel LM heads: of the whole vocabulary, or of a teacher's top k.
 
 Torch and a process group that is handed in; neither Megatron nor global parallel state.
 """
 
 from megatron_prefix.loss.buffers import Workspace
-from megatron_prefix.loss.checks import check_finite
+from megatron_prefix.loss.checks import check_finite, check_top_k_values
 from megatron_prefix.loss.vocab_parallel import (
     DivergenceResult,
     prefix_divergence,
+    top_k_divergence,
     vocab_parallel_kl,
 )
 
@@ -15,6 +16,8 @@ __all__ = [
     "DivergenceResult",
     "Workspace",
     "check_finite",
+    "check_top_k_values",
     "prefix_divergence",
+    "top_k_divergence",
     "vocab_parallel_kl",
 ]

@@ -31,8 +31,8 @@ def check_heads(
     teacher_weight: Tensor,
 ) -> None:
     """Raises ValueError, with both numbers, where hidden states and LM-head shards do not fit."""
-    _check_head("student", student_hidden, student_weight)
-    _check_head("teacher", teacher_hidden, teacher_weight)
+    check_head("student", student_hidden, student_weight)
+    check_head("teacher", teacher_hidden, teacher_weight)
     if student_hidden.shape[0] != teacher_hidden.shape[0]:
         raise ValueError(
             f"student_hidden has {student_hidden.shape[0]} positions and teacher_hidden "
@@ -43,12 +43,37 @@ def check_heads(
             f"student_weight has {student_weight.shape[0]} vocabulary rows and teacher_weight "
             f"{teacher_weight.shape[0]}; shard the teacher's LM head as the student's"
         )
-    devices = [t.device for t in (student_hidden, student_weight, teacher_hidden, teacher_weight)]
+    _check_devices(student_hidden, student_weight, teacher_hidden, teacher_weight)
+
+
+def _check_devices(*tensors: Tensor) -> None:
+    devices = [str(tensor.device) for tensor in tensors]
     if len(set(devices)) > 1:
-        raise ValueError(f"hidden states and weights must share one device, not {devices}")
+        raise ValueError(f"the loss's tensors must share one device, not {', '.join(devices)}")
 
 
-def _check_head(name: str, hidden: Tensor, weight: Tensor) -> None:
+def check_top_k(hidden: Tensor, ids: Tensor, logprobs: Tensor, vocab_size: int) -> None:
+    """Raises ValueError where a teacher's top tokens are no ``[N, k]`` for these hidden states."""
+    positions, shape = hidden.shape[0], ids.shape
+    if ids.dim() != 2 or shape[0] != positions or ids.dtype != torch.int64:
+        raise ValueError(
+            f"ids must be int64 [{positions}, k], one row a prefix position, "
+            f"not {ids.dtype} {list(shape)}"
+        )
+    if logprobs.shape != shape or logprobs.dtype != torch.float32:
+        raise ValueError(
+            f"logprobs must be float32 {list(shape)} as ids are, "
+            f"not {logprobs.dtype} {list(logprobs.shape)}"
+        )
+    if not 1 <= shape[1] < vocab_size:
+        raise ValueError(
+            f"the teacher gives k={shape[1]} tokens of a vocabulary of {vocab_size}; k must be "
+            "at least 1 and leave a tail"
+        )
+    _check_devices(hidden, ids, logprobs)
+
+
+def check_head(name: str, hidden: Tensor, weight: Tensor) -> None:
     if hidden.dim() != 2 or weight.dim() != 2:
         raise ValueError(
             f"{name}_hidden and {name}_weight must be matrices [N, d] and [V/tp, d], "
@@ -86,6 +111,29 @@ def check_vocabulary(vocab_size: int, rows: int, tp_group: ProcessGroup | None) 
             f"vocab_size={vocab_size} must be positive and fit {ranks} shards of {rows} rows, "
             f"{rows * ranks} in all; pad the LM heads or mend vocab_size"
         )
+
+
+def check_top_k_values(ids: Tensor, logprobs: Tensor, vocab_size: int) -> None:
+    """Raises ValueError, with the first position, for ids outside the vocabulary or twice in a
+    row, and for log-probabilities that are above 0, NaN or sum to more than 1.
+
+    It waits for the device, so it is for where targets come in; the loss itself never calls it.
+    """
+    ordered = ids.sort(1).values
+    twice = torch.zeros_like(ids, dtype=torch.bool)
+    twice[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    total = logprobs.double().exp().sum(1, keepdim=True)
+    rules = (
+        ((ids < 0) | (ids >= vocab_size), ids, f"is an id outside the vocabulary of {vocab_size}"),
+        (twice, ordered, "is an id twice in a row"),
+        (~(logprobs <= 0), logprobs, "is no log-probability"),
+        (~(total <= 1 + 1e-3), total, "is more than a sum of probabilities"),
+    )
+    for bad, values, what in rules:
+        if bad.any():
+            position = tuple(torch.nonzero(bad)[0].tolist())
+            value = values[position].item()
+            raise ValueError(f"teacher targets: {value} {what}, at position {position[0]}")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -21,7 +21,7 @@ STATISTICS = 5
 MIXTURE_STATISTICS = 2
 
 # Maximum of a shard without a real row: finite, because -inf - -inf is NaN.
-_EMPTY_MAX = -1e30
+EMPTY_MAX = -1e30
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class WholeRows:
 def empty_statistics(logits: Tensor) -> Tensor:
     """Statistics, fp64 [C, 5], of a shard without a real row; on ``logits``.device."""
     result = logits.new_zeros((logits.shape[0], STATISTICS), dtype=torch.float64)
-    result[:, MAX_S] = result[:, MAX_T] = _EMPTY_MAX
+    result[:, MAX_S] = result[:, MAX_T] = EMPTY_MAX
     return result
 
 

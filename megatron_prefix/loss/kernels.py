@@ -6,6 +6,7 @@ Legend: C positions of a chunk, V this rank's real vocabulary rows (0 is possibl
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,21 +22,29 @@ from megatron_prefix.loss.divergence import (
 )
 
 
-class Kernels(ABC):
-    """The passes over a chunk's logits: ``student`` and ``teacher`` are contiguous fp32 [C, V].
+@dataclass(frozen=True)
+class Logits:
+    """A chunk's logits, raw for the first pass; what a pass leaves in them is for the next pass of
+    the same kernels alone."""
 
-    They come raw to the first pass; what a pass leaves in them is for the next pass of the same
-    kernels alone.
-    """
+    student: Tensor  # contiguous fp32 [C, V]
+    teacher: Tensor  # contiguous fp32 [C, V]
+    divergence: Divergence
+    gradient_dtype: torch.dtype  # which the GEMMs of the gradient will take
+
+    def __getitem__(self, rows: slice) -> "Logits":
+        return replace(self, student=self.student[rows], teacher=self.teacher[rows])
+
+
+class Kernels(ABC):
+    """The passes over a chunk's logits."""
 
     @abstractmethod
-    def statistics(self, student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
+    def statistics(self, logits: Logits) -> Tensor:
         """This rank's ``m_s, S, m_t, T, X`` of each token, fp64 [C, 5]."""
 
     @abstractmethod
-    def mixture(
-        self, student: Tensor, teacher: Tensor, merged: Merged, divergence: Divergence
-    ) -> Tensor:
+    def mixture(self, logits: Logits, merged: Merged) -> Tensor:
         """This rank's share of K and of the divergence, fp64 [C, 2], for jsd alone.
 
         With a = ln p_t - ln p_s + logit(beta) and sp = softplus, K = sum p_s sp(a) and the value
@@ -44,36 +53,21 @@ class Kernels(ABC):
         """
 
     @abstractmethod
-    def logit_gradient(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        factors: GradientFactors,
-        divergence: Divergence,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """The gradient to the student's raw logits [C, V], in ``student`` itself or in a new
-        tensor; in fp32 or, if that saves work, in ``dtype``, which the GEMMs will take."""
+    def logit_gradient(self, logits: Logits, factors: GradientFactors) -> Tensor:
+        """The gradient to the student's raw logits [C, V], in ``logits.student`` itself or in a new
+        tensor; in fp32 or, if that saves work, in ``logits.gradient_dtype``."""
 
-    def one_rank(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        token_weight: Tensor | None,
-        divergence: Divergence,
-        dtype: torch.dtype,
-    ) -> WholeRows:
+    def one_rank(self, logits: Logits, token_weight: Tensor | None) -> WholeRows:
         """All passes, where this rank holds the whole vocabulary (V > 0).
 
         ``token_weight`` fp32 [C], or None where no gradient is wanted.
         """
-        statistics = self.statistics(student, teacher, divergence)
+        divergence = logits.divergence
+        statistics = self.statistics(logits)
         merged = merge_statistics(statistics[None], 0, divergence)
-        sums = None
-        if divergence.name == "jsd":
-            sums = self.mixture(student, teacher, merged, divergence)
-        gradient = student
+        sums = self.mixture(logits, merged) if divergence.name == "jsd" else None
+        gradient = logits.student
         if token_weight is not None:
             factors = gradient_factors(merged, sums, token_weight, divergence)
-            gradient = self.logit_gradient(student, teacher, factors, divergence, dtype)
+            gradient = self.logit_gradient(logits, factors)
         return WholeRows(statistics, token_values(merged, sums, divergence), gradient)

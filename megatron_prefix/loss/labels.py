@@ -8,10 +8,8 @@ They are at temperature 1, whatever the divergence's: a rollout's server reports
 import torch
 from torch import Tensor
 
-from megatron_prefix.loss.divergence import MAX_S, STATISTICS, SUM_S
+from megatron_prefix.loss.divergence import MAX_S, SUM_S
 from megatron_prefix.loss.torch_kernels import row_blocks
-
-_LOGIT, _SUM = STATISTICS, STATISTICS + 1
 
 
 def label_columns(logits: Tensor, labels: Tensor, first_row: int, temperature: float) -> Tensor:
@@ -36,11 +34,14 @@ def label_columns(logits: Tensor, labels: Tensor, first_row: int, temperature: f
 
 
 def label_logprobs(gathered: Tensor, labels: Tensor, vocab_size: int, temperature: float) -> Tensor:
-    """fp32 [C] from the gathered fp64 [R, C, >=6]; NaN for a label outside the vocabulary."""
+    """fp32 [C] from the gathered statistics with the label columns behind them, fp64 [R, C, >=6];
+    NaN for a label outside the vocabulary."""
     maxima = gathered[..., MAX_S] * temperature
-    sums = gathered[..., SUM_S if temperature == 1 else _SUM]
+    logits, sums = gathered[..., -1], gathered[..., SUM_S]
+    if temperature != 1:
+        logits, sums = gathered[..., -2], gathered[..., -1]
     top = maxima.amax(0)
     total = ((maxima - top).exp() * sums).sum(0)
-    logprobs = gathered[..., _LOGIT].sum(0) - top - total.log()
+    logprobs = logits.sum(0) - top - total.log()
     inside = (labels >= 0) & (labels < vocab_size)
     return torch.where(inside, logprobs, torch.nan).float()

@@ -254,7 +254,7 @@ void statistics(float* x, float* y, int64_t rows, int64_t n, int threads, int di
 }
 
 // out: [rows, 2] K and the value of each token, this shard's part.
-void mixture(float* x, float* y, int64_t rows, int64_t n, int threads, const float* scale_s,
+void mixture(float* x, float* y, int64_t rows, int64_t n, int threads, int, const float* scale_s,
              const float* scale_t, const float* offset, float beta, double* out) {
   over_rows(rows, threads, [=](int64_t row) {
     row_mixture(x + row * n, y + row * n, n, scale_s[row], scale_t[row], offset[row], beta,

@@ -21,13 +21,12 @@ from torch import Tensor
 
 from megatron_prefix.loss.divergence import (
     MIXTURE_STATISTICS,
-    Divergence,
     GradientFactors,
     Merged,
     WholeRows,
     empty_statistics,
 )
-from megatron_prefix.loss.kernels import Kernels
+from megatron_prefix.loss.kernels import Kernels, Logits
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # GCC contracts a * b + c into one rounding by default; Clang needs to be told.
@@ -86,55 +85,38 @@ def _compile(compiler: str, path: Path) -> None:
 class NativeKernels(Kernels):
     """Only where ``library()`` is not None. The buffers hold what ``torch_kernels`` says."""
 
-    def one_rank(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        token_weight: Tensor | None,
-        divergence: Divergence,
-        dtype: torch.dtype,
-    ) -> WholeRows:
+    def one_rank(self, logits: Logits, token_weight: Tensor | None) -> WholeRows:
         """Row by row through all passes, while the row is in cache."""
-        statistics = empty_statistics(student)
-        values = statistics.new_empty(student.shape[0])
+        statistics = empty_statistics(logits.student)
+        values = statistics.new_empty(statistics.shape[0])
         weight = ctypes.c_void_p(None) if token_weight is None else token_weight.contiguous()
-        beta = ctypes.c_float(divergence.beta)
-        settings = *_settings(divergence), beta, weight
-        _call("one_rank", student, teacher, *settings, statistics, values)
-        return WholeRows(statistics, values, student)
+        beta = ctypes.c_float(logits.divergence.beta)
+        _call("one_rank", logits, _inverse_temperature(logits), beta, weight, statistics, values)
+        return WholeRows(statistics, values, logits.student)
 
-    def statistics(self, student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
-        result = empty_statistics(student)
-        _call("statistics", student, teacher, *_settings(divergence), result)
+    def statistics(self, logits: Logits) -> Tensor:
+        result = empty_statistics(logits.student)
+        _call("statistics", logits, _inverse_temperature(logits), result)
         return result
 
-    def mixture(
-        self, student: Tensor, teacher: Tensor, merged: Merged, divergence: Divergence
-    ) -> Tensor:
-        result = torch.zeros((student.shape[0], MIXTURE_STATISTICS), dtype=torch.float64)
+    def mixture(self, logits: Logits, merged: Merged) -> Tensor:
+        result = torch.zeros((len(logits.student), MIXTURE_STATISTICS), dtype=torch.float64)
         scales = merged.scale_s.float(), merged.scale_t.float(), merged.offset.float()
-        _call("mixture", student, teacher, *scales, ctypes.c_float(divergence.beta), result)
+        _call("mixture", logits, *scales, ctypes.c_float(logits.divergence.beta), result)
         return result
 
-    def logit_gradient(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        factors: GradientFactors,
-        divergence: Divergence,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        kind = ctypes.c_int(_KINDS[divergence.name])
-        _call("logit_gradient", student, teacher, kind, factors.first, factors.second)
-        return student
+    def logit_gradient(self, logits: Logits, factors: GradientFactors) -> Tensor:
+        _call("logit_gradient", logits, factors.first, factors.second)
+        return logits.student
 
 
-def _settings(divergence: Divergence) -> tuple[ctypes.c_int, ctypes.c_float]:
-    return ctypes.c_int(_KINDS[divergence.name]), ctypes.c_float(1 / divergence.temperature)
+def _inverse_temperature(logits: Logits) -> ctypes.c_float:
+    return ctypes.c_float(1 / logits.divergence.temperature)
 
 
-def _call(name: str, student: Tensor, teacher: Tensor, *arguments: object) -> None:
+def _call(name: str, logits: Logits, *arguments: object) -> None:
     """Tensors go as pointers; they must be contiguous, and the caller's references hold them."""
+    student, teacher = logits.student, logits.teacher
     rows, columns = student.shape
     if columns == 0:
         return
@@ -147,6 +129,7 @@ def _call(name: str, student: Tensor, teacher: Tensor, *arguments: object) -> No
         ctypes.c_int64(rows),
         ctypes.c_int64(columns),
         ctypes.c_int(torch.get_num_threads()),
+        ctypes.c_int(_KINDS[logits.divergence.name]),
         *(_pointer(each) if isinstance(each, Tensor) else each for each in arguments),
     )
 

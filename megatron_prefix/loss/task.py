@@ -4,7 +4,9 @@ Legend: N prefix positions, C positions of a chunk, V real vocabulary rows of th
 R tensor-parallel ranks.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +18,10 @@ from megatron_prefix.loss import gemm
 from megatron_prefix.loss.backends import kernels_for
 from megatron_prefix.loss.buffers import Workspace
 from megatron_prefix.loss.divergence import Divergence
-from megatron_prefix.loss.kernels import Kernels
+from megatron_prefix.loss.kernels import Kernels, Logits
 from megatron_prefix.loss.labels import label_columns, label_logprobs
+from megatron_prefix.loss.rows import FullRows, Rows
+from megatron_prefix.loss.top_k import TopKRows
 
 
 @dataclass(frozen=True)
@@ -34,21 +38,36 @@ CPU_LIMITS = ChunkLimits(buffer_bytes=64 << 20, shortest=128, longest=512)
 GPU_LIMITS = ChunkLimits(buffer_bytes=1 << 30, shortest=2048, longest=4096)
 
 
-def chosen_chunk(positions: int, rows: int, limits: ChunkLimits) -> int:
-    """C for ``positions`` and ``rows``, the vocabulary rows of all chunks in flight together."""
-    size = limits.buffer_bytes // (2 * 4 * max(rows, 1))
+def chosen_chunk(positions: int, logits: int, limits: ChunkLimits) -> int:
+    """C for ``positions`` of ``logits`` each, those of all buffers in use together."""
+    size = limits.buffer_bytes // (4 * max(logits, 1))
     size = min(max(size, limits.shortest), limits.longest)
     return max(1, math.ceil(positions / math.ceil(max(positions, 1) / size)))
 
 
 @dataclass(frozen=True)
+class Head:
+    """A teacher whose whole distribution can be made."""
+
+    hidden: Tensor  # [N, d_t]
+    weight: Tensor  # [V/R, d_t]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher of whom no more is known."""
+
+    ids: Tensor  # int64 [N, k]
+    logprobs: Tensor  # fp32 [N, k]
+
+
+@dataclass(frozen=True)
 class Task:
-    """Detached inputs, see ``prefix_divergence``."""
+    """Detached inputs, see ``prefix_divergence`` and ``top_k_divergence``."""
 
     student_hidden: Tensor  # [N, d_s]
     student_weight: Tensor  # [V/R, d_s], padded rows included
-    teacher_hidden: Tensor  # [N, d_t]
-    teacher_weight: Tensor  # [V/R, d_t]
+    teacher: Head | TopK
     token_weight: Tensor  # fp32 [N]
     labels: Tensor | None  # int64 [N]
     divergence: Divergence
@@ -78,12 +97,17 @@ class Task:
         return 1 if self.tp_group is None else 2
 
     @property
+    def buffers(self) -> int:
+        """Of logits [C, V], for all chunks in flight: the student's, and a teacher's made here."""
+        return self.chunks_in_flight * (2 if isinstance(self.teacher, Head) else 1)
+
+    @property
     def chunks(self) -> list[slice]:
         """Of nearly equal length, and the same on all ranks: real rows must not count here."""
         positions = self.student_hidden.shape[0]
         limits = GPU_LIMITS if self.student_hidden.is_cuda else CPU_LIMITS
-        rows = self.student_weight.shape[0] * self.chunks_in_flight
-        size = self.chunk_size or chosen_chunk(positions, rows, limits)
+        logits = self.student_weight.shape[0] * self.buffers
+        size = self.chunk_size or chosen_chunk(positions, logits, limits)
         return [slice(at, min(at + size, positions)) for at in range(0, positions, size)]
 
 
@@ -105,7 +129,6 @@ class Work:
     task: Task
     kernels: Kernels
     student_weight: Tensor  # [V, d_s]
-    teacher_weight: Tensor  # [V, d_t]
     kl: Tensor  # fp64 [N]
     label_logprobs: Tensor  # fp32 [N], or [0] without labels
     hidden_gradient: Tensor | None  # [N, d_s]
@@ -119,8 +142,18 @@ class Work:
     def student_logits(self, positions: slice, out: Tensor) -> None:
         gemm.logits_into(out, self.task.student_hidden[positions], self.student_weight)
 
-    def teacher_logits(self, positions: slice, out: Tensor) -> None:
-        gemm.logits_into(out, self.task.teacher_hidden[positions], self.teacher_weight)
+    def rows(self, positions: slice, buffers: Sequence[Tensor]) -> Rows:
+        """The chunk's, with the student's logits in the first of ``buffers``, fp32 [C, V]."""
+        task, teacher = self.task, self.task.teacher
+        if isinstance(teacher, TopK):
+            targets = teacher.ids[positions], teacher.logprobs[positions]
+            place = task.first_row, task.vocab_size
+            return TopKRows(buffers[0], *targets, *place, task.divergence)
+        student, made = buffers
+        weight, hidden = teacher.weight[: task.real_rows], teacher.hidden[positions]
+        fill_teacher = functools.partial(gemm.logits_into, made, hidden, weight)
+        logits = Logits(student, made, task.divergence, self.student_weight.dtype)
+        return FullRows(self.kernels, logits, fill_teacher, task.rank)
 
     def label_columns(self, positions: slice, logits: Tensor) -> Tensor:
         """What labels add to this rank's statistics, fp64 [C, 0 to 2], from raw ``logits``."""
@@ -131,7 +164,7 @@ class Work:
         return label_columns(logits, task.labels[positions], task.first_row, temperature)
 
     def set_label_logprobs(self, positions: slice, gathered: Tensor) -> None:
-        """``gathered`` fp64 [R, C, >=5]: everyone's statistics and label columns."""
+        """``gathered`` fp64 [R, C, >=6]: everyone's statistics with the label columns behind."""
         task = self.task
         if task.labels is not None:
             self.label_logprobs[positions] = label_logprobs(
@@ -175,7 +208,6 @@ def begin(task: Task) -> Work:
         task=task,
         kernels=kernels_for(task.student_hidden.device),
         student_weight=task.student_weight[real],
-        teacher_weight=task.teacher_weight[real],
         kl=task.token_weight.new_empty(positions, dtype=torch.float64),
         label_logprobs=task.token_weight.new_empty(0 if task.labels is None else positions),
         hidden_gradient=torch.empty_like(task.student_hidden) if task.hidden_gradient else None,

@@ -34,7 +34,7 @@ from megatron_prefix.loss.divergence import (
     WholeRows,
     empty_statistics,
 )
-from megatron_prefix.loss.kernels import Kernels
+from megatron_prefix.loss.kernels import Kernels, Logits
 
 # Two buffers and a temporary of this size stay in a 2 MiB second-level cache.
 _CPU_BLOCK_BYTES = 512 << 10
@@ -42,32 +42,24 @@ _GPU_BLOCK_BYTES = 64 << 20
 
 
 class TorchKernels(Kernels):
-    def one_rank(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        token_weight: Tensor | None,
-        divergence: Divergence,
-        dtype: torch.dtype,
-    ) -> WholeRows:
+    def one_rank(self, logits: Logits, token_weight: Tensor | None) -> WholeRows:
         """Block by block through all passes, while the block is in cache."""
-        statistics = empty_statistics(student)
-        values = statistics.new_empty(student.shape[0])
-        for rows in row_blocks(student):
+        statistics = empty_statistics(logits.student)
+        values = statistics.new_empty(statistics.shape[0])
+        for rows in row_blocks(logits.student):
             weight = None if token_weight is None else token_weight[rows]
-            block = super().one_rank(student[rows], teacher[rows], weight, divergence, dtype)
+            block = super().one_rank(logits[rows], weight)
             statistics[rows], values[rows] = block.statistics, block.values
-        return WholeRows(statistics, values, student)
+        return WholeRows(statistics, values, logits.student)
 
-    def statistics(self, student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
-        result = empty_statistics(student)
-        for rows in row_blocks(student):
-            _block_statistics(student[rows], teacher[rows], divergence, result[rows])
+    def statistics(self, logits: Logits) -> Tensor:
+        result = empty_statistics(logits.student)
+        for rows in row_blocks(logits.student):
+            _block_statistics(logits[rows], result[rows])
         return result
 
-    def mixture(
-        self, student: Tensor, teacher: Tensor, merged: Merged, divergence: Divergence
-    ) -> Tensor:
+    def mixture(self, logits: Logits, merged: Merged) -> Tensor:
+        student, teacher, divergence = logits.student, logits.teacher, logits.divergence
         result = student.new_zeros((student.shape[0], MIXTURE_STATISTICS), dtype=torch.float64)
         for rows in row_blocks(student):
             x, y = student[rows], teacher[rows]
@@ -77,25 +69,19 @@ class TorchKernels(Kernels):
             y.copy_(log_odds)
         return result
 
-    def logit_gradient(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        factors: GradientFactors,
-        divergence: Divergence,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        for rows in row_blocks(student):
-            x, y = student[rows], teacher[rows]
+    def logit_gradient(self, logits: Logits, factors: GradientFactors) -> Tensor:
+        for rows in row_blocks(logits.student):
+            x, y = logits.student[rows], logits.teacher[rows]
             first, second = factors.first[rows, None], factors.second[rows, None]
-            if divergence.name == "forward_kl":
+            if logits.divergence.name == "forward_kl":
                 x.mul_(first).sub_(y.mul_(second))
             else:
                 x.mul_(y.add_(second)).mul_(first)
-        return student
+        return logits.student
 
 
-def _block_statistics(x: Tensor, y: Tensor, divergence: Divergence, result: Tensor) -> None:
+def _block_statistics(logits: Logits, result: Tensor) -> None:
+    x, y, divergence = logits.student, logits.teacher, logits.divergence
     if divergence.temperature != 1.0:
         x.mul_(1 / divergence.temperature)
         y.mul_(1 / divergence.temperature)

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from megatron_prefix.loss.divergence import (
     MIXTURE_STATISTICS,
-    Divergence,
     GradientFactors,
     Merged,
     empty_statistics,
 )
-from megatron_prefix.loss.kernels import Kernels
+from megatron_prefix.loss.kernels import Kernels, Logits
 
 _KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
 REVERSE = tl.constexpr(0)
@@ -35,31 +34,30 @@ _GRADIENT_BLOCK = 2048
 
 
 class TritonKernels(Kernels):
-    def statistics(self, student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
-        result = empty_statistics(student)
-        rows, columns = student.shape
+    def statistics(self, logits: Logits) -> Tensor:
+        result = empty_statistics(logits.student)
+        rows, columns = logits.student.shape
         if columns:
             _statistics_kernel[(rows,)](
-                student,
-                teacher,
+                logits.student,
+                logits.teacher,
                 result,
                 columns,
-                1 / divergence.temperature,
-                KIND=_KINDS[divergence.name],
+                1 / logits.divergence.temperature,
+                KIND=_KINDS[logits.divergence.name],
                 BLOCK=_block(columns, _ROW_BLOCK),
                 num_warps=8,
             )
         return result
 
-    def mixture(
-        self, student: Tensor, teacher: Tensor, merged: Merged, divergence: Divergence
-    ) -> Tensor:
-        rows, columns = student.shape
-        sums = student.new_zeros((rows, MIXTURE_STATISTICS + 1), dtype=torch.float64)
+    def mixture(self, logits: Logits, merged: Merged) -> Tensor:
+        rows, columns = logits.student.shape
+        divergence = logits.divergence
+        sums = logits.student.new_zeros((rows, MIXTURE_STATISTICS + 1), dtype=torch.float64)
         if columns:
             _mixture_kernel[(rows,)](
-                student,
-                teacher,
+                logits.student,
+                logits.teacher,
                 sums,
                 merged.own_max_s.float(),
                 merged.own_max_t.float(),
@@ -76,21 +74,15 @@ class TritonKernels(Kernels):
         value = from_student - merged.scale_t * from_teacher * divergence.beta
         return torch.stack((merged.scale_s * total, value), 1)
 
-    def logit_gradient(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        factors: GradientFactors,
-        divergence: Divergence,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def logit_gradient(self, logits: Logits, factors: GradientFactors) -> Tensor:
+        student, dtype = logits.student, logits.gradient_dtype
         rows, columns = student.shape
         result = student if dtype == torch.float32 else torch.empty_like(student, dtype=dtype)
         if columns:
             block = _block(columns, _GRADIENT_BLOCK)
             _gradient_kernel[(rows, triton.cdiv(columns, block))](
                 student,
-                teacher,
+                logits.teacher,
                 result,
                 factors.first,
                 factors.second,
@@ -98,8 +90,8 @@ class TritonKernels(Kernels):
                 factors.max_t,
                 factors.offset,
                 columns,
-                1 / divergence.temperature,
-                KIND=_KINDS[divergence.name],
+                1 / logits.divergence.temperature,
+                KIND=_KINDS[logits.divergence.name],
                 BLOCK=block,
                 num_warps=8,
             )

@@ -22,7 +22,7 @@ from megatron_prefix.loss import checks
 from megatron_prefix.loss.buffers import Workspace, zeros_never_read
 from megatron_prefix.loss.chunks import run_chunks
 from megatron_prefix.loss.divergence import Divergence
-from megatron_prefix.loss.task import Task
+from megatron_prefix.loss.task import Head, Task, TopK
 
 
 @dataclass(frozen=True)
@@ -113,23 +113,105 @@ def prefix_divergence(
     checks.check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight)
     checks.check_tokens(student_hidden.shape[0], token_weight, labels)
     checks.check_vocabulary(vocab_size, student_weight.shape[0], tp_group)
-    differentiate = torch.is_grad_enabled()
+    settings = _Settings(
+        token_weight.detach(),
+        labels,
+        Divergence(divergence, beta, temperature),
+        vocab_size,
+        tp_group,
+        chunk_size,
+        sequence_parallel,
+        workspace,
+    )
+    teacher = Head(teacher_hidden.detach(), teacher_weight.detach())
+    return _run(student_hidden, student_weight, teacher, settings)
+
+
+def top_k_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    token_weight: Tensor,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    *,
+    vocab_size: int,
+    tp_group: ProcessGroup | None = None,
+    chunk_size: int | None = None,
+    sequence_parallel: bool = False,
+    labels: Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> DivergenceResult:
+    """As :func:`prefix_divergence`, for a teacher that gives its k likeliest tokens and no more.
+
+    ``teacher_ids`` int64 [N, k], distinct in a row, ``teacher_logprobs`` fp32 [N, k], the same on
+    all ranks: log-probabilities over the *whole* vocabulary, of the teacher *at this
+    temperature*, which here divides the student's logits alone. They need no order.
+
+    Computed is the divergence between the two distributions over k + 1 outcomes: the k tokens,
+    each by itself, and the tail, all other tokens of the vocabulary as one. The teacher's tail has
+    the probability 1 - sum exp(logprobs), taken as 2**-23 at least (fp32 log-probabilities tell
+    no less); the student's is summed over its whole distribution. By the log-sum inequality this
+    is at most the divergence over the whole vocabulary, and equal where the two share the tail's
+    conditional distribution, or where k is V - 1. What the student does *within* the tail gets no
+    gradient: the tail's tokens move together, in proportion to their probabilities.
+
+    A token with an id outside the vocabulary gets NaN; ``check_top_k_values`` finds it.
+    """
+    checks.check_settings(divergence, beta, temperature, chunk_size)
+    checks.check_head("student", student_hidden, student_weight)
+    checks.check_top_k(student_hidden, teacher_ids, teacher_logprobs, vocab_size)
+    checks.check_tokens(student_hidden.shape[0], token_weight, labels)
+    checks.check_vocabulary(vocab_size, student_weight.shape[0], tp_group)
+    settings = _Settings(
+        token_weight.detach(),
+        labels,
+        Divergence(divergence, beta, temperature),
+        vocab_size,
+        tp_group,
+        chunk_size,
+        sequence_parallel,
+        workspace,
+    )
+    teacher = TopK(teacher_ids, teacher_logprobs.detach())
+    return _run(student_hidden, student_weight, teacher, settings)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What both kinds of teacher share."""
+
+    token_weight: Tensor
+    labels: Tensor | None
+    divergence: Divergence
+    vocab_size: int
+    tp_group: ProcessGroup | None
+    chunk_size: int | None
+    sequence_parallel: bool
+    workspace: Workspace | None
+
+
+def _run(
+    student_hidden: Tensor, student_weight: Tensor, teacher: Head | TopK, settings: _Settings
+) -> DivergenceResult:
+    differentiate, tp_group = torch.is_grad_enabled(), settings.tp_group
     task = Task(
         student_hidden=student_hidden.detach(),
         student_weight=student_weight.detach(),
-        teacher_hidden=teacher_hidden.detach(),
-        teacher_weight=teacher_weight.detach(),
-        token_weight=token_weight.detach(),
-        labels=labels,
-        divergence=Divergence(divergence, beta, temperature),
-        vocab_size=vocab_size,
+        teacher=teacher,
+        token_weight=settings.token_weight,
+        labels=settings.labels,
+        divergence=settings.divergence,
+        vocab_size=settings.vocab_size,
         tp_group=None if tp_group is None or tp_group.size() == 1 else tp_group,
-        chunk_size=chunk_size,
-        reduce_hidden_gradient=not sequence_parallel,
+        chunk_size=settings.chunk_size,
+        reduce_hidden_gradient=not settings.sequence_parallel,
         hidden_gradient=differentiate and student_hidden.requires_grad,
         weight_gradient=differentiate and student_weight.requires_grad,
         main_grad=getattr(student_weight, "main_grad", None),
-        workspace=workspace or Workspace(huge_pages=False),
+        workspace=settings.workspace or Workspace(huge_pages=False),
     )
     if differentiate and student_weight.requires_grad and task.main_grad is not None:
         student_weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from megatron_prefix.loss.divergence import (
     merge_statistics,
     token_values,
 )
-from megatron_prefix.loss.kernels import Kernels
+from megatron_prefix.loss.kernels import Kernels, Logits
 from megatron_prefix.loss.torch_kernels import TorchKernels
 from megatron_prefix.loss.triton_kernels import TritonKernels
 from tests.unit.loss.reference import dense, dense_divergence, make_case, relative_error
@@ -69,20 +69,16 @@ def run_shards(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The passes as ranks would do them, the gathers in between done by hand."""
-    gathered = torch.stack([kernels.statistics(x, y, divergence) for x, y in shards])
+    chunks = [Logits(x, y, divergence, dtype) for x, y in shards]
+    gathered = torch.stack([kernels.statistics(each) for each in chunks])
     merged = [merge_statistics(gathered, rank, divergence) for rank in range(len(shards))]
     sums = None
     if divergence.name == "jsd":
-        parts = [
-            kernels.mixture(x, y, each, divergence)
-            for (x, y), each in zip(shards, merged, strict=True)
-        ]
+        parts = [kernels.mixture(*pair) for pair in zip(chunks, merged, strict=True)]
         sums = torch.stack(parts).sum(0)
     gradients = [
-        kernels.logit_gradient(
-            x, y, gradient_factors(each, sums, weight, divergence), divergence, dtype
-        )
-        for (x, y), each in zip(shards, merged, strict=True)
+        kernels.logit_gradient(chunk, gradient_factors(each, sums, weight, divergence))
+        for chunk, each in zip(chunks, merged, strict=True)
     ]
     return token_values(merged[0], sums, divergence), torch.cat(gradients, 1)
 
@@ -111,7 +107,7 @@ def test_one_rank(kernels: Kernels, name: str, columns: int) -> None:
     student, teacher = logits(columns, 2.0, 2), logits(columns, 2.0, 3)
     weight = weights()
     values, gradient = expected(student, teacher, weight, divergence)
-    rows = kernels.one_rank(student, teacher, weight, divergence, torch.float32)
+    rows = kernels.one_rank(Logits(student, teacher, divergence, torch.float32), weight)
     assert (rows.values - values).norm() <= 2e-6 * values.norm() + 1e-7
     assert (rows.gradient - gradient).norm() <= 2e-6 * gradient.norm() + 1e-7
 
@@ -121,7 +117,7 @@ def test_a_chunk_may_stop_at_the_values(kernels: Kernels, name: str) -> None:
     divergence = Divergence(name, 0.5, 1.0)
     student, teacher = logits(300, 2.0, 4), logits(300, 2.0, 5)
     values, _ = expected(student, teacher, torch.ones(TOKENS), divergence)
-    rows = kernels.one_rank(student, teacher, None, divergence, torch.float32)
+    rows = kernels.one_rank(Logits(student, teacher, divergence, torch.float32), None)
     assert relative_error(rows.values, values) < 1e-6
     assert rows.statistics.shape == (TOKENS, 5)
 
@@ -134,7 +130,7 @@ def test_the_largest_logits_come_last(kernels: Kernels, name: str) -> None:
     student, teacher = ramp + logits(9000, 1.0, 6), ramp * 0.9 + logits(9000, 1.0, 7)
     weight = weights()
     values, gradient = expected(student, teacher, weight, divergence)
-    rows = kernels.one_rank(student, teacher, weight, divergence, torch.float32)
+    rows = kernels.one_rank(Logits(student, teacher, divergence, torch.float32), weight)
     assert relative_error(rows.values, values) < 1e-6
     assert relative_error(rows.gradient, gradient) < 2e-6
 
@@ -145,7 +141,7 @@ def test_what_is_not_finite_stays_visible(kernels: Kernels, name: str, poison: f
     student, teacher = logits(300, 2.0, 8), logits(300, 2.0, 9)
     student[1, 17] = teacher[3, 299] = poison
     divergence = Divergence(name, 0.5, 1.0)
-    rows = kernels.one_rank(student, teacher, torch.ones(TOKENS), divergence, torch.float32)
+    rows = kernels.one_rank(Logits(student, teacher, divergence, torch.float32), torch.ones(TOKENS))
     assert rows.values.isfinite().tolist() == [True, False, True, False, True]
 
 
@@ -156,7 +152,7 @@ def test_several_threads_share_the_rows(kernels: Kernels) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        rows = kernels.one_rank(student, teacher, weight, divergence, torch.float32)
+        rows = kernels.one_rank(Logits(student, teacher, divergence, torch.float32), weight)
     finally:
         torch.set_num_threads(threads)
     assert relative_error(rows.values, values) < 1e-6
@@ -200,7 +196,9 @@ if "triton" in NAMES:  # in the process that runs Triton's interpreter
         student, teacher = logits(300, 2.0, 12), logits(300, 2.0, 13)
         divergence, weight = Divergence("jsd", 0.5, 1.0), weights()
         _, gradient = expected(student, teacher, weight, divergence)
-        rows = TritonKernels().one_rank(student, teacher, weight, divergence, torch.bfloat16)
+        rows = TritonKernels().one_rank(
+            Logits(student, teacher, divergence, torch.bfloat16), weight
+        )
         assert rows.gradient.dtype == torch.bfloat16
         # Half a unit in the last place would be 0.002, but the interpreter truncates.
         assert relative_error(rows.gradient, gradient) < 6e-3
