@@ -96,8 +96,14 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def check_tensors(folder: HfFolder, expected: Mapping[str, tuple[int, ...]], owner: str) -> None:
-    """ValueError that names the first tensor missing, of another shape, or unknown."""
+def check_tensors(
+    folder: HfFolder,
+    expected: Mapping[str, tuple[int, ...]],
+    owner: str,
+    skipped: tuple[str, ...] = (),
+) -> None:
+    """ValueError that names the first tensor missing, of another shape, or unknown. Names that
+    start as one of ``skipped`` does may be there."""
     where = f"{owner}.hf_path={folder.path}"
     for name, shape in expected.items():
         entry = folder.tensors.get(name)
@@ -113,7 +119,8 @@ def check_tensors(folder: HfFolder, expected: Mapping[str, tuple[int, ...]], own
             )
     for name in folder.tensors:
         tied_head = name == "lm_head.weight" and folder.config.get("tie_word_embeddings")
-        if name not in expected and not tied_head and not name.endswith(REDUNDANT):
+        known = name in expected or name.startswith(skipped) or name.endswith(REDUNDANT)
+        if not known and not tied_head:
             raise ValueError(
                 f"{where}: tensor {name} has no place in a "
                 f"{folder.config['architectures'][0]}; give a checkpoint without it"

@@ -214,7 +214,8 @@ def read_model(hf_path: str, owner: str) -> "HfModel":
         for unit in hf.units
         for name, shape in zip(unit.hf_names, unit.hf_shapes, strict=True)
     }
-    check_tensors(folder, expected, owner)
+    check_tensors(folder, expected, owner, hf.skipped)
+    hf.report_skipped(folder.tensors)
     return hf
 
 
@@ -226,6 +227,8 @@ def _check_tensor_parallel(hf: "HfModel", model: ModelConfig, owner: str) -> Non
         "num_key_value_heads": shape.num_query_groups,
         "intermediate_size": shape.ffn_hidden_size,
     }
+    if shape.shared_ffn_hidden_size:
+        sizes["n_shared_experts * moe_intermediate_size"] = shape.shared_ffn_hidden_size
     for name, size in sizes.items():
         if size % tp:
             fits = [n for n in range(1, tp) if all(s % n == 0 for s in sizes.values())]

@@ -36,6 +36,9 @@ def _spread_norms_and_biases(model: torch.nn.Module) -> None:
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             assert torch.isfinite(parameter).all(), name
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.2 * torch.randn_like(buffer))
 
 
 def _sizes(overrides: dict[str, Any], **family: Any) -> dict[str, Any]:
@@ -89,3 +92,46 @@ def write_tiny_mixtral(folder: Path, *, seed: int = 0, **overrides: Any) -> Path
     """Mixtral: four experts, two a token; ``overrides`` are MixtralConfig's fields."""
     sizes = _sizes(overrides, tie_word_embeddings=False, num_local_experts=4)
     return _write(Path(folder), "Mixtral", sizes, seed)
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+_LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 48,
+    "rope_parameters": YARN,
+    "tie_word_embeddings": False,
+}
+
+
+def write_tiny_deepseek_v3(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """DeepSeek-V3: latent attention, YaRN, a dense first layer, eight experts in four groups of
+    which two are chosen, four experts a token; ``overrides`` are DeepseekV3Config's fields."""
+    routing = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "n_shared_experts": 1}
+    sizes = _sizes(overrides, **(_LATENT | routing | {"num_nextn_predict_layers": 0} | overrides))
+    del sizes["head_dim"]
+    return _write(Path(folder), "DeepseekV3", sizes, seed)
+
+
+def write_tiny_deepseek_v2(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """DeepSeek-V2: as V3 with a softmax router and two shared experts; ``overrides`` are
+    DeepseekV2Config's fields."""
+    routing = {"num_experts_per_tok": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.0}
+    sizes = _sizes(overrides, **(_LATENT | routing | overrides))
+    del sizes["head_dim"]
+    return _write(Path(folder), "DeepseekV2", sizes, seed)

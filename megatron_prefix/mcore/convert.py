@@ -184,6 +184,6 @@ def _verify_against_source(model: MegatronModel, step: Path) -> None:
     with byte_progress("verifying", total * dtype.itemsize, show=dist.get_rank() == 0) as advance:
         for bucket in hf_buckets(model, VERIFY_BYTES, dtype):
             for name, tensor in bucket:
-                if not torch.equal(reader.tensor(name).to(dtype), tensor.cpu()):
+                if not torch.equal(reader.tensor(name).to(tensor.dtype), tensor.cpu()):
                     raise RuntimeError(f"{step}: {name} reads back otherwise than it was written")
                 advance(tensor.nbytes)

@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,10 +92,18 @@ class _Writer:
             files |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(files.items()))}
         (self._folder / INDEX).write_text(json.dumps(index, indent=1))
-        config = {**model.hf.config, "dtype": str(dtype).removeprefix("torch.")}
-        config.pop("torch_dtype", None)
+        config = exported_config(model.hf.config, dtype)
         (self._folder / "config.json").write_text(json.dumps(config, indent=1))
         copy_companions(model.hf.path, self._folder)
+
+
+def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of what is written: its precision, and no layers that are skipped."""
+    exported = {**config, "dtype": str(dtype).removeprefix("torch.")}
+    exported.pop("torch_dtype", None)
+    if "num_nextn_predict_layers" in exported:
+        exported["num_nextn_predict_layers"] = 0
+    return exported
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

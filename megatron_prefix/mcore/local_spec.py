@@ -1,4 +1,4 @@
-"""Norm, core attention and rotary embedding for machines without Transformer Engine.
+"""Norm and core attention for machines without Transformer Engine.
 
 Megatron-Core's own local modules refuse packed sequences and sequence parallelism. These take the
 very batch that Transformer Engine takes: THD, T packed tokens with ``cu_seqlens``.
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
@@ -33,25 +32,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-class PackedRotaryEmbedding(RotaryEmbedding):
-    """Rotary angles of the packed tokens themselves, one row a token.
-
-    Megatron rotates packed sequences one by one in Python unless the angles already run along the
-    pack; ``position_ids`` is set by the caller before each forward (``model.forward_hidden``).
-    """
-
-    position_ids: Tensor | None = None
-
-    def forward(
-        self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
-    ) -> Tensor:
-        angles = super().forward(max_seq_len, offset, packed_seq, cp_group)
-        if not packed_seq:
-            return angles
-        assert self.position_ids is not None, "position_ids were not set before a packed forward"
-        return angles[self.position_ids]
 
 
 class PackedAttention(nn.Module):
@@ -122,7 +102,7 @@ def local_block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBloc
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
         attention = submodules.self_attention.submodules
         attention.core_attention = PackedAttention
-        for name in ("q_layernorm", "k_layernorm"):
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, name, IdentityOp) not in (IdentityOp, None):
                 setattr(attention, name, RMSNorm)
     return spec

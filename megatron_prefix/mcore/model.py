@@ -14,15 +14,18 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.layout import layers_by_stage, padded_vocab_size
 from megatron_prefix.mcore.fp8 import fp8_settings
+from megatron_prefix.mcore.group_router import use_group_router
 from megatron_prefix.mcore.groups import ModelGroups
 from megatron_prefix.mcore.hf_map import HfModel
-from megatron_prefix.mcore.local_spec import PackedRotaryEmbedding, local_block_spec
+from megatron_prefix.mcore.latent_attention import PackedYarnRotaryEmbedding, use_latent_attention
+from megatron_prefix.mcore.local_rotary import PackedRotaryEmbedding
+from megatron_prefix.mcore.local_spec import local_block_spec
 from megatron_prefix.types import PrefixBatch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -37,6 +40,8 @@ class MegatronModel:
     groups: ModelGroups
     hf: HfModel
     layers: tuple[int, ...]  # on each stage
+    # Those that are told the positions of a pack before each forward; none with Transformer Engine.
+    rotary: tuple[PackedRotaryEmbedding | PackedYarnRotaryEmbedding, ...] = ()
 
     @property
     def vocab_rows(self) -> int:
@@ -66,7 +71,8 @@ def transformer_config(
         shape.num_layers, groups.layout.pp, model.num_layers_in_first_pipeline_stage
     )
     uneven = {"num_layers_in_first_pipeline_stage": layers[0]} if len(set(layers)) > 1 else {}
-    return TransformerConfig(
+    kind = MLATransformerConfig if hf.latent_attention else TransformerConfig
+    return kind(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -92,12 +98,14 @@ def transformer_config(
         # data-parallel ranks (docs/decisions/0003).
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
+        transformer_impl="transformer_engine" if te else "local",
         # On a CPU each of these fusions would start a torch.compile of seconds.
         persist_layer_norm=te,
         bias_dropout_fusion=te,
         bias_activation_fusion=te,
         masked_softmax_fusion=te,
-        apply_rope_fusion=te,
+        # Of latent attention Megatron-Core has a fused kernel with YaRN alone.
+        apply_rope_fusion=te and hf.settings.get("rope_type", "yarn") == "yarn",
         moe_grouped_gemm=te and shape.num_experts > 0,
         moe_permute_fusion=te and shape.num_experts > 0,
         cross_entropy_loss_fusion=False,
@@ -133,15 +141,26 @@ def build_model(
     )
     if not with_head and groups.is_last_stage:
         module.output_layer = None
-    if not uses_transformer_engine():
+    if not uses_transformer_engine() and not hf.latent_attention:
         # Rebinding the class keeps the buffers (and the rope scaling) that Megatron computed.
         module.rotary_pos_emb.__class__ = PackedRotaryEmbedding
+    freeze_expert_biases(module)
     if torch.cuda.is_available():
         module.cuda(torch.cuda.current_device())
     layers = layers_by_stage(
         shape.num_layers, groups.layout.pp, model.num_layers_in_first_pipeline_stage
     )
-    return MegatronModel(module, config, groups, hf, layers)
+    packed = (PackedRotaryEmbedding, PackedYarnRotaryEmbedding)
+    rotary = tuple(part for part in module.modules() if isinstance(part, packed))
+    return MegatronModel(module, config, groups, hf, layers, rotary)
+
+
+def freeze_expert_biases(module: torch.nn.Module) -> None:
+    """Megatron-Core moves them towards even use of the experts after each step; here the divergence
+    is the whole objective, and the policy that samples is the one that is trained."""
+    for part in module.modules():
+        if getattr(part, "expert_bias", None) is not None:
+            part.frozen_expert_bias = True  # type: ignore[assignment]
 
 
 def _refuse_ragged_gather(groups: ModelGroups, owner: str) -> None:
@@ -155,11 +174,16 @@ def _refuse_ragged_gather(groups: ModelGroups, owner: str) -> None:
 
 
 def _block_spec(config: TransformerConfig, pp_rank: int) -> Any:
-    if not uses_transformer_engine():
-        return local_block_spec(config, pp_rank)
-    return gpt_layer_specs.get_gpt_decoder_block_spec(
-        config, use_transformer_engine=True, normalization="RMSNorm", pp_rank=pp_rank
-    )
+    if uses_transformer_engine():
+        spec = gpt_layer_specs.get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, normalization="RMSNorm", pp_rank=pp_rank
+        )
+    else:
+        spec = local_block_spec(config, pp_rank)
+    if config.multi_latent_attention:
+        use_latent_attention(spec, local=not uses_transformer_engine())
+    use_group_router(spec, config)
+    return spec
 
 
 def packed_params(batch: PrefixBatch) -> PackedSeqParams:
@@ -186,8 +210,8 @@ def forward_trunk(
     Under sequence parallelism the hidden states are gathered, and their gradient is
     reduce-scattered: ``on_prefix`` must then give partial sums.
     """
-    if isinstance(model.module.rotary_pos_emb, PackedRotaryEmbedding):
-        model.module.rotary_pos_emb.position_ids = batch.position_ids
+    for rotary in model.rotary:
+        rotary.position_ids = batch.position_ids
 
     def at_prefix(
         *, hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any

@@ -26,6 +26,7 @@ def open_source(path: Path) -> tuple[HfFolder, HfModel]:
     except ValueError as error:  # speaks of a recipe's setting, which a tool has none of
         raise ValueError(str(error).replace("model.hf_path=", "")) from error
     _refuse(path, tensor_problems(folder, hf))
+    hf.report_skipped(folder.tensors)
     return folder, hf
 
 
@@ -61,7 +62,8 @@ def tensor_problems(folder: HfFolder, hf: HfModel) -> list[str]:
         if name in expected and entry.shape != expected[name]:
             found.append(f"{name} has shape {list(entry.shape)}, not {list(expected[name])}")
         tied_head = name == "lm_head.weight" and hf.shape.tied
-        if name not in expected and not tied_head and not name.endswith(REDUNDANT):
+        known = name in expected or name.startswith(hf.skipped) or name.endswith(REDUNDANT)
+        if not known and not tied_head:
             found.append(f"{name} has no place in a {folder.config['architectures'][0]}")
     return found
 

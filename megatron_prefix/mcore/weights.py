@@ -19,6 +19,8 @@ VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
 }
 # An expert's parameter as SequentialMLP names it, and as Transformer Engine's grouped linear does.
 LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<index>\d+)\.(?P<name>.+)")
@@ -74,9 +76,13 @@ def unshard(shards: Sequence[Tensor], unit: Unit) -> Tensor:
     return torch.cat(ordered, unit.shard_axis)
 
 
-def named_units(model: MegatronModel) -> Iterator[tuple[Unit, torch.nn.Parameter]]:
-    """This rank's parameters with the units they are shards of."""
+def named_units(model: MegatronModel) -> Iterator[tuple[Unit, Tensor]]:
+    """This rank's parameters, and routers' biases, with the units they are shards of."""
     units = {unit.megatron_name: unit for unit in model.hf.units}
+    for local_name, buffer in model.module.named_buffers():
+        name = global_name(model, local_name)
+        if name in units:
+            yield units[name], buffer
     for local_name, param in model.module.named_parameters():
         name = global_name(model, local_name)
         if name == "output_layer.weight" and name not in units:
@@ -147,7 +153,8 @@ def hf_buckets(
     expert-parallel rank), so no rank holds more.
     """
     for bucket in _bucket_plan(model, max_bytes, dtype):
-        yield _gather_bucket(model, bucket, dtype)
+        in_fp32 = bucket.units[0].fp32_buffer
+        yield _gather_bucket(model, bucket, torch.float32 if in_fp32 else dtype)
 
 
 @dataclass(frozen=True)
@@ -155,9 +162,16 @@ class _Bucket:
     """Parcels that travel together. A parcel is what each rank gives one shard of: a unit, or of
     an expert layer as many units as there are expert-parallel ranks."""
 
-    stage: int
-    of_experts: bool
+    kind: tuple[int, bool, bool]  # stage, whether of experts, whether kept in fp32
     parcels: tuple[tuple[Unit, ...], ...]
+
+    @property
+    def stage(self) -> int:
+        return self.kind[0]
+
+    @property
+    def of_experts(self) -> bool:
+        return self.kind[1]
 
     @property
     def units(self) -> list[Unit]:
@@ -168,19 +182,20 @@ def _bucket_plan(model: MegatronModel, max_bytes: int, dtype: torch.dtype) -> li
     buckets: list[_Bucket] = []
     filled = 0
     for parcel in _parcels(model):
-        stage, of_experts = stage_of(parcel[0], model.layers), parcel[0].expert >= 0
+        kind = _parcel_kind(parcel, model)
         size = sum(prod(s) for unit in parcel for s in unit.hf_shapes) * dtype.itemsize
-        last = buckets[-1] if buckets else None
-        if last is None or (last.stage, last.of_experts) != (stage, of_experts):
-            buckets.append(_Bucket(stage, of_experts, (parcel,)))
-            filled = 0
-        elif filled + size > max_bytes:
-            buckets.append(_Bucket(stage, of_experts, (parcel,)))
+        if not buckets or buckets[-1].kind != kind or filled + size > max_bytes:
+            buckets.append(_Bucket(kind, (parcel,)))
             filled = 0
         else:
-            buckets[-1] = _Bucket(stage, of_experts, (*last.parcels, parcel))
+            buckets[-1] = _Bucket(kind, (*buckets[-1].parcels, parcel))
         filled += size
     return buckets
+
+
+def _parcel_kind(parcel: Sequence[Unit], model: MegatronModel) -> tuple[int, bool, bool]:
+    unit = parcel[0]
+    return stage_of(unit, model.layers), unit.expert >= 0, unit.fp32_buffer
 
 
 def _parcels(model: MegatronModel) -> list[tuple[Unit, ...]]:
@@ -195,7 +210,7 @@ def _parcels(model: MegatronModel) -> list[tuple[Unit, ...]]:
             tail = unit.megatron_name.rpartition(f".{unit.expert}.")[2]
             experts.setdefault((unit.layer, unit.expert % stride, tail), []).append(unit)
     parcels += [tuple(sorted(units, key=lambda unit: unit.expert)) for units in experts.values()]
-    return sorted(parcels, key=lambda p: (stage_of(p[0], model.layers), p[0].expert >= 0))
+    return sorted(parcels, key=lambda parcel: _parcel_kind(parcel, model))
 
 
 def stage_of(unit: Unit, layers: tuple[int, ...]) -> int:

@@ -30,23 +30,37 @@ class ModelShape:
     ffn_columns: int  # of the gated MLPs that one token passes, summed over the layers
     vocab: int
     router_columns: int = 0  # experts that a token is scored against, summed over the layers
+    # Latent attention (MLA), as a trainer computes it: keys and values out of the latent for each
+    # token. A server that absorbs those products into queries and outputs does others.
+    latent_weights: int = 0  # of one layer's projections; 0: they follow from the heads
+    latent_pair: int = 0  # widths of a head's query and of its value, together
+
+    @property
+    def attention_weights(self) -> int:
+        """Of one layer's projections."""
+        return self.latent_weights or self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+
+    @property
+    def pair_width(self) -> int:
+        """Products of one head where one query meets one key, with its value."""
+        return self.latent_pair or 2 * self.head_dim
 
     @property
     def trunk_weights(self) -> int:
         """Weights that multiply each token between the embedding and the LM head."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
         mlp = self.hidden * (3 * self.ffn_columns + self.router_columns)
-        return self.layers * attention + mlp
+        return self.layers * self.attention_weights + mlp
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
-    """The shape behind a Hugging Face ``config.json`` of the Llama, Qwen, Qwen3-MoE or Mixtral
-    manner."""
+    """The shape behind a Hugging Face ``config.json`` of the Llama, Qwen, Qwen3-MoE, Mixtral or
+    DeepSeek manner."""
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     heads, experts = config["num_attention_heads"], _num_experts(config)
     sparse = _sparse_layers(config, layers)
     width = config.get("moe_intermediate_size") or config["intermediate_size"]
-    active = config.get("num_experts_per_tok", 0) * width
+    shared = config.get("n_shared_experts") or 0
+    active = ((config.get("num_experts_per_tok") or 0) + shared) * width
     return ModelShape(
         layers=layers,
         hidden=hidden,
@@ -56,19 +70,35 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         ffn_columns=sparse * active + (layers - sparse) * config["intermediate_size"],
         vocab=config["vocab_size"],
         router_columns=sparse * experts,
+        **_latent(config),
     )
 
 
+def _latent(config: Mapping[str, Any]) -> dict[str, int]:
+    if "kv_lora_rank" not in config:
+        return {}
+    hidden, heads, rank = (
+        config[k] for k in ("hidden_size", "num_attention_heads", "kv_lora_rank")
+    )
+    nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    value, query_rank = config["v_head_dim"], config.get("q_lora_rank") or 0
+    query = heads * (nope + rope)
+    weights = (hidden + query) * query_rank if query_rank else hidden * query
+    weights += hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
+    return {"latent_weights": weights, "latent_pair": nope + rope + value}
+
+
 def _num_experts(config: Mapping[str, Any]) -> int:
-    """Qwen3-MoE's published configs have the first key; Mixtral's and transformers' the other."""
-    return int(config.get("num_experts") or config.get("num_local_experts") or 0)
+    """By Qwen3-MoE's published configs, by Mixtral's and transformers', by DeepSeek's."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((int(config[name]) for name in names if config.get(name)), 0)
 
 
 def _sparse_layers(config: Mapping[str, Any], layers: int) -> int:
     if not _num_experts(config):
         return 0
     dense, every = (
-        config.get("mlp_only_layers") or (),
+        config.get("mlp_only_layers") or range(config.get("first_k_dense_replace") or 0),
         config.get("decoder_sparse_step", 1),
     )
     return sum(layer not in dense and (layer + 1) % every == 0 for layer in range(layers))
@@ -81,7 +111,7 @@ def trunk_flops(shape: ModelShape, tokens: int) -> float:
     changes when a key is computed, never how many are met: prefill and decode sum to the same.
     """
     pairs = tokens * (tokens + 1) / 2
-    attention = 4.0 * shape.layers * shape.heads * shape.head_dim * pairs
+    attention = 2.0 * shape.layers * shape.heads * shape.pair_width * pairs
     return 2.0 * shape.trunk_weights * tokens + attention
 
 

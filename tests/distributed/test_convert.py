@@ -24,6 +24,8 @@ from megatron_prefix.tokenizers import write_byte_tokenizer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import Case, World, model_config, rollouts
 from tests.tiny_models import (
+    write_tiny_deepseek_v2,
+    write_tiny_deepseek_v3,
     write_tiny_llama,
     write_tiny_mixtral,
     write_tiny_qwen2,
@@ -38,6 +40,8 @@ WRITERS = {
     "qwen3": write_tiny_qwen3,
     "qwen3-moe": write_tiny_qwen3_moe,
     "mixtral": write_tiny_mixtral,
+    "deepseek-v2": write_tiny_deepseek_v2,
+    "deepseek-v3": write_tiny_deepseek_v3,
 }
 
 
@@ -89,6 +93,30 @@ def test_there_and_back_is_bit_for_bit(family: str, tmp_path: Path) -> None:
     assert to_hf(tmp_path / "megatron", tmp_path / "back") == 0
     check_equal(tensors(folder), tensors(tmp_path / "back"))
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def test_layers_of_multi_token_prediction_are_skipped_with_a_message(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_tiny_deepseek_v3(tmp_path / "model", num_nextn_predict_layers=1)
+    before = tensors(folder)
+    edit(folder, lambda held: held.update({"model.layers.2.eh_proj.weight": torch.ones(4, 4)}))
+    assert to_megatron(folder, tmp_path / "megatron") == 0
+    assert "1 tensors of multi-token prediction (model.layers.2.*) are skipped" in caplog.text
+    assert to_hf(tmp_path / "megatron", tmp_path / "back") == 0
+    check_equal(before, tensors(tmp_path / "back"))
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+
+
+def test_a_routers_bias_stays_in_fp32(tmp_path: Path) -> None:
+    folder = write_tiny_deepseek_v3(tmp_path / "model")
+    assert to_megatron(folder, tmp_path / "megatron", "--dtype", "bf16") == 0
+    assert to_hf(tmp_path / "megatron", tmp_path / "back") == 0
+    before, after = tensors(folder), tensors(tmp_path / "back")
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(before[bias], after[bias])
+    assert {t.dtype for name, t in after.items() if name != bias} == {torch.bfloat16}
 
 
 def test_the_folder_is_complete_and_its_index_right(model: Path, tmp_path: Path) -> None:

@@ -14,7 +14,12 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import ADAM, steps_from
 from tests.distributed.test_layouts import STEPS, check_same_training
 from tests.distributed.world import Case, model_config, train
-from tests.tiny_models import write_tiny_mixtral, write_tiny_qwen3_moe
+from tests.tiny_models import (
+    write_tiny_deepseek_v2,
+    write_tiny_deepseek_v3,
+    write_tiny_mixtral,
+    write_tiny_qwen3_moe,
+)
 
 EP2 = {"expert_model_parallel_size": 2}
 TP2 = {"tp": 2, "sequence_parallel": True}
@@ -28,6 +33,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen3-moe": write_tiny_qwen3_moe(root / "qwen", mlp_only_layers=[1], **sizes),
         "mixtral": write_tiny_mixtral(root / "mixtral", **sizes),
         "teacher": write_tiny_qwen3_moe(root / "teacher", seed=1, hidden_size=96, **sizes),
+        "deepseek-v3": write_tiny_deepseek_v3(root / "v3", **sizes),
+        "deepseek-v2": write_tiny_deepseek_v2(root / "v2", seed=1, hidden_size=96, **sizes),
     }
 
 
@@ -61,6 +68,21 @@ def test_trains_as_one_rank_does(name: str, plain_optimizer: bool, models: dict[
     (one,) = run_ranks(1, train, case({}, {}), 1, STEPS)
     ranks = run_ranks(world_size, train, case(student, teacher), world_size, STEPS)
     check_same_training(ranks, one, models[family])
+
+
+@pytest.mark.parametrize("name", ["tp2", "tp2, ep2", "pp2, ep2", "recompute, ep2"])
+def test_latent_attention_trains_as_on_one_rank(name: str, models: dict[str, Path]) -> None:
+    world_size, student, teacher = LAYOUTS[name]
+
+    def case(student: dict, teacher: dict) -> Case:
+        return Case(
+            model_config(models["deepseek-v3"], **student),
+            model_config(models["deepseek-v2"], **teacher),
+        )
+
+    (one,) = run_ranks(1, train, case({}, {}), 1, STEPS)
+    ranks = run_ranks(world_size, train, case(student, teacher), world_size, STEPS)
+    check_same_training(ranks, one, models["deepseek-v3"])
 
 
 CHECKPOINTS = {

@@ -16,6 +16,8 @@ from megatron_prefix.mcore.schedule import run_schedule
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import CPU, Case, World, build, model_config, rollouts
 from tests.tiny_models import (
+    write_tiny_deepseek_v2,
+    write_tiny_deepseek_v3,
     write_tiny_llama,
     write_tiny_mixtral,
     write_tiny_qwen2,
@@ -31,6 +33,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES = {
     "qwen3": (write_tiny_qwen3, {}),
     "qwen3 untied, odd head size": (
@@ -53,8 +56,15 @@ FAMILIES = {
         {"mlp_only_layers": [0], "norm_topk_prob": False, "tie_word_embeddings": True},
     ),
     "mixtral": (write_tiny_mixtral, {}),
+    "deepseek-v3": (write_tiny_deepseek_v3, {}),
+    "deepseek-v2, groups": (
+        write_tiny_deepseek_v2,
+        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek-v2-lite": (write_tiny_deepseek_v2, {"q_lora_rank": None, "rope_parameters": PLAIN}),
 }
-SPARSE = [name for name in FAMILIES if "moe" in name or "mixtral" in name]
+DENSE = ("qwen3", "qwen2", "llama")
+SPARSE = [name for name in FAMILIES if "moe" in name or not name.startswith(DENSE)]
 
 
 def folder_of(name: str, root: Path) -> Path:

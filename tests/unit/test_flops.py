@@ -14,6 +14,8 @@ from megatron_prefix.prefix import Ledger, ModelShape, StepCost, model_shape, ro
 from megatron_prefix.prefix.flops import head_flops, step_flops, trunk_flops
 from megatron_prefix.types import FinishReason, Flops, Rollout
 from tests.tiny_models import (
+    write_tiny_deepseek_v2,
+    write_tiny_deepseek_v3,
     write_tiny_llama,
     write_tiny_mixtral,
     write_tiny_qwen2,
@@ -29,6 +31,8 @@ WRITERS = [
     write_tiny_qwen3_moe,
     write_tiny_mixtral,
 ]
+# transformers' cache holds the latents and expands all of them anew for every token.
+WITHOUT_CACHE = [*WRITERS, write_tiny_deepseek_v2, write_tiny_deepseek_v3]
 SIZES: dict[str, Any] = {"vocab_size": 320, "head_dim": 24, "intermediate_size": 112}
 
 
@@ -54,7 +58,7 @@ def tokens(count: int) -> torch.Tensor:
 
 def not_causal(shape: ModelShape, count: int) -> float:
     """What torch's eager attention multiplies beyond the causal half: it masks afterwards."""
-    return 4.0 * shape.layers * shape.heads * shape.head_dim * (count * count - count) / 2
+    return 2.0 * shape.layers * shape.heads * shape.pair_width * (count * count - count) / 2
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -75,7 +79,7 @@ def test_rollout_equals_prefill_and_decode_with_a_cache(
     assert rollout_flops(shape, shape, PROMPT, PREFIX).rollout == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("write", WITHOUT_CACHE)
 def test_teacher_equals_one_forward_with_logits_at_the_prefix(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -90,7 +94,7 @@ def test_teacher_equals_one_forward_with_logits_at_the_prefix(
     assert rollout_flops(shape, shape, PROMPT, PREFIX).teacher == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("write", WITHOUT_CACHE)
 def test_student_equals_forward_and_backward(write: Callable[..., Path], tmp_path: Path) -> None:
     model, shape = load(write(tmp_path, **SIZES))
     fed = PROMPT + PREFIX - 1

@@ -1,16 +1,29 @@
 """Hugging Face checkpoints to Megatron-Core and back, one file a family."""
 
 import json
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_prefix.mcore.hf_map import llama, mixtral, qwen2, qwen3, qwen3_moe
+from megatron_prefix.mcore.hf_map import (
+    deepseek_v2,
+    deepseek_v3,
+    llama,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_prefix.mcore.hf_map.units import DecoderShape, Unit
 
+logger = logging.getLogger(__name__)
+
 FAMILIES: dict[str, ModuleType] = {
-    family.ARCHITECTURE: family for family in (llama, qwen2, qwen3, qwen3_moe, mixtral)
+    family.ARCHITECTURE: family
+    for family in (llama, qwen2, qwen3, qwen3_moe, mixtral, deepseek_v2, deepseek_v3)
 }
 
 
@@ -24,6 +37,29 @@ class HfModel:
     units: tuple[Unit, ...]
     settings: dict[str, Any]
     rope_scaling_factor: float
+
+    @property
+    def latent_attention(self) -> bool:
+        """Whether its attention is DeepSeek's (MLA)."""
+        return bool(self.settings.get("multi_latent_attention"))
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Prefixes of tensors that lie in the folder and are not the model's: the layers that
+        predict several tokens ahead (MTP), numbered after the last."""
+        count = int(self.config.get("num_nextn_predict_layers") or 0)
+        return tuple(f"model.layers.{self.shape.num_layers + i}." for i in range(count))
+
+    def report_skipped(self, tensors: Iterable[str]) -> None:
+        """A warning with how many of ``tensors``, names, are not used."""
+        if self.skipped and (count := sum(name.startswith(self.skipped) for name in tensors)):
+            logger.warning(
+                "%s: %d tensors of multi-token prediction (%s*) are skipped: they are neither "
+                "trained nor exported",
+                self.path,
+                count,
+                "*, ".join(self.skipped),
+            )
 
 
 def read_hf_model(path: str) -> HfModel:

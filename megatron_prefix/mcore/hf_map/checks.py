@@ -15,6 +15,12 @@ def rope_settings(hf: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return "default", {}
 
 
+def refuse_qwen_variants(hf: Mapping[str, Any], family: str) -> None:
+    """What no Qwen2 or Qwen3 model is supported with."""
+    refuse_sliding_window(hf, family)
+    require_plain_rope(hf, family)
+
+
 def require_plain_rope(hf: Mapping[str, Any], family: str) -> None:
     kind, _ = rope_settings(hf)
     if kind != "default":
@@ -28,6 +34,13 @@ def refuse_sliding_window(hf: Mapping[str, Any], family: str) -> None:
             f"use_sliding_window=true: {family} with sliding-window attention is not supported; "
             "use a checkpoint with full attention"
         )
+
+
+def require_published(hf: Mapping[str, Any], family: str, **values: Any) -> None:
+    """Settings that may be left out, and otherwise are as the family was published."""
+    for name, value in values.items():
+        if hf.get(name, value) != value:
+            raise ValueError(f"{name}={hf[name]!r}: {family} is supported with {value!r}")
 
 
 def refuse_biases(hf: Mapping[str, Any], family: str, *names: str) -> None:

@@ -25,4 +25,19 @@ def routing_settings(
         # Hugging Face takes the softmax in fp32; Megatron then multiplies in fp32 as well.
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
+        "moe_shared_expert_intermediate_size": shape.shared_ffn_hidden_size or None,
     }
+
+
+def grouped_routing(hf: dict[str, Any], family: str) -> dict[str, Any]:
+    """TransformerConfig fields where a token's experts come out of ``topk_group`` of ``n_group``
+    groups; {} where there is one group alone."""
+    groups, chosen = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    if groups == 1:
+        return {}
+    if hf["n_routed_experts"] % groups or chosen > groups:
+        raise ValueError(
+            f"n_group={groups}, topk_group={chosen}: the {hf['n_routed_experts']} experts of a "
+            f"{family} must divide into groups, and no more be chosen than there are"
+        )
+    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_prefix.mcore.hf_map.checks import refuse_sliding_window, require_plain_rope
+from megatron_prefix.mcore.hf_map.checks import refuse_qwen_variants
 from megatron_prefix.mcore.hf_map.units import (
     DecoderShape,
     Unit,
@@ -16,8 +16,7 @@ ARCHITECTURE = "Qwen2ForCausalLM"
 
 def transformer_settings(shape: DecoderShape, hf: dict[str, Any]) -> dict[str, Any]:
     """TransformerConfig fields beyond the shared sizes; ValueError for an unsupported variant."""
-    refuse_sliding_window(hf, "Qwen2")
-    require_plain_rope(hf, "Qwen2")
+    refuse_qwen_variants(hf, "Qwen2")
     return {"qk_layernorm": False, "add_qkv_bias": True}
 
 

@@ -2,11 +2,7 @@
 
 from typing import Any
 
-from megatron_prefix.mcore.hf_map.checks import (
-    refuse_biases,
-    refuse_sliding_window,
-    require_plain_rope,
-)
+from megatron_prefix.mcore.hf_map.checks import refuse_biases, refuse_qwen_variants
 from megatron_prefix.mcore.hf_map.units import (
     DecoderShape,
     Unit,
@@ -20,8 +16,7 @@ ARCHITECTURE = "Qwen3ForCausalLM"
 
 def transformer_settings(shape: DecoderShape, hf: dict[str, Any]) -> dict[str, Any]:
     """TransformerConfig fields beyond the shared sizes; ValueError for an unsupported variant."""
-    refuse_sliding_window(hf, "Qwen3")
-    require_plain_rope(hf, "Qwen3")
+    refuse_qwen_variants(hf, "Qwen3")
     refuse_biases(hf, "Qwen3", "attention_bias")
     return {"qk_layernorm": True}
 

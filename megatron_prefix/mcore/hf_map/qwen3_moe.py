@@ -2,11 +2,7 @@
 
 from typing import Any
 
-from megatron_prefix.mcore.hf_map.checks import (
-    refuse_biases,
-    refuse_sliding_window,
-    require_plain_rope,
-)
+from megatron_prefix.mcore.hf_map.checks import refuse_biases, refuse_qwen_variants
 from megatron_prefix.mcore.hf_map.moe import routing_settings
 from megatron_prefix.mcore.hf_map.units import (
     GATE_UP_DOWN,
@@ -23,8 +19,7 @@ ARCHITECTURE = "Qwen3MoeForCausalLM"
 
 def transformer_settings(shape: DecoderShape, hf: dict[str, Any]) -> dict[str, Any]:
     """TransformerConfig fields beyond the shared sizes; ValueError for an unsupported variant."""
-    refuse_sliding_window(hf, "Qwen3-MoE")
-    require_plain_rope(hf, "Qwen3-MoE")
+    refuse_qwen_variants(hf, "Qwen3-MoE")
     refuse_biases(hf, "Qwen3-MoE", "attention_bias")
     normalised = bool(hf.get("norm_topk_prob"))
     return {"qk_layernorm": True} | routing_settings(shape, hf, normalised=normalised)

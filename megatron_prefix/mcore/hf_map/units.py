@@ -30,6 +30,8 @@ class Unit:
     expert: int = -1  # its number in the layer; -1: no expert's
     shard_axis: int = -1  # the tensor-parallel axis; -1: replicated
     blocks: int = 1  # parts along shard_axis that are sharded one by one (gate and up: 2)
+    # Whatever the model's precision: a buffer of a router, which no optimizer moves.
+    fp32_buffer: bool = False
     pack: Pack = lambda tensors: tensors[0]
     unpack: Unpack = lambda tensor: (tensor,)
 
@@ -52,6 +54,7 @@ class DecoderShape:
     num_experts: int = 0  # of a sparse layer; 0: the model is dense
     moe_ffn_hidden_size: int = 0  # of one expert
     sparse_layers: tuple[int, ...] = ()  # the layers that have experts
+    shared_ffn_hidden_size: int = 0  # of a sparse layer's shared experts together; 0: none
 
     @classmethod
     def from_config(cls, hf: dict[str, Any]) -> "DecoderShape":
@@ -73,19 +76,23 @@ class DecoderShape:
             num_experts=experts,
             moe_ffn_hidden_size=_expert_width(hf) if experts else 0,
             sparse_layers=sparse_layers(hf),
+            shared_ffn_hidden_size=(hf.get("n_shared_experts") or 0) * _expert_width(hf),
         )
 
 
 def num_experts(hf: Mapping[str, Any]) -> int:
     """Experts of a sparse layer by config.json; 0 for a dense model."""
-    return int(hf.get("num_experts") or hf.get("num_local_experts") or 0)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((int(hf[name]) for name in names if hf.get(name)), 0)
 
 
 def sparse_layers(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """The layers with experts: every one, every n-th, or all but some (Qwen3-MoE's config)."""
+    """The layers with experts: every one, every n-th, all but some (Qwen3-MoE's config) or all but
+    the first (DeepSeek's)."""
     if not num_experts(hf):
         return ()
-    dense, every = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step") or 1
+    dense = hf.get("mlp_only_layers") or range(hf.get("first_k_dense_replace") or 0)
+    every = hf.get("decoder_sparse_step") or 1
     layers = range(hf["num_hidden_layers"])
     return tuple(i for i in layers if i not in dense and (i + 1) % every == 0)
 
@@ -154,7 +161,7 @@ def attention_units(
         )
 
     units = [
-        _norm(f"{megatron}input_layernorm", f"{hf}input_layernorm", hidden, layer),
+        norm_unit(f"{megatron}input_layernorm", f"{hf}input_layernorm", hidden, layer),
         qkv("weight", (hidden,)),
         Unit(
             f"{megatron}self_attention.linear_proj.weight",
@@ -168,7 +175,9 @@ def attention_units(
         units.append(qkv("bias", ()))
     if qk_norm:
         units += [
-            _norm(f"{megatron}self_attention.{n}_layernorm", f"{hf}self_attn.{n}_norm", d, layer)
+            norm_unit(
+                f"{megatron}self_attention.{n}_layernorm", f"{hf}self_attn.{n}_norm", d, layer
+            )
             for n in "qk"
         ]
     return units
@@ -182,10 +191,16 @@ def mlp_units(shape: DecoderShape, layer: int) -> list[Unit]:
 
 
 def moe_units(
-    shape: DecoderShape, layer: int, *, block: str, parts: tuple[str, str, str]
+    shape: DecoderShape,
+    layer: int,
+    *,
+    block: str,
+    parts: tuple[str, str, str],
+    expert_bias: bool = False,
 ) -> list[Unit]:
-    """Router and experts. ``block`` is the layer's name for them ("mlp"), ``parts`` an expert's
-    names of gate, up and down."""
+    """Router, experts and, where the model has them, shared experts. ``block`` is the layer's name
+    for them ("mlp"), ``parts`` an expert's names of gate, up and down; ``expert_bias``: the router
+    adds one to its scores when it chooses."""
     hf, megatron = f"model.layers.{layer}.{block}.", f"decoder.layers.{layer}.mlp."
     sizes = (shape.moe_ffn_hidden_size, shape.hidden_size)
     router = Unit(
@@ -199,11 +214,21 @@ def moe_units(
         for e in range(shape.num_experts)
         for unit in _gated(f"{megatron}experts.{e}.", f"{hf}experts.{e}.", parts, sizes, layer, e)
     ]
-    return [mlp_norm(shape, layer), router, *experts]
+    units = [mlp_norm(shape, layer), router, *experts]
+    if expert_bias:
+        name = f"{hf}gate.e_score_correction_bias"
+        size = (shape.num_experts,)
+        units.append(
+            Unit(f"{megatron}router.expert_bias", (name,), (size,), layer, fp32_buffer=True)
+        )
+    if shape.shared_ffn_hidden_size:
+        sizes = (shape.shared_ffn_hidden_size, shape.hidden_size)
+        units += _gated(f"{megatron}shared_experts.", f"{hf}shared_experts.", parts, sizes, layer)
+    return units
 
 
 def mlp_norm(shape: DecoderShape, layer: int) -> Unit:
-    return _norm(
+    return norm_unit(
         f"decoder.layers.{layer}.pre_mlp_layernorm",
         f"model.layers.{layer}.post_attention_layernorm",
         shape.hidden_size,
@@ -243,5 +268,5 @@ def _gated(
     ]
 
 
-def _norm(megatron: str, hf: str, size: int, layer: int) -> Unit:
+def norm_unit(megatron: str, hf: str, size: int, layer: int) -> Unit:
     return Unit(f"{megatron}.weight", (f"{hf}.weight",), ((size,),), layer)
