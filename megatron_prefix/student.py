@@ -1,6 +1,7 @@
 """The student's half of a step: forward, the divergence on its prefix positions, backward."""
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatron_prefix.config import LossConfig
 from megatron_prefix.loss import (
     DivergenceResult,
+    FiniteCheck,
     Workspace,
     prefix_divergence,
     top_k_divergence,
@@ -20,6 +22,8 @@ from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.optimizer import TrainableStudent
 from megatron_prefix.mcore.schedule import OnPrefix, run_schedule
 from megatron_prefix.types import PrefixBatch, Targets, TeacherHead, TopKTargets
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class _Accumulator:
         self.loss, self.diff = zeros(), zeros()
         self.kl, self.tokens = zeros(prefix_length), zeros(prefix_length)
         self.worst = zeros(2)  # server, trainer
+        self._watched: list[tuple[FiniteCheck, dict[str, Tensor]]] = []  # by microbatch
 
     @torch.no_grad()
     def add(self, batch: PrefixBatch, loss: Tensor, kl: Tensor, logprobs: Tensor) -> None:
@@ -76,6 +81,22 @@ class _Accumulator:
             self.diff += diff.sum()
             worst = pairs[diff.argmax()]
             self.worst = _further_apart(self.worst, worst)
+
+    def watch(self, kl: Tensor, inputs: dict[str, Tensor]) -> None:
+        """``inputs``: what lives on to the end of the step anyway."""
+        self._watched.append((FiniteCheck.of("divergence", kl), inputs))
+
+    def tell_non_finite(self) -> None:
+        """Where, and in which input; waits for the device."""
+        for number, (check, inputs) in enumerate(self._watched):
+            problem = check.problem()
+            if problem is not None:
+                looked = [FiniteCheck.of(*each).problem() for each in inputs.items()]
+                told = "; ".join(filter(None, looked)) or (
+                    f"{', '.join(inputs)} are finite here, so it is the student's hidden state "
+                    "there, or another rank's shard"
+                )
+                logger.warning("microbatch %d of this rank: %s: %s", number, problem, told)
 
 
 def forward_backward(
@@ -128,12 +149,21 @@ def _divergence(
 
     def divergence(batch: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
         assert head is not None
-        result = _compare(model, batch, hidden, head, next(waiting), objective)
+        target = next(waiting)
+        result = _compare(model, batch, hidden, head, target, objective)
         assert result.label_logprobs is not None
+        seen.watch(result.kl, {"the student's LM head": head} | _teacher_inputs(target, objective))
         seen.add(batch, result.loss.detach(), result.kl, result.label_logprobs)
         return result.loss
 
     return divergence
+
+
+def _teacher_inputs(target: Targets, objective: Objective) -> dict[str, Tensor]:
+    inputs = {f"the teacher's {name}": tensor for name, tensor in vars(target).items()}
+    if objective.teacher_head is not None:
+        inputs["the teacher's LM head"] = objective.teacher_head.weight
+    return inputs
 
 
 def _compare(
@@ -181,6 +211,8 @@ def _reduce(seen: _Accumulator, *, counts: bool) -> PrefixSums:
     pairs = [torch.empty_like(seen.worst) for _ in range(dist.get_world_size())]
     dist.all_gather(pairs, seen.worst)
     length, host = seen.kl.numel(), sums.cpu()
+    if not host.isfinite().all():
+        seen.tell_non_finite()
     server, trainer = functools.reduce(_further_apart, pairs).tolist()
     return PrefixSums(
         loss=float(host[0]),

@@ -4,7 +4,8 @@ Torch and a process group that is handed in; neither Megatron nor global paralle
 """
 
 from megatron_prefix.loss.buffers import Workspace
-from megatron_prefix.loss.checks import check_finite, check_top_k_values
+from megatron_prefix.loss.checks import check_top_k_values
+from megatron_prefix.loss.finite import FiniteCheck, check_finite
 from megatron_prefix.loss.vocab_parallel import (
     DivergenceResult,
     prefix_divergence,
@@ -14,6 +15,7 @@ from megatron_prefix.loss.vocab_parallel import (
 
 __all__ = [
     "DivergenceResult",
+    "FiniteCheck",
     "Workspace",
     "check_finite",
     "check_top_k_values",

@@ -4,22 +4,23 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_prefix.loss.divergence import Divergence
+
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_settings(
-    divergence: str, beta: float, temperature: float, chunk_size: int | None
-) -> None:
+def check_settings(divergence: Divergence, chunk_size: int | None) -> None:
     """Raises ValueError, with the value and what would do, for a setting without a meaning."""
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence={divergence!r} is unknown; use one of {DIVERGENCES}")
-    if divergence == "jsd" and not 0 < beta < 1:
+    if divergence.name not in DIVERGENCES:
+        raise ValueError(f"divergence={divergence.name!r} is unknown; use one of {DIVERGENCES}")
+    if divergence.name == "jsd" and not 0 < divergence.beta < 1:
         raise ValueError(
-            f"beta={beta} must lie between 0 and 1; use forward_kl or reverse_kl for the ends"
+            f"beta={divergence.beta} must lie between 0 and 1; use forward_kl or reverse_kl for "
+            "the ends"
         )
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be positive and finite")
+    if not 0 < divergence.temperature < float("inf"):
+        raise ValueError(f"temperature={divergence.temperature} must be positive and finite")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None to have it chosen")
 
@@ -90,8 +91,9 @@ def check_head(name: str, hidden: Tensor, weight: Tensor) -> None:
         )
 
 
-def check_tokens(positions: int, token_weight: Tensor, labels: Tensor | None) -> None:
-    """Raises ValueError where the per-token inputs are not ``[positions]`` of their dtype."""
+def check_tokens(hidden: Tensor, token_weight: Tensor, labels: Tensor | None) -> None:
+    """Raises ValueError where the per-token inputs are not ``[N]`` of their dtype."""
+    positions = hidden.shape[0]
     if token_weight.shape != (positions,) or token_weight.dtype != torch.float32:
         raise ValueError(
             f"token_weight must be float32 [{positions}], "
@@ -101,6 +103,7 @@ def check_tokens(positions: int, token_weight: Tensor, labels: Tensor | None) ->
         raise ValueError(
             f"labels must be int64 [{positions}], not {labels.dtype} {list(labels.shape)}"
         )
+    _check_devices(hidden, token_weight, *([] if labels is None else [labels]))
 
 
 def check_vocabulary(vocab_size: int, rows: int, tp_group: ProcessGroup | None) -> None:
@@ -134,18 +137,3 @@ def check_top_k_values(ids: Tensor, logprobs: Tensor, vocab_size: int) -> None:
             position = tuple(torch.nonzero(bad)[0].tolist())
             value = values[position].item()
             raise ValueError(f"teacher targets: {value} {what}, at position {position[0]}")
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises ValueError with the first position of a NaN or an infinity in ``tensor``.
-
-    It waits for the device, so it is for set-up and for finding out why a loss was not finite;
-    the loss itself never calls it.
-    """
-    bad = torch.nonzero(~torch.isfinite(tensor.detach()))
-    if bad.shape[0]:
-        position = tuple(bad[0].tolist())
-        raise ValueError(
-            f"{name} {list(tensor.shape)} has {bad.shape[0]} non-finite values; "
-            f"the first, {tensor[position].item()}, is at {list(position)}"
-        )

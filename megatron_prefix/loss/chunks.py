@@ -25,6 +25,8 @@ def run_chunks(task: Task) -> Outcome:
         else:
             half = len(buffers) // 2
             _run_over_ranks(work, [buffers[:half], buffers[half:]])
+    else:
+        work.confirm_agreement()
     return work.outcome()
 
 
@@ -48,7 +50,9 @@ def _run_over_ranks(work: Work, pairs: list[list[Tensor]]) -> None:
     for index, positions in enumerate(work.task.chunks):
         following = _Chunk(work, positions, _first_rows(pairs[index % len(pairs)], positions))
         following.student_logits()
-        if current is not None:
+        if current is None:
+            work.confirm_agreement()  # the first GEMM is on its way
+        else:
             current.merge()
         following.statistics()
         if current is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss import gemm
+from megatron_prefix.loss.agreement import Agreement
 from megatron_prefix.loss.backends import kernels_for
 from megatron_prefix.loss.buffers import Workspace
 from megatron_prefix.loss.divergence import Divergence
@@ -73,6 +74,7 @@ class Task:
     divergence: Divergence
     vocab_size: int
     tp_group: ProcessGroup | None  # None: one rank
+    agreement: Agreement | None  # to be confirmed before another collective
     chunk_size: int | None
     reduce_hidden_gradient: bool
     hidden_gradient: bool  # wanted
@@ -134,6 +136,10 @@ class Work:
     hidden_gradient: Tensor | None  # [N, d_s]
     weight_gradient: Tensor | None  # fp32 [V/R, d_s], main_grad itself where that is fp32
     reductions: list[dist.Work] = field(default_factory=list)  # of the hidden gradient, under way
+
+    def confirm_agreement(self) -> None:
+        if self.task.agreement is not None:
+            self.task.agreement.confirm()
 
     @property
     def differentiates(self) -> bool:

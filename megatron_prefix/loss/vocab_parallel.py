@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss import checks
+from megatron_prefix.loss.agreement import Agreement
 from megatron_prefix.loss.buffers import Workspace, zeros_never_read
 from megatron_prefix.loss.chunks import run_chunks
 from megatron_prefix.loss.divergence import Divergence
@@ -106,25 +107,24 @@ def prefix_divergence(
     that DDP's hook fires and, with tied embeddings, adds the embedding's gradient alone.
     A graph can be run backward once.
 
-    Raises ValueError for settings, shapes, dtypes or a vocabulary that do not fit, before any
-    collective. A non-finite input gives a non-finite loss; ``check_finite`` finds its position.
+    Raises ValueError for settings, shapes, dtypes or a vocabulary that do not fit, or differ over
+    the group, before any other collective and with the same words on all ranks: they exchange
+    eight bytes first. A non-finite input gives a non-finite loss; ``check_finite`` finds its
+    position.
     """
-    checks.check_settings(divergence, beta, temperature, chunk_size)
-    checks.check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    checks.check_tokens(student_hidden.shape[0], token_weight, labels)
-    checks.check_vocabulary(vocab_size, student_weight.shape[0], tp_group)
-    settings = _Settings(
-        token_weight.detach(),
-        labels,
-        Divergence(divergence, beta, temperature),
-        vocab_size,
-        tp_group,
-        chunk_size,
-        sequence_parallel,
-        workspace,
+    call = _Call(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        token_weight=token_weight,
+        labels=labels,
+        divergence=Divergence(divergence, beta, temperature),
+        vocab_size=vocab_size,
+        tp_group=None if tp_group is None or tp_group.size() == 1 else tp_group,
+        chunk_size=chunk_size,
+        sequence_parallel=sequence_parallel,
+        workspace=workspace or Workspace(huge_pages=False),
     )
-    teacher = Head(teacher_hidden.detach(), teacher_weight.detach())
-    return _run(student_hidden, student_weight, teacher, settings)
+    return _run(call, Head(teacher_hidden.detach(), teacher_weight.detach()))
 
 
 def top_k_divergence(
@@ -160,29 +160,27 @@ def top_k_divergence(
 
     A token with an id outside the vocabulary gets NaN; ``check_top_k_values`` finds it.
     """
-    checks.check_settings(divergence, beta, temperature, chunk_size)
-    checks.check_head("student", student_hidden, student_weight)
-    checks.check_top_k(student_hidden, teacher_ids, teacher_logprobs, vocab_size)
-    checks.check_tokens(student_hidden.shape[0], token_weight, labels)
-    checks.check_vocabulary(vocab_size, student_weight.shape[0], tp_group)
-    settings = _Settings(
-        token_weight.detach(),
-        labels,
-        Divergence(divergence, beta, temperature),
-        vocab_size,
-        tp_group,
-        chunk_size,
-        sequence_parallel,
-        workspace,
+    call = _Call(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        token_weight=token_weight,
+        labels=labels,
+        divergence=Divergence(divergence, beta, temperature),
+        vocab_size=vocab_size,
+        tp_group=None if tp_group is None or tp_group.size() == 1 else tp_group,
+        chunk_size=chunk_size,
+        sequence_parallel=sequence_parallel,
+        workspace=workspace or Workspace(huge_pages=False),
     )
-    teacher = TopK(teacher_ids, teacher_logprobs.detach())
-    return _run(student_hidden, student_weight, teacher, settings)
+    return _run(call, TopK(teacher_ids, teacher_logprobs.detach()))
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """What both kinds of teacher share."""
+class _Call:
+    """The arguments that both kinds of teacher share; ``tp_group`` None for one rank."""
 
+    student_hidden: Tensor
+    student_weight: Tensor
     token_weight: Tensor
     labels: Tensor | None
     divergence: Divergence
@@ -190,32 +188,84 @@ class _Settings:
     tp_group: ProcessGroup | None
     chunk_size: int | None
     sequence_parallel: bool
-    workspace: Workspace | None
+    workspace: Workspace
+
+    def wants_gradient(self, tensor: Tensor) -> bool:
+        return torch.is_grad_enabled() and tensor.requires_grad
+
+    def check(self, teacher: Head | TopK) -> None:
+        """ValueError for what does not fit on this rank by itself."""
+        checks.check_settings(self.divergence, self.chunk_size)
+        if isinstance(teacher, Head):
+            heads = self.student_hidden, self.student_weight, teacher.hidden, teacher.weight
+            checks.check_heads(*heads)
+        else:
+            checks.check_head("student", self.student_hidden, self.student_weight)
+            targets = teacher.ids, teacher.logprobs
+            checks.check_top_k(self.student_hidden, *targets, self.vocab_size)
+        checks.check_tokens(self.student_hidden, self.token_weight, self.labels)
+        checks.check_vocabulary(self.vocab_size, self.student_weight.shape[0], self.tp_group)
+
+    def agree(self, teacher: Head | TopK) -> Agreement | None:
+        """Raises what ``check`` does, over ranks on all of them alike."""
+        if self.tp_group is None:
+            self.check(teacher)
+            return None
+        facts, refusal = self.facts(teacher), None
+        try:
+            self.check(teacher)
+        except ValueError as error:
+            refusal = error
+        agreement = Agreement(facts, refusal, self.tp_group, self.student_hidden.device)
+        if refusal is not None:
+            agreement.confirm()
+        return agreement
+
+    def facts(self, teacher: Head | TopK) -> dict[str, object]:
+        """What decides which collectives follow, and of what sizes."""
+        tensors = {
+            "student_hidden": self.student_hidden,
+            "student_weight": self.student_weight,
+            "token_weight": self.token_weight,
+            "labels": self.labels,
+            **{f"teacher_{name}": tensor for name, tensor in vars(teacher).items()},
+        }
+        return {name: _kind(tensor) for name, tensor in tensors.items()} | {
+            "vocab_size": self.vocab_size,
+            "divergence": self.divergence,
+            "chunk_size": self.chunk_size,
+            "sequence_parallel": self.sequence_parallel,
+            "a gradient to student_hidden": self.wants_gradient(self.student_hidden),
+        }
 
 
-def _run(
-    student_hidden: Tensor, student_weight: Tensor, teacher: Head | TopK, settings: _Settings
-) -> DivergenceResult:
-    differentiate, tp_group = torch.is_grad_enabled(), settings.tp_group
+def _kind(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _run(call: _Call, teacher: Head | TopK) -> DivergenceResult:
+    hidden, weight = call.student_hidden, call.student_weight
     task = Task(
-        student_hidden=student_hidden.detach(),
-        student_weight=student_weight.detach(),
+        student_hidden=hidden.detach(),
+        student_weight=weight.detach(),
         teacher=teacher,
-        token_weight=settings.token_weight,
-        labels=settings.labels,
-        divergence=settings.divergence,
-        vocab_size=settings.vocab_size,
-        tp_group=None if tp_group is None or tp_group.size() == 1 else tp_group,
-        chunk_size=settings.chunk_size,
-        reduce_hidden_gradient=not settings.sequence_parallel,
-        hidden_gradient=differentiate and student_hidden.requires_grad,
-        weight_gradient=differentiate and student_weight.requires_grad,
-        main_grad=getattr(student_weight, "main_grad", None),
-        workspace=settings.workspace or Workspace(huge_pages=False),
+        token_weight=call.token_weight.detach(),
+        labels=call.labels,
+        divergence=call.divergence,
+        vocab_size=call.vocab_size,
+        tp_group=call.tp_group,
+        agreement=call.agree(teacher),
+        chunk_size=call.chunk_size,
+        reduce_hidden_gradient=not call.sequence_parallel,
+        hidden_gradient=call.wants_gradient(hidden),
+        weight_gradient=call.wants_gradient(weight),
+        main_grad=getattr(weight, "main_grad", None),
+        workspace=call.workspace,
     )
-    if differentiate and student_weight.requires_grad and task.main_grad is not None:
-        student_weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return DivergenceResult(*_GradientInForward.apply(student_hidden, student_weight, task))
+    result = DivergenceResult(*_GradientInForward.apply(hidden, weight, task))
+    if task.weight_gradient and task.main_grad is not None:
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return result
 
 
 class _GradientInForward(torch.autograd.Function):
