@@ -48,9 +48,10 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "adaptive": ("prefix.policy=adaptive", "prefix.adaptive.factor=1.5"),
     "anchored": ("prefix.policy=anchored", "prefix.anchored.every=8"),
     "late": ("prefix.policy=late", "prefix.late.full_after=0.8"),
+    "marginal": ("prefix.policy=marginal", "prefix.min_length=4"),
     "window": ("prefix.policy=window", f"prefix.window.start={FULL - SHORT}"),
 }
-DEFAULT = ("full", "fixed", "linear", "adaptive", "anchored", "late")
+DEFAULT = ("full", "fixed", "linear", "adaptive", "anchored", "late", "marginal")
 STUDENTS = ("A", "B")
 
 

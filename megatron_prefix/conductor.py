@@ -126,6 +126,8 @@ class Conductor:
                 loss_start=order.loss_start,
                 mean_kl=mean_kl(metrics.kl_by_position, metrics.tokens_by_position),
                 kl_by_position=metrics.kl_by_position,
+                tokens_by_position=metrics.tokens_by_position,
+                prompt_length=metrics.prompt_tokens / len(rollouts),
             )
         )
         self.log.step(metrics)

@@ -107,10 +107,19 @@ class CutOffConfig:
 
 
 @dataclass(frozen=True)
+class MarginalConfig:
+    """``marginal``: full length every ``audit_every`` steps; in between the length at which the
+    audits showed the most KL a computed token, its logarithm averaged over audits."""
+
+    audit_every: int = 12
+    momentum: float = 0.7  # share of the average that a new audit leaves standing
+
+
+@dataclass(frozen=True)
 class PrefixConfig:
     """The prefix policy. ``prefix/`` holds one file a policy; lengths are in tokens."""
 
-    # fixed | linear | steps | cosine | anchored | late | adaptive | window, or
+    # fixed | linear | steps | cosine | anchored | late | adaptive | marginal | window, or
     # "package.module:Class" of a user's own
     policy: str = "linear"
     min_length: int = 64
@@ -121,6 +130,7 @@ class PrefixConfig:
     anchored: AnchoredConfig = field(default_factory=AnchoredConfig)
     late: LateConfig = field(default_factory=LateConfig)
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    marginal: MarginalConfig = field(default_factory=MarginalConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
     cut_off: CutOffConfig = field(default_factory=CutOffConfig)
     options: dict[str, float] = field(default_factory=dict)  # for a user's own policy

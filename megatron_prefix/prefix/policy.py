@@ -22,6 +22,8 @@ class PrefixObservation:
     mean_kl: float  # nats a token over the tokens in the loss; NaN where there was none
     kl_by_position: np.ndarray  # float64 [prefix_length], mean; NaN where no rollout reached,
     # and before loss_start
+    tokens_by_position: np.ndarray  # int64 [prefix_length], rollouts that reached it, in the loss
+    prompt_length: float  # mean tokens of the rollouts' prompts
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ from megatron_prefix.prefix.cosine import CosinePolicy
 from megatron_prefix.prefix.fixed import FixedPolicy
 from megatron_prefix.prefix.late import LatePolicy
 from megatron_prefix.prefix.linear import LinearPolicy
+from megatron_prefix.prefix.marginal import MarginalPolicy
 from megatron_prefix.prefix.policy import PrefixObservation, PrefixPolicy, State, loss_start
 from megatron_prefix.prefix.steps import StepsPolicy
 from megatron_prefix.prefix.users import import_by_path
@@ -25,6 +26,7 @@ POLICIES: Mapping[str, PolicyClass] = {
     "anchored": AnchoredPolicy,
     "late": LatePolicy,
     "adaptive": AdaptivePolicy,
+    "marginal": MarginalPolicy,
     "window": WindowPolicy,
 }
 

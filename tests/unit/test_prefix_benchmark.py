@@ -31,8 +31,8 @@ def test_every_policy_is_a_sound_recipe(policy: str, tmp_path: Path) -> None:
     lengths = [build_policy(recipe.prefix, 200).length(step) for step in range(200)]
     assert max(lengths) <= 75 and recipe.optimizer.min_lr == pytest.approx(1e-4)
     expected = {"full": (75, 75), "fixed": (9, 9), "fixed_37": (37, 37), "window": (75, 75)}
-    grown = (9, 9) if policy == "adaptive" else (9, 75)  # it grows with the KL alone
-    assert (min(lengths), max(lengths)) == expected.get(policy, grown)
+    expected |= {"adaptive": (9, 9), "marginal": (75, 75)}  # these move with the KL alone
+    assert (min(lengths), max(lengths)) == expected.get(policy, (9, 75))
     start = loss_start(build_policy(recipe.prefix, 200), 0)
     assert start == (66 if policy == "window" else 0)
 
@@ -41,9 +41,9 @@ def test_quick_is_one_student_with_one_seed_and_words_win() -> None:
     def cells(*words: str) -> list[benchmark.Cell]:
         return benchmark.cells_of(benchmark.parse(words))
 
-    assert len(cells()) == 6 * 2 * 3
+    assert len(cells()) == 7 * 2 * 3
     quick = cells("--quick")
-    assert len(quick) == 6
+    assert len(quick) == 7
     assert {(cell.student, cell.seed) for cell in quick} == {("A", 0)}
     some = cells("--quick", "--students", "B", "--policies", "full,late", "--lr", "1e-3,2e-3")
     assert {(cell.policy, cell.student, cell.lr) for cell in some} == {

@@ -15,6 +15,7 @@ from megatron_prefix.config import (
     CosineConfig,
     LateConfig,
     LinearConfig,
+    MarginalConfig,
     PrefixConfig,
     StepsConfig,
     WindowConfig,
@@ -63,7 +64,8 @@ class NoPolicy:
 
 
 def observation(step: int, length: int, kl: float) -> PrefixObservation:
-    return PrefixObservation(step, length, 0, kl, np.full(length, kl))
+    by_position, reached = np.full(length, kl), np.full(length, 3)
+    return PrefixObservation(step, length, 0, kl, by_position, reached, prompt_length=14.0)
 
 
 def lengths(policy: PrefixPolicy, kls: list[float], first: int = 0) -> list[int]:
@@ -96,6 +98,7 @@ def configs(draw: st.DrawFn) -> PrefixConfig:
             threshold=draw(st.floats(0.01, 1.0)),
             momentum=draw(st.floats(0.0, 0.99)),
         ),
+        marginal=MarginalConfig(draw(st.integers(1, 12)), draw(st.floats(0.0, 0.99))),
     )
 
 
@@ -287,6 +290,8 @@ def test_a_users_length_out_of_bounds_is_named(length: int) -> None:
         ({"policy": "window", "window": WindowConfig(75)}, "to prefix.window.stop=75"),
         ({"policy": "late", "late": LateConfig(-0.1)}, "prefix.late.full_after=-0.1"),
         ({"policy": "anchored", "anchored": AnchoredConfig(0)}, "prefix.anchored.every=0"),
+        ({"policy": "marginal", "marginal": MarginalConfig(0)}, "audit_every=0"),
+        ({"policy": "marginal", "marginal": MarginalConfig(momentum=1.0)}, "momentum=1.0"),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(factor=1.0)}, "factor=1.0"),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(momentum=1.0)}, "momentum=1.0"),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(threshold=0.0)}, "threshold=0.0"),

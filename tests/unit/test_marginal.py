@@ -1,0 +1,49 @@
+"""The ``marginal`` policy: what its audits say, and what it makes of them."""
+
+import math
+
+import numpy as np
+import pytest
+
+from megatron_prefix.config import MarginalConfig, PrefixConfig
+from megatron_prefix.prefix import PrefixObservation, build_policy
+
+
+def audit(step: int, kl: list[float], reached: list[int]) -> PrefixObservation:
+    by_position = np.where(np.asarray(reached) > 0, kl, math.nan)
+    mean = float(np.nansum(by_position * reached) / sum(reached)) if any(reached) else math.nan
+    return PrefixObservation(step, len(kl), 0, mean, by_position, np.asarray(reached), 10.0)
+
+
+@pytest.mark.parametrize(
+    ("kl", "reached", "best"),
+    [
+        # Most KL a computed token of 10 + L: 2/11, 4/12, 4.1/13 and so on.
+        ([2.0, 2.0, 0.1, 0.1, 0.1, 0.1], [8] * 6, 2),
+        ([0.5] * 6, [8] * 6, 6),
+        ([0.1, 0.1, 0.1, 0.1, 0.1, 3.0], [8] * 6, 6),
+        # The same last KL, seen in one rollout of eight, is not worth the tokens.
+        ([0.5, 0.1, 0.1, 0.1, 0.1, 0.4], [8, 8, 8, 8, 8, 1], 5),
+        ([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [8, 8, 0, 0, 0, 0], 2),
+    ],
+)
+def test_marginal_cuts_where_an_audit_showed_the_most_kl_a_token(
+    kl: list[float], reached: list[int], best: int
+) -> None:
+    config = PrefixConfig("marginal", 1, 6, marginal=MarginalConfig(audit_every=3))
+    policy = build_policy(config, 100)
+    assert [policy.length(step) for step in range(4)] == [6, 6, 6, 6]
+    policy.observe(audit(0, kl, reached))
+    assert [policy.length(step) for step in range(5)] == [6, best, best, 6, best]
+
+
+def test_marginal_averages_its_audits_and_listens_to_no_other_step() -> None:
+    config = PrefixConfig("marginal", 2, 6, marginal=MarginalConfig(audit_every=3, momentum=0.5))
+    policy = build_policy(config, 100)
+    for step in range(3):
+        policy.observe(audit(step, [0.5] * 6, [8] * 6))
+    assert policy.length(4) == 6
+    policy.observe(audit(3, [9.0, 0, 0, 0, 0, 0], [8] * 6))  # best is 1, min_length 2
+    assert policy.length(4) == 3  # of sqrt(6 * 2)
+    policy.observe(audit(6, [math.nan] * 6, [0] * 6))
+    assert policy.length(4) == 3
