@@ -13,8 +13,10 @@ from megatron_prefix.eval_arguments import add_eval_arguments
 from megatron_prefix.exit_codes import BAD_INPUT, DONE, FAILED
 from megatron_prefix.launch_arguments import EXAMPLES as _LAUNCH_EXAMPLES
 from megatron_prefix.launch_arguments import add_launch_arguments
+from megatron_prefix.report_arguments import EXAMPLES as _REPORT_EXAMPLES
+from megatron_prefix.report_arguments import add_report_arguments
 
-_WITHOUT_RECIPE = ("eval", "doctor")
+_WITHOUT_RECIPE = ("eval", "report", "doctor")
 
 _RECIPES = """\
 RECIPE is a Python file with `def recipe() -> Recipe`, the name of one in recipes/, an importable
@@ -36,6 +38,7 @@ examples:
   megatron-prefix train recipes/quickstart.py        run it
   megatron-prefix train recipes/quickstart.py train.steps=50 prefix.policy=anchored
   megatron-prefix eval runs/quickstart               how good is what it trained?
+  megatron-prefix report runs/quickstart             one page with pictures of all of it
 """,
     "train": """\
 examples:
@@ -52,6 +55,7 @@ examples:
   megatron-prefix plan quickstart --json | jq .cost.run.ratio
 """,
     "eval": _EVAL_EXAMPLES,
+    "report": _REPORT_EXAMPLES,
     "launch": _LAUNCH_EXAMPLES,
     "prepare": """\
 examples:
@@ -121,6 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     judge = _command(commands, "eval", "ask a model a data set's problems and score it", _eval)
     add_eval_arguments(judge)
+    report = _command(commands, "report", "one page out of one run or several", _report)
+    add_report_arguments(report)
     doctor = _command(commands, "doctor", "what this machine has, can run, and lacks", _doctor)
     doctor.add_argument("--json", action="store_true", help="the findings as JSON")
     return parser
@@ -236,6 +242,15 @@ def _eval(arguments: argparse.Namespace) -> int:
     from megatron_prefix.eval_job import make_job, run_eval
 
     return run_eval(make_job(arguments), Console(stderr=True), arguments.json)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megatron_prefix.report.page import write_report
+    from megatron_prefix.report_arguments import output_of
+
+    runs = [Path(run) for run in arguments.runs]
+    print(write_report(runs, output_of(runs, arguments.output)))
+    return DONE
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -81,6 +81,15 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     return (record for _, record in _records(path) if record is not None)
 
 
+def is_cut(path: Path) -> bool:
+    """Whether the last line has no end: a writer was killed in it, or is at it right now."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
 def keep_until(path: Path, step: int) -> int:
     """Leaves the records of steps up to ``step`` in ``path``; the count of lines moved away.
 

@@ -5,7 +5,7 @@ Legend: S steps taken, L prefix positions.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron_prefix import jsonl
 from megatron_prefix.kl_grid import mean_kl
 
 FLOPS_PARTS = ("rollout", "teacher", "student")
+_REALS = ("accuracy", "seconds", "flops")  # of an evaluation; null in JSON is NaN
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class EvaluationRecord:
     tokens: int
     seconds: float
     unparsable: int = 0
+    prompt_tokens: int = 0
+    flops: float = float("nan")  # NaN: a run of an earlier version, which did not count them
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class RunHistory:
     flops: np.ndarray  # float64 [S, 3], by FLOPS_PARTS
     flops_full: np.ndarray  # float64 [S], the full-length counterfactual's sum
     seconds: Mapping[str, np.ndarray]  # by phase, float64 [S]
+    skipped: np.ndarray  # bool [S], no update was made
     evaluations: tuple[EvaluationRecord, ...]
 
 
@@ -81,6 +85,7 @@ def load_run(folder: Path) -> RunHistory:
         seconds={
             phase: np.array([row["seconds"].get(phase) or 0.0 for row in rows]) for phase in phases
         },
+        skipped=np.array([row["skipped"] for row in rows]),
         evaluations=_load_evaluations(folder / jsonl.EVALUATIONS),
     )
 
@@ -98,16 +103,23 @@ def _columns_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "flops": [record["flops"][part] or 0.0 for part in FLOPS_PARTS],
         "flops_full": sum(record["flops_full"][part] or 0.0 for part in FLOPS_PARTS),
         "seconds": record["seconds"],
+        "skipped": bool(record.get("skipped")),
     }
 
 
 def _load_evaluations(path: Path) -> tuple[EvaluationRecord, ...]:
     """By step; where a resumed run evaluated a step again, its last result."""
     by_step = {
-        record["step"]: EvaluationRecord(**{**record, "accuracy": _or_nan(record["accuracy"])})
-        for record in jsonl.read_records(path)
+        record["step"]: EvaluationRecord(**_known(record)) for record in jsonl.read_records(path)
     }
     return tuple(by_step[step] for step in sorted(by_step))
+
+
+def _known(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What this version reads of a line that another may have written."""
+    names = {field.name for field in fields(EvaluationRecord)}
+    known = {name: value for name, value in record.items() if name in names}
+    return {name: _or_nan(v) if name in _REALS else v for name, v in known.items()}
 
 
 def _or_nan(value: float | None) -> float:

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from megatron_prefix.cli import main as command
 from megatron_prefix.exit_codes import BAD_INPUT, SAVED
+from megatron_prefix.figure import quickstart_figure
 from megatron_prefix.recipe import load_recipe
-from megatron_prefix.report import phase_table, quickstart_figure, summary_table
+from megatron_prefix.report.tables import phase_table, summary_table
 from megatron_prefix.run_history import load_run, summarise, write_summary
 from megatron_prefix.tasks import sort_chain
 

@@ -25,7 +25,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
     ("recipe", "cluster", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
-    + ("jsonl", "kl_grid", "progress", "tb_writer", "run_log", "run_history", "figure", "report")
+    + (
+        "jsonl",
+        "kl_grid",
+        "progress",
+        "tb_writer",
+        "run_log",
+        "run_history",
+        "figure",
+        "report",
+        "report_arguments",
+    )
     + ("sources", "evaluate", "pass_at_k", "eval_run"),
     ("mcore",),
     ("validate", "preflight", "plan", "plan_view", "doctor", "eval_arguments", "eval_job"),

@@ -1,7 +1,6 @@
 """Run folders read back: history, summary, tables, the picture."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,59 +9,18 @@ from PIL import Image
 from rich.console import Console
 
 from megatron_prefix.config import LogConfig
-from megatron_prefix.figure import ACCURACY_COLOUR, KL_COLOUR, UNREACHED, unit_of
+from megatron_prefix.figure import (
+    ACCURACY_COLOUR,
+    KL_COLOUR,
+    UNREACHED,
+    quickstart_figure,
+    unit_of,
+)
 from megatron_prefix.kl_grid import shrink
-from megatron_prefix.report import phase_table, quickstart_figure, si, summary_table
+from megatron_prefix.report.tables import phase_table, si, summary_table
 from megatron_prefix.run_history import load_run, summarise, write_summary
 from megatron_prefix.run_log import RunLog
-from megatron_prefix.types import Flops, StepMetrics
-
-
-@dataclass(frozen=True)
-class Answers:
-    accuracy: float
-    n: int = 40
-    truncated: int = 0
-    unparsable: int = 0
-    tokens: int = 300
-    seconds: float = 1.0
-
-
-def metrics(step: int, prefix_length: int, kl: float) -> StepMetrics:
-    tokens = np.full(prefix_length, 8)
-    kl_by_position = np.full(prefix_length, kl)
-    tokens[-1], kl_by_position[-1] = 0, np.nan  # no rollout reached the last position
-    return StepMetrics(
-        step=step,
-        loss=kl,
-        kl_by_position=kl_by_position,
-        tokens_by_position=tokens,
-        grad_norm=1.0,
-        lr=1e-3,
-        skipped=False,
-        prefix_length=prefix_length,
-        prefix_tokens=int(tokens.sum()),
-        prompt_tokens=112,
-        cut_fraction=0.0,
-        policy_version=step - 1,
-        policy_lag=0.0,
-        logprob_diff_max=0.0,
-        logprob_diff_mean=0.0,
-        flops=Flops(1e9, 2e9, 3e9),
-        flops_full=Flops(2e9, 4e9, 6e9),
-        seconds={"rollout": 0.5, "student": 0.25},
-    )
-
-
-def write_run(folder: Path, evaluated: dict[int, float], steps: int = 6) -> Path:
-    console = Console(quiet=True)
-    with RunLog(folder, LogConfig(tensorboard=False), steps, console=console) as log:
-        for step in range(steps + 1):
-            if step:
-                log.step(metrics(step, 2 + step, 1.0 / step))
-            if step in evaluated:
-                log.evaluation(step, Answers(evaluated[step]))
-    return folder
+from tests.run_folders import Answers, metrics, write_run
 
 
 def test_a_history_holds_the_steps_in_order(tmp_path: Path) -> None:

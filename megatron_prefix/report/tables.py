@@ -1,13 +1,11 @@
-"""Tables out of run folders, and the picture (:mod:`megatron_prefix.figure`) beside them."""
+"""Tables of a run for a console."""
 
 import numpy as np
 from rich.table import Table
 
-from megatron_prefix.figure import quickstart_figure, unit_of
+from megatron_prefix.figure import unit_of
 from megatron_prefix.progress import duration
 from megatron_prefix.run_history import RunHistory, RunSummary
-
-__all__ = ["phase_table", "quickstart_figure", "si", "summary_table"]
 
 
 def summary_table(summary: RunSummary, title: str = "") -> Table:
