@@ -8,6 +8,7 @@ from megatron_prefix.loss.checks import check_top_k_values
 from megatron_prefix.loss.finite import FiniteCheck, check_finite
 from megatron_prefix.loss.vocab_parallel import (
     DivergenceResult,
+    prefix_cross_entropy,
     prefix_divergence,
     top_k_divergence,
     vocab_parallel_kl,
@@ -19,6 +20,7 @@ __all__ = [
     "Workspace",
     "check_finite",
     "check_top_k_values",
+    "prefix_cross_entropy",
     "prefix_divergence",
     "top_k_divergence",
     "vocab_parallel_kl",

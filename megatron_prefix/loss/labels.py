@@ -11,6 +11,9 @@ from torch import Tensor
 from megatron_prefix.loss.divergence import MAX_S, SUM_S
 from megatron_prefix.loss.torch_kernels import row_blocks
 
+# exp of it is 0 in fp32 and in fp64, and it times 0 is 0, which minus infinity's would not be.
+_NOT_THE_LABEL = -1e4
+
 
 def label_columns(logits: Tensor, labels: Tensor, first_row: int, temperature: float) -> Tensor:
     """This rank's share, to be gathered behind the statistics: fp64 [C, 1] or [C, 2].
@@ -45,3 +48,18 @@ def label_logprobs(gathered: Tensor, labels: Tensor, vocab_size: int, temperatur
     logprobs = logits.sum(0) - top - total.log()
     inside = (labels >= 0) & (labels < vocab_size)
     return torch.where(inside, logprobs, torch.nan).float()
+
+
+def one_hot_logits(out: Tensor, labels: Tensor, first_row: int, vocab_size: int) -> None:
+    """Fills ``out`` fp32 [C, V] with this shard's logits of a teacher that is sure of the labels.
+
+    Its softmax over all shards is exactly 1 at the label and 0 elsewhere. ``labels`` int64 [C];
+    NaN for one outside the vocabulary.
+    """
+    inside = (labels >= 0) & (labels < vocab_size)
+    out.copy_(torch.where(inside, _NOT_THE_LABEL, torch.nan)[:, None].expand_as(out))
+    own = labels - first_row
+    held = inside & (own >= 0) & (own < out.shape[1])
+    if out.shape[1]:
+        column = own.clamp(0, out.shape[1] - 1)[:, None]
+        out.scatter_(1, column, torch.where(held[:, None], 0.0, out.gather(1, column)))

@@ -20,7 +20,7 @@ from megatron_prefix.loss.backends import kernels_for
 from megatron_prefix.loss.buffers import Workspace
 from megatron_prefix.loss.divergence import Divergence
 from megatron_prefix.loss.kernels import Kernels, Logits
-from megatron_prefix.loss.labels import label_columns, label_logprobs
+from megatron_prefix.loss.labels import label_columns, label_logprobs, one_hot_logits
 from megatron_prefix.loss.rows import FullRows, Rows
 from megatron_prefix.loss.top_k import TopKRows
 
@@ -63,12 +63,22 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class OneHot:
+    """A teacher that is sure of one token, so that KL(teacher||student) is the cross-entropy."""
+
+    labels: Tensor  # int64 [N]
+
+
+Teacher = Head | TopK | OneHot
+
+
+@dataclass(frozen=True)
 class Task:
-    """Detached inputs, see ``prefix_divergence`` and ``top_k_divergence``."""
+    """Detached inputs, see the public functions of ``vocab_parallel``."""
 
     student_hidden: Tensor  # [N, d_s]
     student_weight: Tensor  # [V/R, d_s], padded rows included
-    teacher: Head | TopK
+    teacher: Teacher
     token_weight: Tensor  # fp32 [N]
     labels: Tensor | None  # int64 [N]
     divergence: Divergence
@@ -101,7 +111,7 @@ class Task:
     @property
     def buffers(self) -> int:
         """Of logits [C, V], for all chunks in flight: the student's, and a teacher's made here."""
-        return self.chunks_in_flight * (2 if isinstance(self.teacher, Head) else 1)
+        return self.chunks_in_flight * (1 if isinstance(self.teacher, TopK) else 2)
 
     @property
     def chunks(self) -> list[slice]:
@@ -156,8 +166,13 @@ class Work:
             place = task.first_row, task.vocab_size
             return TopKRows(buffers[0], *targets, *place, task.divergence)
         student, made = buffers
-        weight, hidden = teacher.weight[: task.real_rows], teacher.hidden[positions]
-        fill_teacher = functools.partial(gemm.logits_into, made, hidden, weight)
+        if isinstance(teacher, OneHot):
+            place = task.first_row, task.vocab_size
+            labels = teacher.labels[positions]
+            fill_teacher = functools.partial(one_hot_logits, made, labels, *place)
+        else:
+            weight, hidden = teacher.weight[: task.real_rows], teacher.hidden[positions]
+            fill_teacher = functools.partial(gemm.logits_into, made, hidden, weight)
         logits = Logits(student, made, task.divergence, self.student_weight.dtype)
         return FullRows(self.kernels, logits, fill_teacher, task.rank)
 

@@ -23,7 +23,7 @@ from megatron_prefix.loss.agreement import Agreement
 from megatron_prefix.loss.buffers import Workspace, zeros_never_read
 from megatron_prefix.loss.chunks import run_chunks
 from megatron_prefix.loss.divergence import Divergence
-from megatron_prefix.loss.task import Head, Task, TopK
+from megatron_prefix.loss.task import Head, OneHot, Task, Teacher, TopK
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,42 @@ def top_k_divergence(
     return _run(call, TopK(teacher_ids, teacher_logprobs.detach()))
 
 
+def prefix_cross_entropy(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    labels: Tensor,
+    token_weight: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: ProcessGroup | None = None,
+    chunk_size: int | None = None,
+    sequence_parallel: bool = False,
+    workspace: Workspace | None = None,
+) -> DivergenceResult:
+    """Weighted sum over N prefix positions of -ln p(label), at temperature 1.
+
+    As :func:`prefix_divergence` with ``forward_kl``, to a teacher that is sure of the ``labels``,
+    int64 [N]: its logits are written instead of multiplied out. ``kl`` of the result is the
+    cross-entropy of each token; a label outside the vocabulary makes it NaN.
+    """
+    call = _Call(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        token_weight=token_weight,
+        labels=labels,
+        divergence=Divergence("forward_kl", 0.5, 1.0),
+        vocab_size=vocab_size,
+        tp_group=None if tp_group is None or tp_group.size() == 1 else tp_group,
+        chunk_size=chunk_size,
+        sequence_parallel=sequence_parallel,
+        workspace=workspace or Workspace(huge_pages=False),
+    )
+    return _run(call, OneHot(labels))
+
+
 @dataclass(frozen=True)
 class _Call:
-    """The arguments that both kinds of teacher share; ``tp_group`` None for one rank."""
+    """The arguments that all kinds of teacher share; ``tp_group`` None for one rank."""
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -193,7 +226,7 @@ class _Call:
     def wants_gradient(self, tensor: Tensor) -> bool:
         return torch.is_grad_enabled() and tensor.requires_grad
 
-    def check(self, teacher: Head | TopK) -> None:
+    def check(self, teacher: Teacher) -> None:
         """ValueError for what does not fit on this rank by itself."""
         checks.check_settings(self.divergence, self.chunk_size)
         if isinstance(teacher, Head):
@@ -201,12 +234,13 @@ class _Call:
             checks.check_heads(*heads)
         else:
             checks.check_head("student", self.student_hidden, self.student_weight)
+        if isinstance(teacher, TopK):
             targets = teacher.ids, teacher.logprobs
             checks.check_top_k(self.student_hidden, *targets, self.vocab_size)
         checks.check_tokens(self.student_hidden, self.token_weight, self.labels)
         checks.check_vocabulary(self.vocab_size, self.student_weight.shape[0], self.tp_group)
 
-    def agree(self, teacher: Head | TopK) -> Agreement | None:
+    def agree(self, teacher: Teacher) -> Agreement | None:
         """Raises what ``check`` does, over ranks on all of them alike."""
         if self.tp_group is None:
             self.check(teacher)
@@ -221,7 +255,7 @@ class _Call:
             agreement.confirm()
         return agreement
 
-    def facts(self, teacher: Head | TopK) -> dict[str, object]:
+    def facts(self, teacher: Teacher) -> dict[str, object]:
         """What decides which collectives follow, and of what sizes."""
         tensors = {
             "student_hidden": self.student_hidden,
@@ -243,7 +277,7 @@ def _kind(tensor: Tensor | None) -> str:
     return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def _run(call: _Call, teacher: Head | TopK) -> DivergenceResult:
+def _run(call: _Call, teacher: Teacher) -> DivergenceResult:
     hidden, weight = call.student_hidden, call.student_weight
     task = Task(
         student_hidden=hidden.detach(),
