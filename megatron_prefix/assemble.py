@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from rich import get_console
 
-from megatron_prefix.conductor import Conductor, Evaluator, Prober, RolloutSource, Staff
+from megatron_prefix.conductor import Conductor, Evaluator, Prober, Staff
 from megatron_prefix.config import Recipe
 from megatron_prefix.evaluate import EvalResult, evaluate, write_samples
 from megatron_prefix.jsonl import EVALUATION_FOLDER
@@ -25,6 +25,7 @@ from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import MegatronModel, build_model
 from megatron_prefix.mcore.optimizer import make_trainable
 from megatron_prefix.mcore.weights import head_shard, load_hf_weights
+from megatron_prefix.modes import needs_rollouts, needs_servers, needs_teacher, needs_written
 from megatron_prefix.prefix import Ledger, build_cut_off, build_policy, model_shape
 from megatron_prefix.prompts import PromptStream
 from megatron_prefix.publisher import (
@@ -37,12 +38,20 @@ from megatron_prefix.rollout.collector import Collector
 from megatron_prefix.rollout.protocol import ServerUnavailable
 from megatron_prefix.rollout.weights import WeightGroup
 from megatron_prefix.run_log import RunLog
-from megatron_prefix.sources import ReplaySource, ServerSource
+from megatron_prefix.sources import (
+    ModeSource,
+    RecordedSource,
+    ReplaySource,
+    RolloutSource,
+    ServerSource,
+    Supply,
+)
 from megatron_prefix.student import Objective
 from megatron_prefix.teacher import ColocatedTeacher
 from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
 from megatron_prefix.trainer import Parts, Publisher, Trainer
 from megatron_prefix.types import Prompt, Rollout, TeacherHead
+from megatron_prefix.written import WrittenSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,14 +71,14 @@ def assemble(
         device = _device()
         initialize_megatron(recipe.train.seed)
         student = _model(recipe, "student")
-        teacher = _model(recipe, "teacher")
+        teacher = _model(recipe, "teacher") if needs_teacher(recipe) else None
         groups = student.groups
         trainable = make_trainable(student, recipe.optimizer, recipe.train.steps)
         yield Trainer(
             recipe,
             Parts(
                 student=trainable,
-                teacher=ColocatedTeacher(teacher, groups.layout, device),
+                teacher=ColocatedTeacher(teacher, groups.layout, device) if teacher else None,
                 objective=Objective(recipe.loss, _teacher_head(student, teacher, device)),
                 publisher=_publisher(recipe, student, endpoints, folder, stack),
                 checkpointer=Checkpointer(folder / "checkpoints", trainable, recipe.checkpoint),
@@ -105,9 +114,9 @@ def _model(recipe: Recipe, owner: str) -> MegatronModel:
 
 
 def _teacher_head(
-    student: MegatronModel, teacher: MegatronModel, device: torch.device
+    student: MegatronModel, teacher: MegatronModel | None, device: torch.device
 ) -> TeacherHead | None:
-    if not student.groups.is_last_stage:
+    if teacher is None or not student.groups.is_last_stage:
         return None
     # One tokenizer may be padded to two sizes: rows past the smaller are no tokens.
     vocab = min(student.hf.shape.vocab_size, teacher.hf.shape.vocab_size)
@@ -133,7 +142,7 @@ def _publisher(
     folder: Path,
     stack: contextlib.ExitStack,
 ) -> Publisher:
-    if recipe.rollout.replay:
+    if not needs_servers(recipe):
         return NoPublisher()
     clients = [stack.enter_context(SglangClient(endpoint)) for endpoint in endpoints]
     group = None
@@ -189,11 +198,17 @@ def _source(
 ) -> RolloutSource:
     if recipe.rollout.replay:
         return ReplaySource(Path(recipe.rollout.replay))
-    vocab_size = read_hf_model(recipe.student.hf_path).shape.vocab_size
-    cut_off = build_cut_off(recipe.prefix.cut_off, vocab_size)
-    collector = stack.enter_context(Collector(endpoints, recipe.rollout, stops, cut_off))
-    record = folder / "rollouts" if recipe.rollout.record else None
-    return ServerSource(recipe, PromptStream(recipe.data, tokenizer), collector, record)
+    supplies: dict[str, Supply] = {}
+    if needs_rollouts(recipe):
+        vocab_size = read_hf_model(recipe.student.hf_path).shape.vocab_size
+        cut_off = build_cut_off(recipe.prefix.cut_off, vocab_size)
+        collector = stack.enter_context(Collector(endpoints, recipe.rollout, stops, cut_off))
+        prompts = PromptStream(recipe.data, tokenizer)
+        supplies["sampled"] = ServerSource(recipe, prompts, collector)
+    if needs_written(recipe):
+        supplies["written"] = WrittenSource(recipe, tokenizer, stops)
+    source = ModeSource(recipe, supplies)
+    return RecordedSource(source, folder / "rollouts") if recipe.rollout.record else source
 
 
 def _evaluator(

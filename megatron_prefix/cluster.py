@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
+from megatron_prefix.modes import needs_servers
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _FIRST_PORT = 20000  # of rendezvous; the job's number follows, since jobs may share a node
@@ -80,7 +81,7 @@ def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
             f"--server-nodes {cluster.server_nodes} of --nodes {cluster.nodes} must leave one to "
             "train on"
         )
-    elsewhere = recipe.rollout.server_urls or recipe.rollout.replay
+    elsewhere = recipe.rollout.server_urls or not needs_servers(recipe)
     if cluster.nodes > 1 and not cluster.server_nodes and not elsewhere:
         raise ValueError(
             f"--nodes {cluster.nodes} has no node that serves: give --server-nodes 1, or name "
@@ -88,8 +89,8 @@ def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
         )
     if cluster.server_nodes and elsewhere:
         raise ValueError(
-            f"--server-nodes {cluster.server_nodes} is not needed: rollout.server_urls or "
-            "rollout.replay says where rollouts come from; give 0"
+            f"--server-nodes {cluster.server_nodes} is not needed: rollout.server_urls, "
+            "rollout.replay or mode says where rollouts come from; give 0"
         )
     _check_words(cluster)
 

@@ -13,24 +13,15 @@ import numpy as np
 from megatron_prefix.batch import count_loss_tokens, nothing_to_train_on
 from megatron_prefix.config import Recipe
 from megatron_prefix.kl_grid import mean_kl
+from megatron_prefix.modes import evaluation_due, is_supervised
 from megatron_prefix.orders import Order
 from megatron_prefix.phases import Phases
 from megatron_prefix.prefix import Ledger, PrefixObservation, PrefixPolicy, loss_start
 from megatron_prefix.run_log import Evaluation, RunLog
+from megatron_prefix.sources import RolloutSource
 from megatron_prefix.types import ProbeMetrics, Rollout, StepMetrics
 
 Decode = Callable[[Sequence[int]], str]
-
-
-class RolloutSource(Protocol):
-    """Where a step's rollouts come from: servers, or a recording."""
-
-    def sample(self, step: int, prefix_length: int, policy_version: int) -> list[Rollout]:
-        """The rollouts of step ``step`` (from 0)."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Evaluator(Protocol):
@@ -97,7 +88,8 @@ class Conductor:
         rollouts = self._sample(step, length, start, policy_version)
         if self._staff.stop_requested():  # the step is not begun: its prompts are asked again
             return self.order(step, policy_version)
-        return Order("train", length, tuple(rollouts), loss_start=start)
+        supervised = is_supervised(self._recipe, step)
+        return Order("train", length, tuple(rollouts), loss_start=start, supervised=supervised)
 
     def _sample(self, step: int, length: int, start: int, policy_version: int) -> list[Rollout]:
         """Rollouts with a token that the loss counts: where every one ended before, others."""
@@ -108,28 +100,20 @@ class Conductor:
             self.log.event("empty", nothing_to_train_on(rollouts, start), level=logging.WARNING)
         raise ValueError(
             f"{nothing_to_train_on(rollouts, start)}, and so {self._recipe.train.max_skipped_steps}"
-            " times in a row; does the student end at once, or does prefix.window begin too late?"
+            " times in a row; does the student end at once, do the written answers, or does "
+            "prefix.window begin too late?"
         )
 
     def record(self, metrics: StepMetrics, order: Order, phases: Phases) -> StepMetrics:
         """Account for and log a finished step; returns its metrics with FLOPs and seconds."""
         rollouts = order.rollouts
-        cost = self._staff.ledger.measure(rollouts, order.loss_start)
+        cost = self._staff.ledger.measure(rollouts, order.loss_start, supervised=order.supervised)
         self._staff.ledger.add(cost)
         metrics = replace(
             metrics, flops=cost.flops, flops_full=cost.flops_full, seconds=phases.seconds()
         )
-        self._staff.policy.observe(
-            PrefixObservation(
-                step=metrics.step - 1,
-                prefix_length=metrics.prefix_length,
-                loss_start=order.loss_start,
-                mean_kl=mean_kl(metrics.kl_by_position, metrics.tokens_by_position),
-                kl_by_position=metrics.kl_by_position,
-                tokens_by_position=metrics.tokens_by_position,
-                prompt_length=metrics.prompt_tokens / len(rollouts),
-            )
-        )
+        if not order.supervised:  # a cross-entropy says nothing about the teacher
+            self._observe(metrics, order)
         self.log.step(metrics)
         if metrics.skipped:
             self.log.event(
@@ -140,6 +124,19 @@ class Conductor:
         if self.log.wants_rollouts(metrics.step):
             self._log_texts(metrics.step, rollouts)
         return metrics
+
+    def _observe(self, metrics: StepMetrics, order: Order) -> None:
+        self._staff.policy.observe(
+            PrefixObservation(
+                step=metrics.step - 1,
+                prefix_length=metrics.prefix_length,
+                loss_start=order.loss_start,
+                mean_kl=mean_kl(metrics.kl_by_position, metrics.tokens_by_position),
+                kl_by_position=metrics.kl_by_position,
+                tokens_by_position=metrics.tokens_by_position,
+                prompt_length=metrics.prompt_tokens / len(order.rollouts),
+            )
+        )
 
     def _log_texts(self, step: int, rollouts: Sequence[Rollout]) -> None:
         shown = rollouts[: self._recipe.log.sample_rollouts]
@@ -152,6 +149,7 @@ class Conductor:
                     "finish_reason": r.finish_reason,
                     "tokens": len(r.prefix_ids),
                     "policy_version": r.policy_version,
+                    "author": "written" if r.written else "student",
                 }
                 for r in shown
             ],
@@ -185,9 +183,7 @@ class Conductor:
 
     def evaluate_if_due(self, step: int, policy_version: int) -> None:
         """Before the first step, after the last, and every ``eval.interval`` steps; once each."""
-        interval = self._recipe.eval.interval
-        ends = step in (0, self._recipe.train.steps)
-        due = ends or (interval and step % interval == 0)
+        due = evaluation_due(self._recipe, step)
         if self._staff.evaluate is None or not due or self._evaluated == step:
             return
         result = self._staff.evaluate(step, policy_version)

@@ -155,6 +155,31 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class WrittenConfig:
+    """Prefixes that are there before the run, each with its prompt: what a teacher wrote
+    (``tools/write_answers.py``) or a person."""
+
+    path: str = ""  # as data.path; empty: the rows of data.path
+    name: str = ""  # the hub data set's configuration
+    split: str = "train"
+    prompt_column: str = "prompt"
+    # A column of texts, each ended by the student's stop token, or of token ids, taken as they are.
+    answer_column: str = "answer"
+
+
+@dataclass(frozen=True)
+class ModeConfig:
+    """Who writes a step's prefixes, and what the student learns from them."""
+
+    # on_policy: the student samples | off_policy: they are written beforehand | mixed: some of each
+    # batch are; the divergence to the teacher in all three | sft: written, cross-entropy
+    name: str = "on_policy"
+    written_share: float = 0.5  # mixed: of the rollouts
+    warmup_steps: int = 0  # steps as in sft before the mode begins
+    written: WrittenConfig = field(default_factory=WrittenConfig)
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """SGLang servers: how they are reached, started, asked and kept in step."""
 
@@ -274,6 +299,7 @@ class Recipe:
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    mode: ModeConfig = field(default_factory=ModeConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)

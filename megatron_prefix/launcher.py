@@ -14,6 +14,7 @@ from types import FrameType
 from megatron_prefix import die_with_parent
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, SAVED
+from megatron_prefix.modes import needs_servers
 from megatron_prefix.recipe import check_run_folder, save_record
 from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
 from megatron_prefix.rollout.server import Server, free_port, start_server
@@ -44,8 +45,8 @@ def launch_local(recipe: Recipe) -> int:
 
 
 def _start_servers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> list[Server]:
-    """Our own servers, starting; none where the recipe names running ones or replays."""
-    if recipe.rollout.server_urls or recipe.rollout.replay:
+    """Our own servers, starting; none where the recipe names running ones or asks none."""
+    if recipe.rollout.server_urls or not needs_servers(recipe):
         return []
     servers = []
     for index in range(recipe.rollout.num_servers):

@@ -7,6 +7,7 @@ from functools import reduce
 from typing import Any
 
 from megatron_prefix.config import Recipe
+from megatron_prefix.modes import MODES
 
 _DTYPES = ("bf16", "fp32")
 _RECOMPUTE = ("none", "selective", "full")
@@ -18,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "teacher.recompute_granularity": _RECOMPUTE,
     "data.chat_template": ("auto", "always", "never"),
     "data.overlong": ("drop", "error"),
+    "mode.name": MODES,
     "rollout.device": ("auto", "cuda", "cpu"),
     "rollout.dtype": ("auto", *_DTYPES, "fp16"),
     "rollout.weight_sync": ("distributed", "disk"),
@@ -69,6 +71,8 @@ RANGES: dict[str, Range] = {
     },
     "data.max_prompt_length": _COUNT,
     "data.seed": _NOT_NEGATIVE,
+    "mode.written_share": Range(0, 1),
+    "mode.warmup_steps": _NOT_NEGATIVE,
     "prefix.min_length": _COUNT,
     "prefix.max_length": _COUNT,
     "rollout.num_servers": _COUNT,

@@ -19,6 +19,7 @@ class Order:
     rollouts: tuple[Rollout, ...] = ()
     message: str = ""
     loss_start: int = 0  # the first prefix position that the loss counts
+    supervised: bool = False  # cross-entropy to the prefixes' own tokens; no teacher
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class _Packed:
     versions: np.ndarray  # int64 [rollouts]
     prompts: np.ndarray  # int64 [rollouts]
     reasons: tuple[FinishReason, ...]
+    written: np.ndarray  # bool [rollouts]
 
 
 def share_order(decide: Callable[[], Order], group: dist.ProcessGroup) -> Order:
@@ -72,6 +74,7 @@ def _pack(rollouts: Sequence[Rollout]) -> _Packed:
         versions=np.asarray([r.policy_version for r in rollouts], np.int64),
         prompts=np.asarray([r.prompt_index for r in rollouts], np.int64),
         reasons=tuple(r.finish_reason for r in rollouts),
+        written=np.asarray([r.written for r in rollouts], bool),
     )
 
 
@@ -87,6 +90,7 @@ def _unpack(packed: _Packed) -> tuple[Rollout, ...]:
                 finish_reason=packed.reasons[index],
                 policy_version=int(packed.versions[index]),
                 prompt_index=int(packed.prompts[index]),
+                written=bool(packed.written[index]),
             )
         )
         at, scored = at + prompt + prefix, scored + prefix

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.layout import Layout, padded_vocab_size
+from megatron_prefix.modes import needs_prompts
 from megatron_prefix.prefix import (
     ModelShape,
     StepCost,
@@ -24,7 +25,9 @@ from megatron_prefix.prefix import (
 from megatron_prefix.prefix.policy import ScheduledPolicy
 from megatron_prefix.preflight import open_prompts
 from megatron_prefix.types import Flops
-from megatron_prefix.validate import ValidModel, ValidRun, is_local
+from megatron_prefix.validate import ValidModel, ValidRun
+from megatron_prefix.validate_data import is_local
+from megatron_prefix.written import written_data
 
 if TYPE_CHECKING:
     from megatron_prefix.mcore.hf_map.units import Unit
@@ -279,6 +282,8 @@ def _times(flops: Flops, count: int) -> Flops:
 
 def first_prompt_lengths(run: ValidRun) -> list[int]:
     """Tokens of the first prompts of a data set on this machine; none for a hub id or a replay."""
-    if run.recipe.rollout.replay or not is_local(run.recipe.data.path):
+    recipe = run.recipe
+    data = recipe.data if needs_prompts(recipe) else written_data(recipe)
+    if recipe.rollout.replay or not is_local(data.path):
         return []
     return [len(prompt.input_ids) for prompt in open_prompts(run.recipe).take(PROMPTS_LOOKED_AT)]

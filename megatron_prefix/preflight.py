@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from megatron_prefix.config import Recipe
+from megatron_prefix.modes import needs_prompts, needs_written
 from megatron_prefix.validate import ValidRun
 
 if TYPE_CHECKING:
@@ -32,8 +33,14 @@ def check_machine(run: ValidRun) -> None:
 def check_data_sets(recipe: Recipe) -> None:
     """Opens both data sets, fetching those of the hub; ValueError for one that is missing, broken,
     without the named columns, or without a prompt that fits."""
-    if not recipe.rollout.replay:
+    if needs_prompts(recipe):
         open_prompts(recipe)
+    if needs_written(recipe) and not recipe.rollout.replay:
+        from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
+        from megatron_prefix.written import check_written
+
+        folder = recipe.student.hf_path
+        check_written(recipe, load_tokenizer(folder), stop_token_ids(folder))
     if recipe.eval.path:
         from megatron_prefix.evaluate import load_eval_set
         from megatron_prefix.scorers import load_scorer
@@ -44,8 +51,11 @@ def check_data_sets(recipe: Recipe) -> None:
 
 
 def open_prompts(recipe: Recipe) -> "PromptStream":
-    """The recipe's prompts, from the first on; ValueError as in :func:`check_data_sets`."""
+    """The prompts to sample from, or, where none is sampled from, those of the written answers;
+    ValueError as in :func:`check_data_sets`."""
     from megatron_prefix.prompts import PromptStream
     from megatron_prefix.tokenizers import load_tokenizer
+    from megatron_prefix.written import written_data
 
-    return PromptStream(recipe.data, load_tokenizer(recipe.student.hf_path))
+    data = recipe.data if needs_prompts(recipe) else written_data(recipe)
+    return PromptStream(data, load_tokenizer(recipe.student.hf_path))

@@ -5,7 +5,7 @@ is all that a checkpoint needs. Prompts longer than ``data.max_prompt_length`` a
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+# Adds to a prompt what else its row (number, columns) holds; None drops the row.
+RowReader = Callable[[int, Row, Prompt], Prompt | None]
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,17 @@ class PromptStream:
     prompt does not exist: a bad column, a row without a text, or every prompt overlong.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._data = data
-        self._encoder = PromptEncoder(tokenizer, data)
-        self._source = open_source(data)
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        readers: Sequence[RowReader] = (),
+        section: str = "data",
+    ) -> None:
+        self._data, self._section, self._readers = data, section, tuple(readers)
+        self._encoder = PromptEncoder(tokenizer, data, section)
+        self._source = open_source(data, section)
         self._rank, self._world = 0, 1
         self._epoch = self._consumed = self._next_index = self._dropped = 0
         self._reader: Iterator[tuple[int, Row]] | None = None
@@ -198,11 +207,21 @@ class PromptStream:
     def _next_prompt(self) -> Prompt:
         while True:
             number, row = self._next_record()
-            ids = self._encoder.encode(number, row)
-            if self._encoder.fits(number, ids):
+            prompt = self._read(number, row)
+            if prompt is not None:
                 self._next_index += 1
-                return Prompt(index=self._next_index - 1, row=number, input_ids=ids)
+                return prompt
             self._dropped += self._epoch == 0
+
+    def _read(self, number: int, row: Row) -> Prompt | None:
+        """The row as the stream's next prompt; None where it is too long."""
+        ids = self._encoder.encode(number, row)
+        prompt: Prompt | None = None
+        if self._encoder.fits(number, ids):
+            prompt = Prompt(index=self._next_index, row=number, input_ids=ids)
+        for reader in self._readers:
+            prompt = prompt and reader(number, row, prompt)
+        return prompt
 
     def _next_record(self) -> tuple[int, Row]:
         if self._reader is None:
@@ -226,9 +245,8 @@ class PromptStream:
         self._epoch, self._consumed, self._reader = self._epoch + 1, 0, None
 
     def _require_one_usable(self) -> None:
-        encoder, rows = self._encoder, self._source.in_order()
-        if not any(encoder.fits(number, encoder.encode(number, row)) for number, row in rows):
+        if all(self._read(number, row) is None for number, row in self._source.in_order()):
             raise ValueError(
-                f"data.path={self._data.path}: every prompt is longer than "
+                f"{self._section}.path={self._data.path}: every prompt is longer than "
                 f"data.max_prompt_length={self._data.max_prompt_length} tokens; raise it"
             )

@@ -1,8 +1,9 @@
 """The student's half of a step: forward, the divergence on its prefix positions, backward."""
 
 import functools
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_prefix.loss import (
     DivergenceResult,
     FiniteCheck,
     Workspace,
+    prefix_cross_entropy,
     prefix_divergence,
     top_k_divergence,
 )
@@ -54,7 +56,8 @@ class PrefixSums:
     loss: float
     kl: Tensor  # float64 [prefix_length]
     tokens: Tensor  # float64 [prefix_length]
-    logprob_diff: float  # sum of |server - trainer|
+    sampled: float  # tokens that a server sampled, among those counted
+    logprob_diff: float  # sum of |server - trainer| over them
     worst: WorstToken
 
 
@@ -65,7 +68,7 @@ class _Accumulator:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.loss, self.diff = zeros(), zeros()
+        self.loss, self.diff, self.sampled = zeros(), zeros(), zeros()
         self.kl, self.tokens = zeros(prefix_length), zeros(prefix_length)
         self.worst = zeros(2)  # server, trainer
         self._watched: list[tuple[FiniteCheck, dict[str, Tensor]]] = []  # by microbatch
@@ -77,10 +80,13 @@ class _Accumulator:
         self.tokens.index_add_(0, batch.prefix_offsets, torch.ones_like(kl, dtype=torch.float64))
         if kl.numel():
             pairs = torch.stack([batch.rollout_logprobs, logprobs], dim=1).double()
+            sampled = ~batch.rollout_logprobs.isnan()
             diff = (pairs[:, 0] - pairs[:, 1]).abs()
-            self.diff += diff.sum()
-            worst = pairs[diff.argmax()]
-            self.worst = _further_apart(self.worst, worst)
+            self.sampled += sampled.sum()
+            self.diff += diff.where(sampled, 0.0).sum()
+            worst = diff.where(sampled, -1.0).argmax()
+            pair = pairs[worst].where(sampled[worst], 0.0)
+            self.worst = _further_apart(self.worst, pair)
 
     def watch(self, kl: Tensor, inputs: dict[str, Tensor]) -> None:
         """``inputs``: what lives on to the end of the step anyway."""
@@ -102,13 +108,14 @@ class _Accumulator:
 def forward_backward(
     student: TrainableStudent,
     batches: Sequence[PrefixBatch],
-    targets: Sequence[Targets],
+    targets: Sequence[Targets] | None,
     objective: Objective,
     prefix_length: int,
 ) -> PrefixSums:
     """Gradients of this rank's microbatches, reduced over data-parallel ranks, in ``main_grad``.
 
-    ``targets`` and the objective's head are given on the last stage alone. Collective.
+    ``targets`` and the objective's head are given on the last stage alone; None on all of them:
+    the loss is the cross-entropy to the prefixes' own tokens. Collective.
     """
     model = student.model
     seen = _Accumulator(prefix_length, batches[0].input_ids.device)
@@ -140,12 +147,12 @@ def score(
 
 def _divergence(
     model: MegatronModel,
-    targets: Sequence[Targets],
+    targets: Sequence[Targets] | None,
     objective: Objective,
     seen: _Accumulator,
 ) -> OnPrefix:
     """What the last stage does with a microbatch's hidden states; ``seen`` gathers what it saw."""
-    waiting = iter(targets)
+    waiting: Iterator[Targets | None] = itertools.repeat(None) if targets is None else iter(targets)
 
     def divergence(batch: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
         assert head is not None
@@ -159,7 +166,9 @@ def _divergence(
     return divergence
 
 
-def _teacher_inputs(target: Targets, objective: Objective) -> dict[str, Tensor]:
+def _teacher_inputs(target: Targets | None, objective: Objective) -> dict[str, Tensor]:
+    if target is None:
+        return {}
     inputs = {f"the teacher's {name}": tensor for name, tensor in vars(target).items()}
     if objective.teacher_head is not None:
         inputs["the teacher's LM head"] = objective.teacher_head.weight
@@ -171,20 +180,25 @@ def _compare(
     batch: PrefixBatch,
     hidden: Tensor,
     head: Tensor,
-    target: Targets,
+    target: Targets | None,
     objective: Objective,
 ) -> DivergenceResult:
-    """The divergence from a teacher of either kind."""
+    """The divergence from a teacher of either kind; without one the cross-entropy."""
     loss, teacher_head = objective.loss, objective.teacher_head
     settings: dict[str, Any] = {
-        "divergence": loss.divergence,
-        "beta": loss.beta,
-        "temperature": loss.temperature,
         "tp_group": model.groups.pg.tp,
         "chunk_size": loss.chunk_size or None,
         "sequence_parallel": model.config.sequence_parallel,
-        "labels": batch.labels,
         "workspace": objective.workspace,
+    }
+    if target is None:
+        settings["vocab_size"] = model.hf.shape.vocab_size
+        return prefix_cross_entropy(hidden, head, batch.labels, batch.token_weight, **settings)
+    settings |= {
+        "divergence": loss.divergence,
+        "beta": loss.beta,
+        "temperature": loss.temperature,
+        "labels": batch.labels,
     }
     if isinstance(target, TopKTargets):
         settings["vocab_size"] = model.hf.shape.vocab_size
@@ -204,20 +218,22 @@ def _further_apart(a: Tensor, b: Tensor) -> Tensor:
 
 def _reduce(seen: _Accumulator, *, counts: bool) -> PrefixSums:
     """Sums over the world; ranks that hold copies (other stages, other tp ranks) give zeros."""
-    sums = torch.cat([torch.stack([seen.loss, seen.diff]), seen.kl, seen.tokens])
+    scalars = torch.stack([seen.loss, seen.diff, seen.sampled])
+    sums = torch.cat([scalars, seen.kl, seen.tokens])
     if not counts:
         sums.zero_()
     dist.all_reduce(sums)
     pairs = [torch.empty_like(seen.worst) for _ in range(dist.get_world_size())]
     dist.all_gather(pairs, seen.worst)
-    length, host = seen.kl.numel(), sums.cpu()
+    host, positions = sums.cpu(), sums[len(scalars) :].cpu().chunk(2)
     if not host.isfinite().all():
         seen.tell_non_finite()
     server, trainer = functools.reduce(_further_apart, pairs).tolist()
     return PrefixSums(
         loss=float(host[0]),
-        kl=host[2 : 2 + length],
-        tokens=host[2 + length :],
+        kl=positions[0],
+        tokens=positions[1],
+        sampled=float(host[2]),
         logprob_diff=float(host[1]),
         worst=WorstToken(server, trainer),
     )

@@ -90,6 +90,8 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
         "prefix/prompt_tokens": metrics.prompt_tokens,
         "rollout/policy_version": metrics.policy_version,
         "rollout/policy_lag": metrics.policy_lag,
+        "rollout/written_fraction": metrics.written_fraction,
+        "loss/supervised": float(metrics.supervised),
         "rollout/logprob_diff_max": metrics.logprob_diff_max,
         "rollout/logprob_diff_mean": metrics.logprob_diff_mean,
         "flops/rollout": metrics.flops.rollout,

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +16,12 @@ from megatron_prefix.config import Recipe
 from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
+from megatron_prefix.modes import asks_servers, probe_due
 from megatron_prefix.orders import Order, share_order
 from megatron_prefix.phases import Phases
 from megatron_prefix.student import Objective, PrefixSums, forward_backward, score
 from megatron_prefix.teacher import Teacher
-from megatron_prefix.types import PrefixBatch, StepMetrics
+from megatron_prefix.types import PrefixBatch, StepMetrics, Targets
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class Parts:
     """What a trainer is made of; built alike on every rank but for the conductor."""
 
     student: TrainableStudent
-    teacher: Teacher
+    teacher: Teacher | None  # None: no step of the run asks it
     objective: Objective
     publisher: Publisher
     checkpointer: Checkpointer
@@ -63,14 +65,14 @@ class Trainer:
     def __init__(self, recipe: Recipe, parts: Parts) -> None:
         self._recipe, self._parts = recipe, parts
         self._step = 0  # finished steps
-        self._policy_version = 0
+        self._policy_version = self._published = 0
         self._skipped_in_a_row = 0
         self._saved_step = -1
 
     def train(self) -> bool:
         """Train to the last step; False where a signal ended the run early, its state saved."""
         self._restore()
-        self._parts.publisher.publish(self._policy_version)
+        self._publish()
         if self._step == 0:
             self._probe_if_due()
         self._evaluate_if_due()
@@ -93,9 +95,10 @@ class Trainer:
         """One step on the rollouts of ``order``, the same on every rank."""
         parts = self._parts
         plan = self._plan(order)
-        parts.publisher.prepare()
+        if asks_servers(self._recipe, self._step + 1):
+            parts.publisher.prepare()
         with phases.phase("teacher"):
-            targets = parts.teacher.targets(order.rollouts, plan)
+            targets = None if order.supervised else self._targets(order, plan)
         with phases.phase("student"):
             sums = forward_backward(
                 parts.student,
@@ -108,13 +111,27 @@ class Trainer:
         with phases.phase("optimizer"):
             update = self._update(sums)
         with phases.phase("sync"):
-            if update.updated:
-                self._policy_version += 1
-                parts.publisher.publish(self._policy_version)
-            else:
-                parts.publisher.cancel()
+            self._sync(update)
         self._step += 1
         return self._report(order, sums, update, lr, phases)
+
+    def _sync(self, update: UpdateResult) -> None:
+        """The servers hold the newest weights whenever they are asked, and may lag until then."""
+        self._policy_version += update.updated
+        if not asks_servers(self._recipe, self._step + 1):
+            return
+        if self._published != self._policy_version:
+            self._publish()
+        else:
+            self._parts.publisher.cancel()
+
+    def _publish(self) -> None:
+        self._parts.publisher.publish(self._policy_version)
+        self._published = self._policy_version
+
+    def _targets(self, order: Order, plan: MicrobatchPlan) -> Sequence[Targets]:
+        assert self._parts.teacher is not None
+        return self._parts.teacher.targets(order.rollouts, plan)
 
     def _plan(self, order: Order) -> MicrobatchPlan:
         train = self._recipe.train
@@ -182,8 +199,7 @@ class Trainer:
 
     def _probe_if_due(self) -> None:
         """Full-length rollouts, scored and not trained on; the same decision on every rank."""
-        interval = self._recipe.log.probe_interval
-        if not interval or self._step % interval or self._recipe.rollout.replay:
+        if not probe_due(self._recipe, self._step):
             return
         parts = self._parts
         order = share_order(self._decide_probe, parts.host_group)
@@ -193,7 +209,7 @@ class Trainer:
         sums = score(
             parts.student,
             self._own_batches(order, plan),
-            parts.teacher.targets(order.rollouts, plan),
+            self._targets(order, plan),
             parts.objective,
             order.prefix_length,
         )
@@ -248,6 +264,7 @@ def step_metrics(
     """What every rank knows of a step; rank 0 adds FLOPs and seconds."""
     rollouts = order.rollouts
     reached = sum(len(r.prefix_ids) >= order.prefix_length for r in rollouts)
+    lags = [sampled_version - r.policy_version for r in rollouts if not r.written]
     return StepMetrics(
         step=step,
         loss=sums.loss,
@@ -262,7 +279,9 @@ def step_metrics(
         cut_fraction=reached / len(rollouts),
         cut_off_fraction=sum(r.finish_reason == "cut" for r in rollouts) / len(rollouts),
         policy_version=sampled_version,
-        policy_lag=sum(sampled_version - r.policy_version for r in rollouts) / len(rollouts),
+        policy_lag=sum(lags) / max(len(lags), 1),
         logprob_diff_max=sums.worst.difference,
-        logprob_diff_mean=sums.logprob_diff / float(sums.tokens.sum()),
+        logprob_diff_mean=sums.logprob_diff / max(sums.sampled, 1.0),
+        supervised=order.supervised,
+        written_fraction=1.0 - len(lags) / len(rollouts),
     )

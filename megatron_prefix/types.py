@@ -22,6 +22,7 @@ class Prompt:
     index: int  # its position in the stream: unique over the run, epochs counted on
     row: int  # its row in the data set
     input_ids: tuple[int, ...]  # [P]
+    answer_ids: tuple[int, ...] = ()  # the written answer, where the data set has one
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Rollout:
     finish_reason: FinishReason
     policy_version: int  # of the weights that sampled the last token
     prompt_index: int
+    written: bool = False  # before the run: no server sampled it, and rollout_logprobs are NaN
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class PrefixBatch:
     prefix_positions: "torch.Tensor"  # int64 [N], indices into T
     labels: "torch.Tensor"  # int64 [N], the sampled tokens
     token_weight: "torch.Tensor"  # float32 [N]; sums to 1 over all microbatches of all ranks
-    rollout_logprobs: "torch.Tensor"  # float32 [N], the server's
+    rollout_logprobs: "torch.Tensor"  # float32 [N], the server's; NaN where none sampled the token
     prefix_offsets: "torch.Tensor"  # int64 [N], 0 for a rollout's first sampled token; a window
     # of the loss leaves the first ones out
 
@@ -136,3 +138,5 @@ class StepMetrics:
     flops_full: Flops = Flops()  # the same step's full-length counterfactual
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     cut_off_fraction: float = 0.0  # of rollouts that a per-rollout rule ended early
+    supervised: bool = False  # loss and kl_by_position are cross-entropies
+    written_fraction: float = 0.0  # of the rollouts

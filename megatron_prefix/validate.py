@@ -15,12 +15,12 @@ from megatron_prefix.hf_folder import check_sizes, check_tensors, read_hf_folder
 from megatron_prefix.layout import Layout, layers_by_stage, least_world_size, model_layout
 from megatron_prefix.limits import check_settings
 from megatron_prefix.prefix import build_cut_off, build_policy, loss_start
+from megatron_prefix.validate_data import check_data
 
 if TYPE_CHECKING:
     from megatron_prefix.mcore.hf_map import HfModel
 
 _OUR_ARGUMENTS = ("--model-path", "--host", "--port", "--device", "--dtype", "--weight-version")
-_LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def validate(recipe: Recipe) -> ValidRun:
     _check_run(recipe)
     _check_schedule(recipe)
     _check_rollout(recipe)
-    _check_data(recipe)
+    check_data(recipe)
     world_size = resolve_world_size(recipe)
     layouts = {owner: model_layout(model, world_size) for owner, model in _models(recipe).items()}
     student, teacher = (
@@ -63,12 +63,6 @@ def validate(recipe: Recipe) -> ValidRun:
     _check_batch(recipe, layouts)
     _check_tokenizers(recipe, min(m.hf.shape.vocab_size for m in (student, teacher)))
     return ValidRun(recipe, world_size, student, teacher)
-
-
-def is_local(path: str) -> bool:
-    """Whether a data set's path can only mean this machine, not the hub."""
-    named = path.endswith(_LOCAL_SUFFIXES) or path.startswith(("/", ".", "~"))
-    return bool(path) and (named or Path(path).exists())
 
 
 def resolve_world_size(recipe: Recipe) -> int:
@@ -147,14 +141,6 @@ def _check_rollout(recipe: Recipe) -> None:
             f"train.global_batch_size={batch} must be a multiple of rollout.samples_per_prompt="
             f"{samples}; try {_near(batch, samples)}"
         )
-
-
-def _check_data(recipe: Recipe) -> None:
-    if not recipe.data.path and not recipe.rollout.replay:
-        raise ValueError("data.path is not set; give a .jsonl or .parquet file, or a hub id")
-    for key, path in (("data.path", recipe.data.path), ("eval.path", recipe.eval.path)):
-        if is_local(path) and not Path(path).expanduser().exists():
-            raise ValueError(f"{key}={path} does not exist; give a file, a folder or a hub id")
 
 
 def _check_batch(recipe: Recipe, layouts: dict[str, Layout]) -> None:

@@ -18,8 +18,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megatron_prefix.config import Recipe, RolloutConfig
+from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, SAVED
+from megatron_prefix.modes import needs_servers
 from megatron_prefix.recipe import load_record
 from megatron_prefix.rollout.addresses import await_endpoints, read_endpoints, recipe_endpoints
 from megatron_prefix.rollout.client import Endpoint
@@ -54,9 +55,10 @@ class Servers:
     endpoints: Path | None = None
     files: int = 1
 
-    def find(self, rollout: RolloutConfig, stop: StopFlag) -> list[Endpoint] | None:
+    def find(self, recipe: Recipe, stop: StopFlag) -> list[Endpoint] | None:
         """None where a signal came before all answered."""
-        if rollout.replay:
+        rollout = recipe.rollout
+        if not needs_servers(recipe):
             return []
         if self.endpoints is None:
             return recipe_endpoints(rollout)
@@ -99,7 +101,7 @@ def _train(recipe: Recipe, folder: Path, servers: Servers, stop: StopFlag) -> in
 
     _join_world(recipe)
     # Rank 0 alone talks to the servers.
-    endpoints = servers.find(recipe.rollout, stop) if dist.get_rank() == 0 else []
+    endpoints = servers.find(recipe, stop) if dist.get_rank() == 0 else []
     ready = [endpoints is not None]
     dist.broadcast_object_list(ready, src=0)
     if endpoints is None or not ready[0]:  # a signal came first; nothing is lost

@@ -8,7 +8,7 @@ by itself keeps its length; one that the prefix length, a cut or an abort ended 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from megatron_prefix.prefix.flops import ModelShape, scored_flops, step_flops
+from megatron_prefix.prefix.flops import ModelShape, rollout_flops, scored_flops, step_flops
 from megatron_prefix.types import Flops, Rollout
 
 
@@ -48,21 +48,39 @@ class Ledger:
     def total(self) -> StepCost:
         return self._total
 
-    def measure(self, rollouts: Iterable[Rollout], loss_start: int = 0) -> StepCost:
-        """The cost of these rollouts, scored from ``loss_start`` on; nothing entered."""
-        spent, full = [], []
+    def measure(
+        self, rollouts: Iterable[Rollout], loss_start: int = 0, *, supervised: bool = False
+    ) -> StepCost:
+        """The cost of these rollouts, scored from ``loss_start`` on; nothing entered.
+
+        Written prefixes cost no sampling, a ``supervised`` step no teacher. The counterfactual is
+        full-length on-policy distillation all the same.
+        """
+        rollouts, spent, full = tuple(rollouts), [], []
         for rollout in rollouts:
             prompt, prefix = len(rollout.prompt_ids), len(rollout.prefix_ids)
             by_itself = rollout.finish_reason == "stop"
             spent.append((prompt, prefix))
             full.append((prompt, prefix if by_itself else max(prefix, self._max_length)))
         return StepCost(
-            flops=step_flops(self._student, self._teacher, spent, loss_start),
+            flops=self._spent(rollouts, loss_start, supervised),
             flops_full=step_flops(self._student, self._teacher, full),
             prompt_tokens=sum(prompt for prompt, _ in spent),
             prefix_tokens=sum(prefix for _, prefix in spent),
             full_tokens=sum(prefix for _, prefix in full),
         )
+
+    def _spent(self, rollouts: Iterable[Rollout], loss_start: int, supervised: bool) -> Flops:
+        total = Flops()
+        for rollout in rollouts:
+            lengths = len(rollout.prompt_ids), len(rollout.prefix_ids)
+            cost = rollout_flops(self._student, self._teacher, *lengths, loss_start)
+            total += Flops(
+                rollout=0.0 if rollout.written else cost.rollout,
+                teacher=0.0 if supervised else cost.teacher,
+                student=cost.student,
+            )
+        return total
 
     def measure_probe(self, rollouts: Iterable[Rollout]) -> Flops:
         """What rollouts cost that are scored and not trained on; never part of the total."""

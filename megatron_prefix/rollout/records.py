@@ -73,6 +73,7 @@ def _arrays(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
         ),
         "policy_versions": each([rollout.policy_version for rollout in rollouts], np.int64),
         "prompt_indices": each([rollout.prompt_index for rollout in rollouts], np.int64),
+        "written": each([rollout.written for rollout in rollouts], np.int8),
     }
 
 
@@ -88,14 +89,16 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
             finish_reason=_FINISH_REASONS[reason],
             policy_version=version,
             prompt_index=index,
+            written=bool(written),
         )
-        for prompt, prefix, logprob, reason, version, index in zip(
+        for prompt, prefix, logprob, reason, version, index, written in zip(
             prompts,
             prefixes,
             logprobs,
             arrays["finish_reasons"].tolist(),
             arrays["policy_versions"].tolist(),
             arrays["prompt_indices"].tolist(),
+            arrays["written"].tolist(),
             strict=True,
         )
     ]

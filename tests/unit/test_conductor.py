@@ -7,11 +7,20 @@ import numpy as np
 import pytest
 
 from megatron_prefix.conductor import Conductor, Staff
-from megatron_prefix.config import LogConfig, PrefixConfig, Recipe, TrainConfig, WindowConfig
+from megatron_prefix.config import (
+    AdaptiveConfig,
+    LogConfig,
+    ModeConfig,
+    PrefixConfig,
+    Recipe,
+    TrainConfig,
+    WindowConfig,
+)
 from megatron_prefix.jsonl import read_records
+from megatron_prefix.phases import Phases
 from megatron_prefix.prefix import Ledger, ModelShape, build_policy
 from megatron_prefix.run_log import RunLog
-from megatron_prefix.types import Rollout
+from megatron_prefix.types import Rollout, StepMetrics
 
 SHAPE = ModelShape(2, 64, 4, 4, 16, 2 * 192, 46)
 WINDOW = PrefixConfig("window", 1, 9, window=WindowConfig(start=5))
@@ -32,7 +41,7 @@ class Listed:
 
     def sample(self, step: int, prefix_length: int, policy_version: int) -> list[Rollout]:
         self.asked += 1
-        return self.steps[self.asked - 1]
+        return self.steps[(self.asked - 1) % len(self.steps)]
 
     def state_dict(self) -> dict[str, int]:
         return {}
@@ -41,8 +50,11 @@ class Listed:
         assert not state
 
 
-def conductor(folder: Path, prefix: PrefixConfig, source: Listed) -> Conductor:
-    recipe = Recipe(prefix=prefix, train=TrainConfig(steps=4, max_skipped_steps=3))
+def conductor(
+    folder: Path, prefix: PrefixConfig, source: Listed, warmup_steps: int = 0
+) -> Conductor:
+    train, mode = TrainConfig(steps=4, max_skipped_steps=3), ModeConfig(warmup_steps=warmup_steps)
+    recipe = Recipe(prefix=prefix, train=train, mode=mode)
     log = LogConfig(tensorboard=False, probe_interval=2)
     staff = Staff(
         policy=build_policy(prefix, 4),
@@ -55,6 +67,26 @@ def conductor(folder: Path, prefix: PrefixConfig, source: Listed) -> Conductor:
         stop_requested=lambda: False,
     )
     return Conductor(recipe, staff)
+
+
+def metrics(step: int, kl_L: np.ndarray, tokens_L: np.ndarray) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        loss=0.5,
+        kl_by_position=kl_L,
+        tokens_by_position=tokens_L,
+        grad_norm=1.0,
+        lr=1e-3,
+        skipped=False,
+        prefix_length=len(kl_L),
+        prefix_tokens=int(tokens_L.sum()),
+        prompt_tokens=2,
+        cut_fraction=1.0,
+        policy_version=step - 1,
+        policy_lag=0.0,
+        logprob_diff_max=0.0,
+        logprob_diff_mean=0.0,
+    )
 
 
 def test_an_order_carries_its_window(tmp_path: Path) -> None:
@@ -74,6 +106,20 @@ def test_rollouts_that_end_before_the_window_are_asked_for_anew_and_told(tmp_pat
     (event,) = read_records(tmp_path / "events.jsonl")
     assert event["kind"] == "empty"
     assert "no prefix token from position 5 on in 2 rollouts, the longest of 5" in event["message"]
+
+
+def test_a_supervised_step_is_ordered_as_such_and_moves_no_policy(tmp_path: Path) -> None:
+    prefix = PrefixConfig("adaptive", 3, 9, adaptive=AdaptiveConfig(threshold=9.0))
+    under_test = conductor(tmp_path, prefix, Listed([rollouts(3), rollouts(3)]), warmup_steps=1)
+    for step, supervised in enumerate((True, False)):
+        order = under_test.order(step, 0)
+        assert (order.prefix_length, order.supervised) == (3, supervised)
+        kl, tokens = np.full(3, 0.5), np.ones(3, np.int64)
+        under_test.record(metrics(step + 1, kl, tokens), order, Phases(lambda: None))
+    assert under_test.order(1, 0).prefix_length == 5  # the second step's KL alone counted
+    under_test.close()
+    first, second = read_records(tmp_path / "metrics.jsonl")
+    assert first["flops"]["teacher"] == 0.0 < second["flops"]["teacher"]
 
 
 def test_a_student_that_always_ends_at_once_ends_the_run_with_words(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,19 @@ def test_ledger_continues_what_the_prefix_cut_and_leaves_what_ended_by_itself() 
     assert cost.flops_full == step_flops(STUDENT, TEACHER, [(14, 75), (14, 4), (14, 75), (14, 75)])
     assert cost.ratio == cost.flops.total / cost.flops_full.total < 1
     assert ledger.total == StepCost()
+
+
+def test_written_prefixes_cost_no_sampling_and_supervised_steps_no_teacher() -> None:
+    ledger = Ledger(STUDENT, TEACHER, max_length=75)
+    sampled = rollout(14, 9, "length")
+    written = replace(sampled, written=True)
+    whole = ledger.measure([sampled]).flops
+    assert ledger.measure([written]).flops == replace(whole, rollout=0.0)
+    supervised = ledger.measure([written], supervised=True)
+    assert supervised.flops == replace(whole, rollout=0.0, teacher=0.0)
+    assert supervised.flops_full == ledger.measure([sampled]).flops_full
+    mixed = ledger.measure([sampled, written]).flops
+    assert mixed.rollout == whole.rollout and mixed.teacher == 2 * whole.teacher
 
 
 def test_ledger_at_full_length_is_its_own_counterfactual() -> None:

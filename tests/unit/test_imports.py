@@ -21,7 +21,7 @@ IN_THE_SERVER = "rollout.cpu_engine"
 
 # From the bottom up: a module imports modules of its own layer and of those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "types", "exit_codes"),
+    ("config", "types", "exit_codes", "modes"),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
     ("recipe", "cluster", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
@@ -36,8 +36,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report",
         "report_arguments",
     )
-    + ("sources", "evaluate", "pass_at_k", "eval_run"),
+    + ("sources", "written", "evaluate", "pass_at_k", "eval_run"),
     ("mcore",),
+    ("validate_data",),
     ("validate", "preflight", "plan", "plan_view", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "publisher"),
     ("conductor", "trainer"),
@@ -55,12 +56,12 @@ EDGES = {
     "nemo_run": ("launch",),
 }
 # What a module may import of ours, where the layers alone would allow more.
-ONLY = {"recipe": ("config",), "cluster": ("config",), "loss": ("loss",)}
-ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes")}
+ONLY = {"recipe": ("config",), "cluster": ("config", "modes"), "loss": ("loss",)}
+ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes"), "modes": ("config",)}
 # Importing these may bring Megatron along; importing any other must not.
 NEEDS_MEGATRON = ("mcore", "teacher", "student", "publisher", "trainer", "assemble")
 WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "limits", "plan", "plan_view")
-WITHOUT_TORCH += ("prefix", "preflight", "recipe", "types", "validate")
+WITHOUT_TORCH += ("prefix", "preflight", "recipe", "types", "validate", "validate_data")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ from tests.tiny_models import write_tiny_llama, write_tiny_mixtral, write_tiny_q
 
 TEXTS_OF_THE_USER = (
     "run.name run.output_dir student.hf_path teacher.hf_path data.path data.name data.split "
-    "data.prompt_column data.system_prompt prefix.policy rollout.replay rollout.api_key_file "
+    "data.prompt_column data.system_prompt mode.written.path mode.written.name "
+    "mode.written.split mode.written.prompt_column mode.written.answer_column "
+    "prefix.policy rollout.replay rollout.api_key_file "
     "eval.path eval.split eval.prompt_column eval.answer_column eval.scorer"
 ).split()
 CHECKED_ELSEWHERE = tuple(f"prefix.{name}." for name in (*POLICIES, "cut_off"))

@@ -1,0 +1,88 @@
+"""What a recipe's mode asks for at each step: pure functions of settings and step.
+
+Steps count from 0. Every rank and the launcher ask these same functions, so that all agree on who
+samples, who scores and when weights travel without a word between them.
+"""
+
+from megatron_prefix.config import Recipe
+
+MODES = ("on_policy", "off_policy", "mixed", "sft")
+
+
+def is_supervised(recipe: Recipe, step: int) -> bool:
+    """Whether step ``step`` is cross-entropy on written prefixes, without a teacher."""
+    return recipe.mode.name == "sft" or step < recipe.mode.warmup_steps
+
+
+def written_count(recipe: Recipe, step: int) -> int:
+    """Rollouts of step ``step`` that are written ones; the others are sampled.
+
+    In ``mixed`` the share holds over the steps so far to within one prompt's samples, for a batch
+    need not divide by it: whole groups of ``rollout.samples_per_prompt`` are written or sampled.
+    """
+    batch, mode = recipe.train.global_batch_size, recipe.mode
+    if is_supervised(recipe, step) or mode.name == "off_policy":
+        return batch
+    if mode.name == "on_policy":
+        return 0
+    samples = recipe.rollout.samples_per_prompt
+    groups, done = batch // samples, step - mode.warmup_steps
+    # Rounded, for a share like 0.7 is a little below itself in binary.
+    until, before = (int(round(n * groups * mode.written_share, 6)) for n in (done + 1, done))
+    return (until - before) * samples
+
+
+def needs_written(recipe: Recipe) -> bool:
+    """Whether any step trains on written prefixes."""
+    mode = recipe.mode
+    mixed = mode.name == "mixed" and mode.written_share > 0
+    return mode.name in ("off_policy", "sft") or mixed or mode.warmup_steps > 0
+
+
+def needs_prompts(recipe: Recipe) -> bool:
+    """Whether ``data.path`` is read, by steps that sample or by probes."""
+    return needs_rollouts(recipe) or (recipe.log.probe_interval > 0 and not recipe.rollout.replay)
+
+
+def needs_rollouts(recipe: Recipe) -> bool:
+    """Whether any step has prefixes sampled by a server."""
+    mode = recipe.mode
+    if recipe.rollout.replay or mode.warmup_steps >= recipe.train.steps:
+        return False
+    return mode.name == "on_policy" or (mode.name == "mixed" and mode.written_share < 1)
+
+
+def needs_servers(recipe: Recipe) -> bool:
+    """Whether the run asks servers for anything: rollouts, probes or evaluations."""
+    if recipe.rollout.replay:
+        return False
+    return needs_rollouts(recipe) or bool(recipe.eval.path) or recipe.log.probe_interval > 0
+
+
+def needs_teacher(recipe: Recipe) -> bool:
+    """Whether the run ever scores with the teacher."""
+    supervised = recipe.mode.name == "sft" or recipe.mode.warmup_steps >= recipe.train.steps
+    return not supervised or (recipe.log.probe_interval > 0 and not recipe.rollout.replay)
+
+
+def probe_due(recipe: Recipe, finished: int) -> bool:
+    """Whether a probe follows ``finished`` steps."""
+    interval = recipe.log.probe_interval
+    return interval > 0 and finished % interval == 0 and not recipe.rollout.replay
+
+
+def evaluation_due(recipe: Recipe, finished: int) -> bool:
+    """Whether an evaluation follows ``finished`` steps: at both ends and by its interval."""
+    interval = recipe.eval.interval
+    ends = finished in (0, recipe.train.steps)
+    due = ends or (interval > 0 and finished % interval == 0)
+    return bool(recipe.eval.path) and due and not recipe.rollout.replay
+
+
+def asks_servers(recipe: Recipe, finished: int) -> bool:
+    """Whether servers are asked between step ``finished`` - 1 and the next weight update."""
+    if not needs_servers(recipe):
+        return False
+    steps, batch = recipe.train.steps, recipe.train.global_batch_size
+    samples = finished < steps and written_count(recipe, finished) < batch
+    return samples or probe_due(recipe, finished) or evaluation_due(recipe, finished)

@@ -1,0 +1,45 @@
+"""What ``validate`` refuses of a recipe's data sets and its mode; no data set is opened."""
+
+from pathlib import Path
+
+from megatron_prefix.config import Recipe
+from megatron_prefix.modes import needs_prompts, needs_written
+
+_LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def is_local(path: str) -> bool:
+    """Whether a data set's path can only mean this machine, not the hub."""
+    named = path.endswith(_LOCAL_SUFFIXES) or path.startswith(("/", ".", "~"))
+    return bool(path) and (named or Path(path).exists())
+
+
+def check_data(recipe: Recipe) -> None:
+    """ValueError for a path that is missing or not set, and for a mode that cannot be."""
+    steps = recipe.train.steps
+    if recipe.mode.warmup_steps > steps:
+        raise ValueError(
+            f"mode.warmup_steps={recipe.mode.warmup_steps} is above train.steps={steps}; for a "
+            "supervised run take mode.name=sft"
+        )
+    written = recipe.mode.written.path
+    if not recipe.data.path and (needs_prompts(recipe) or _lacks_written(recipe)):
+        raise ValueError("data.path is not set; give a .jsonl or .parquet file, or a hub id")
+    if written and not needs_written(recipe):
+        raise ValueError(
+            f"mode.written.path={written} is read by no step of mode.name={recipe.mode.name}; "
+            "take off_policy, mixed or sft, or set mode.warmup_steps"
+        )
+    paths = {
+        "data.path": recipe.data.path,
+        "mode.written.path": written,
+        "eval.path": recipe.eval.path,
+    }
+    for key, path in paths.items():
+        if is_local(path) and not Path(path).expanduser().exists():
+            raise ValueError(f"{key}={path} does not exist; give a file, a folder or a hub id")
+
+
+def _lacks_written(recipe: Recipe) -> bool:
+    replayed = bool(recipe.rollout.replay)
+    return needs_written(recipe) and not recipe.mode.written.path and not replayed

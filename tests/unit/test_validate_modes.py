@@ -1,0 +1,80 @@
+"""Modes and their data sets: what is refused before anything starts, each in one line."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_prefix.config import DataConfig, ModelConfig, PrefixConfig, Recipe, TrainConfig
+from megatron_prefix.preflight import check_data_sets, open_prompts
+from megatron_prefix.recipe import load_recipe, save_record
+from megatron_prefix.tasks import sort_chain
+from megatron_prefix.validate import validate
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    sort_chain.write_dataset(tmp_path / "prompts.jsonl", 3, 0)
+    student, teacher = (
+        ModelConfig(hf_path=str(sort_chain.model_folder(name)), params_dtype="fp32")
+        for name in ("student_a", "teacher")
+    )
+    length = sort_chain.PROMPT_LENGTH
+    return Recipe(
+        student=student,
+        teacher=teacher,
+        data=DataConfig(path=str(tmp_path / "prompts.jsonl"), max_prompt_length=length),
+        prefix=PrefixConfig("linear", 9, 75),
+        train=TrainConfig(steps=10, global_batch_size=16, micro_batch_size=4),
+    )
+
+
+def changed(recipe: Recipe, folder: Path, *overrides: str) -> Recipe:
+    return load_recipe(str(save_record(recipe, folder)), overrides=overrides)
+
+
+def refusal(recipe: Recipe) -> str:
+    with pytest.raises(ValueError) as refused:
+        validate(recipe)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_written_answers_are_looked_at_before_anything_starts(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    written = changed(recipe, tmp_path, "mode.name=off_policy")
+    validate(written)
+    check_data_sets(written)  # data.path's own answers
+    with pytest.raises(ValueError, match="mode.written.answer_column=solution is not a column"):
+        check_data_sets(changed(written, tmp_path, "mode.written.answer_column=solution"))
+    apart = f"mode.written.path={recipe.data.path}"
+    alone = changed(recipe, tmp_path, "mode.name=sft", apart, "data.path=")
+    validate(alone)
+    check_data_sets(alone)
+    assert open_prompts(alone).num_rows == 3
+
+
+def test_modes_that_cannot_be(recipe: Recipe, tmp_path: Path) -> None:
+    def told(*overrides: str) -> str:
+        return refusal(changed(recipe, tmp_path, *overrides))
+
+    assert "Did you mean 'off_policy'?" in told("mode.name=offpolicy")
+    apart = f"mode.written.path={recipe.data.path}"
+    assert "is read by no step of mode.name=on_policy" in told(apart)
+    missing = told("mode.name=sft", "mode.written.path=./nowhere.jsonl")
+    assert "mode.written.path=./nowhere.jsonl does not exist" in missing
+    assert "data.path is not set" in told("mode.name=sft", "data.path=")
+    late = told("mode.warmup_steps=11")
+    assert "mode.warmup_steps=11 is above train.steps=10" in late
+    assert "mode.written_share=1.5 must be" in told("mode.name=mixed", "mode.written_share=1.5")
+
+
+def test_a_replay_needs_no_written_answers(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "record").touch()
+    replayed = changed(
+        recipe, tmp_path, "mode.name=sft", "data.path=", f"rollout.replay={tmp_path / 'rollouts'}"
+    )
+    validate(replayed)
+    assert replace(replayed, data=recipe.data).mode.name == "sft"
