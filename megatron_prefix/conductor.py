@@ -4,19 +4,28 @@ The other ranks get its decisions as an ``Order`` and need none of its state.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_prefix.alarms import probe_alarms
 from megatron_prefix.batch import count_loss_tokens, nothing_to_train_on
 from megatron_prefix.config import Recipe
 from megatron_prefix.kl_grid import mean_kl
 from megatron_prefix.modes import evaluation_due, is_supervised
 from megatron_prefix.orders import Order
 from megatron_prefix.phases import Phases
-from megatron_prefix.prefix import Ledger, PrefixObservation, PrefixPolicy, loss_start
+from megatron_prefix.prefix import (
+    Ledger,
+    PrefixObservation,
+    PrefixPolicy,
+    ProbeObservation,
+    loss_start,
+    observe_probe,
+)
 from megatron_prefix.run_log import Evaluation, RunLog
 from megatron_prefix.sources import RolloutSource
 from megatron_prefix.types import ProbeMetrics, Rollout, StepMetrics
@@ -88,6 +97,8 @@ class Conductor:
         rollouts = self._sample(step, length, start, policy_version)
         if self._staff.stop_requested():  # the step is not begun: its prompts are asked again
             return self.order(step, policy_version)
+        # A recording may be longer than what the policy says now: no probe moved it this time.
+        length = max([length, *(len(rollout.prefix_ids) for rollout in rollouts)])
         supervised = is_supervised(self._recipe, step)
         return Order("train", length, tuple(rollouts), loss_start=start, supervised=supervised)
 
@@ -155,31 +166,46 @@ class Conductor:
             ],
         )
 
-    def probe_order(self, policy_version: int) -> Order:
+    def probe_order(self, step: int, policy_version: int) -> Order:
         """Full-length rollouts to score; none where there is not a token in them."""
         assert self._staff.probe is not None
         rollouts = tuple(self._staff.probe(policy_version))
         scored = rollouts if count_loss_tokens(rollouts, 0) else ()
-        return Order("probe", self._recipe.prefix.max_length, scored)
+        length = self._staff.policy.length(step)
+        audited = self._recipe.log.probe_agreement and count_loss_tokens(scored, length)
+        longest = self._recipe.prefix.max_length
+        return Order("probe", longest, scored, audit_length=length if audited else 0)
 
     def record_probe(
-        self, step: int, rollouts: Sequence[Rollout], kl_L: np.ndarray, tokens_L: np.ndarray
+        self,
+        step: int,
+        order: Order,
+        kl_L: np.ndarray,
+        tokens_L: np.ndarray,
+        agreement: float = math.nan,
     ) -> None:
         """``kl_L`` and ``tokens_L``: mean KL and scored tokens by position, up to max_length."""
-        length = self._staff.policy.length(step)
-        self.log.probe(
-            ProbeMetrics(
-                step=step,
-                prefix_length=length,
-                kl_prefix=mean_kl(kl_L[:length], tokens_L[:length]),
-                kl_tail=mean_kl(kl_L[length:], tokens_L[length:]),
-                kl_by_position=kl_L,
-                tokens_by_position=tokens_L.astype(np.int64),
-                finished=sum(rollout.finish_reason == "stop" for rollout in rollouts),
-                rollouts=len(rollouts),
-                flops=self._staff.ledger.measure_probe(rollouts),
-            )
+        length, rollouts = self._staff.policy.length(step), order.rollouts
+        if self._recipe.log.probe_agreement and not order.audit_length:
+            agreement = 1.0  # the prefix is all there is
+        metrics = ProbeMetrics(
+            step=step,
+            prefix_length=length,
+            kl_prefix=mean_kl(kl_L[:length], tokens_L[:length]),
+            kl_tail=mean_kl(kl_L[length:], tokens_L[length:]),
+            kl_by_position=kl_L,
+            tokens_by_position=tokens_L.astype(np.int64),
+            finished=sum(rollout.finish_reason == "stop" for rollout in rollouts),
+            rollouts=len(rollouts),
+            flops=self._staff.ledger.measure_probe(rollouts, 2 if order.audit_length else 0),
+            agreement=agreement,
         )
+        alarms = probe_alarms(self._recipe.log, metrics, self.log.probes())
+        self.log.probe(metrics)
+        for alarm in alarms:
+            self.log.event("alarm", alarm, level=logging.WARNING)
+        seen = (metrics.kl_prefix, metrics.kl_tail, agreement, kl_L)
+        observe_probe(self._staff.policy, ProbeObservation(step, length, *seen))
 
     def evaluate_if_due(self, step: int, policy_version: int) -> None:
         """Before the first step, after the last, and every ``eval.interval`` steps; once each."""

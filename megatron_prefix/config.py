@@ -84,11 +84,26 @@ class WindowConfig:
 @dataclass(frozen=True)
 class AdaptiveConfig:
     """``adaptive``: from min_length, ``factor`` times as long whenever the moving average of the
-    steps' mean KL falls under ``threshold``."""
+    steps' mean KL falls under ``threshold``; and what a probe does whose tail is worse."""
 
     factor: float = 1.5
     threshold: float = 0.3  # nats a token
     momentum: float = 0.9  # share of the moving average that a new step leaves standing
+    # shrink | grow | hold: by ``factor``, where a probe's KL beyond the prefix is more than
+    # 1 + ``tail_tolerance`` times the lowest that probes have shown at this length
+    on_tail: str = "shrink"
+    tail_tolerance: float = 0.25
+
+
+@dataclass(frozen=True)
+class AuditedConfig:
+    """``audited``: from min_length, ``factor`` times as long after a probe in which the gradients
+    of prefix and full rollout agree (cosine) less than ``low``, as short where more than
+    ``high``."""
+
+    factor: float = 1.5
+    low: float = 0.6
+    high: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,7 @@ class MarginalConfig:
 class PrefixConfig:
     """The prefix policy. ``prefix/`` holds one file a policy; lengths are in tokens."""
 
-    # fixed | linear | steps | cosine | anchored | late | adaptive | marginal | window, or
+    # fixed | linear | steps | cosine | anchored | late | adaptive | audited | marginal | window, or
     # "package.module:Class" of a user's own
     policy: str = "linear"
     min_length: int = 64
@@ -131,6 +146,7 @@ class PrefixConfig:
     late: LateConfig = field(default_factory=LateConfig)
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     marginal: MarginalConfig = field(default_factory=MarginalConfig)
+    audited: AuditedConfig = field(default_factory=AuditedConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
     cut_off: CutOffConfig = field(default_factory=CutOffConfig)
     options: dict[str, float] = field(default_factory=dict)  # for a user's own policy
@@ -281,6 +297,12 @@ class LogConfig:
     # trained on, which show the KL beyond the prefix; 0: none.
     probe_interval: int = 0
     probe_rollouts: int = 8  # of the same prompts each time
+    # Cosine of the gradients of the prefix and of the full rollouts at each probe: two passes
+    # forward and backward over its rollouts, and host memory for one gradient.
+    probe_agreement: bool = True
+    # A probe warns where its tail KL is so many times the lowest seen at these positions; 0: never.
+    alarm_tail: float = 1.25
+    alarm_agreement: float = 0.2  # a probe warns where the gradients agree less; 0: never
 
 
 @dataclass(frozen=True)

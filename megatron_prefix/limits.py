@@ -115,6 +115,8 @@ RANGES: dict[str, Range] = {
     "log.sample_rollouts": _NOT_NEGATIVE,
     "log.probe_interval": _NOT_NEGATIVE,
     "log.probe_rollouts": _COUNT,
+    "log.alarm_tail": _NOT_NEGATIVE,
+    "log.alarm_agreement": Range(0, 1),
 }
 
 

@@ -20,6 +20,7 @@ class Order:
     message: str = ""
     loss_start: int = 0  # the first prefix position that the loss counts
     supervised: bool = False  # cross-entropy to the prefixes' own tokens; no teacher
+    audit_length: int = 0  # of a probe: the prefix whose gradient is compared; 0: none is
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ class Pace:
 class ProgressView(Protocol):
     def show(self, metrics: StepMetrics) -> None: ...
 
+    def note(self, text: str) -> None:
+        """Something to say besides, until the next note."""
+
     def close(self) -> None: ...
 
 
@@ -66,13 +69,17 @@ class PlainLines:
         self._console = console
         self._total_steps = total_steps
         self._log_interval = max(log_interval, 1)
-        self._pace = Pace(total_steps)
+        self._pace, self._note = Pace(total_steps), ""
+
+    def note(self, text: str) -> None:
+        self._note = text
 
     def show(self, metrics: StepMetrics) -> None:
         self._pace.add(metrics)
         due = metrics.step % self._log_interval == 0 or metrics.step == self._total_steps
         if due or metrics.skipped:
-            line = f"step {metrics.step}/{self._total_steps} {describe(metrics, self._pace)}"
+            what = describe(metrics, self._pace, self._note)
+            line = f"step {metrics.step}/{self._total_steps} {what}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -87,7 +94,7 @@ class Bar:
     """
 
     def __init__(self, console: Console, total_steps: int, resume_step: int) -> None:
-        self._pace = Pace(total_steps)
+        self._pace, self._note = Pace(total_steps), ""
         self._drawn = 0.0
         columns = (
             TextColumn("step"),
@@ -101,9 +108,12 @@ class Bar:
         )
         self._progress.start()
 
+    def note(self, text: str) -> None:
+        self._note = text
+
     def show(self, metrics: StepMetrics) -> None:
         self._pace.add(metrics)
-        status = describe(metrics, self._pace)
+        status = describe(metrics, self._pace, self._note)
         self._progress.update(self._task, completed=metrics.step, status=status)
         if time.monotonic() - self._drawn > REDRAW_S:
             self._progress.refresh()
@@ -113,11 +123,12 @@ class Bar:
         self._progress.stop()
 
 
-def describe(metrics: StepMetrics, pace: Pace) -> str:
+def describe(metrics: StepMetrics, pace: Pace, note: str = "") -> str:
     """Loss, KL, prefix length, tokens/s and the time left, for the bar and for a plain line."""
     kl = mean_kl(metrics.kl_by_position, metrics.tokens_by_position)
+    said = f"{note} " if note else ""
     return (
-        f"loss {metrics.loss:.4f} kl {kl:.4f} L {metrics.prefix_length} "
+        f"loss {metrics.loss:.4f} kl {kl:.4f} L {metrics.prefix_length} {said}"
         f"tok/s {pace.tokens_per_second:.0f} eta {duration(pace.seconds_left)}"
         + (" SKIPPED: not finite" if metrics.skipped else "")
     )

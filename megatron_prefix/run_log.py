@@ -91,7 +91,7 @@ class RunLog:
         resume_step: int = 0,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._log = log
+        self._folder, self._log = folder, log
         self._last_step = resume_step
         for name in (jsonl.METRICS, jsonl.EVALUATIONS, jsonl.SAMPLES, jsonl.PROBES):
             moved = jsonl.keep_until(folder / name, resume_step)
@@ -188,12 +188,19 @@ class RunLog:
         """Full-length rollouts, scored and not trained on, with the weights after a step."""
         assert self._probes is not None, "log.probe_interval=0"
         self._probes.write(jsonl.metrics_record(metrics))
+        self._view.note(f"tail {metrics.kl_tail:.4f} agree {metrics.agreement:.2f}")
         if self._tensorboard:
             self._tensorboard.probe(metrics)
         logger.info(
-            "probe after step %d: KL %.4f within the prefix of %d tokens, %.4f beyond it",
+            "probe after step %d: KL %.4f within the prefix of %d tokens, %.4f beyond it, "
+            "gradients agree by %.3f",
             metrics.step, metrics.kl_prefix, metrics.prefix_length, metrics.kl_tail,
+            metrics.agreement,
         )  # fmt: skip
+
+    def probes(self) -> list[dict[str, Any]]:
+        """The records of the run's probes so far, those before a resume included."""
+        return list(jsonl.read_records(self._folder / jsonl.PROBES))
 
     def event(
         self,

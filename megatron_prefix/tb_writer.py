@@ -63,6 +63,7 @@ class TensorBoardWriter:
         values = {
             "probe/kl_prefix": metrics.kl_prefix,
             "probe/kl_tail": metrics.kl_tail,
+            "probe/gradient_agreement": metrics.agreement,
             "probe/finished_fraction": metrics.finished / metrics.rollouts,
         }
         for tag, value in values.items():

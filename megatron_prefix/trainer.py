@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_prefix.agreement import Audit, audit_gradients
 from megatron_prefix.batch import MicrobatchPlan, pack, plan_microbatches
 from megatron_prefix.conductor import Conductor
 from megatron_prefix.config import Recipe
@@ -192,9 +193,9 @@ class Trainer:
     def _after_step(self) -> None:
         interval = self._recipe.checkpoint.save_interval
         self._parts.checkpointer.finalize()
+        self._probe_if_due()  # before the save, which holds what the policy learns from it
         if interval and self._step % interval == 0:
             self._save(wait=False)
-        self._probe_if_due()
         self._evaluate_if_due()
 
     def _probe_if_due(self) -> None:
@@ -205,22 +206,27 @@ class Trainer:
         order = share_order(self._decide_probe, parts.host_group)
         if not order.rollouts:  # the student ended at once everywhere: there is nothing to score
             return
-        plan = self._plan(order)
-        sums = score(
-            parts.student,
-            self._own_batches(order, plan),
-            self._targets(order, plan),
-            parts.objective,
-            order.prefix_length,
-        )
+        audit = self._audit(order)
         if parts.conductor:
+            kl, tokens = audit.sums.kl, audit.sums.tokens
             parts.conductor.record_probe(
-                self._step, order.rollouts, (sums.kl / sums.tokens).numpy(), sums.tokens.numpy()
+                self._step, order, (kl / tokens).numpy(), tokens.numpy(), audit.agreement
             )
+
+    def _audit(self, order: Order) -> Audit:
+        """The probe's rollouts scored, and where the order asks for it, their gradients."""
+        parts, plan, length = self._parts, self._plan(order), order.prefix_length
+        batches = self._own_batches(order, plan)
+        targets = self._targets(order, plan)
+        if order.audit_length:
+            return audit_gradients(
+                parts.student, batches, targets, parts.objective, length, order.audit_length
+            )
+        return Audit(score(parts.student, batches, targets, parts.objective, length), math.nan)
 
     def _decide_probe(self) -> Order:
         assert self._parts.conductor is not None
-        return self._parts.conductor.probe_order(self._policy_version)
+        return self._parts.conductor.probe_order(self._step, self._policy_version)
 
     def _evaluate_if_due(self) -> None:
         # The other ranks meanwhile wait in the next order's broadcast.

@@ -4,6 +4,7 @@ Legend: P prompt tokens, L_i prefix tokens of rollout i, T packed tokens of a mi
 B sequences in it, N prefix positions in it, d_t the teacher's hidden size, k its tokens a position.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -113,6 +114,7 @@ class ProbeMetrics:
     finished: int  # rollouts that ended by themselves
     rollouts: int
     flops: Flops  # not part of the ledger's totals
+    agreement: float = math.nan  # cosine of prefix and full gradients; NaN: not measured
 
 
 @dataclass(frozen=True)

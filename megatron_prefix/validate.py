@@ -14,7 +14,7 @@ from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.hf_folder import check_sizes, check_tensors, read_hf_folder
 from megatron_prefix.layout import Layout, layers_by_stage, least_world_size, model_layout
 from megatron_prefix.limits import check_settings
-from megatron_prefix.prefix import build_cut_off, build_policy, loss_start
+from megatron_prefix.prefix_checks import check_prefix
 from megatron_prefix.validate_data import check_data
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def validate(recipe: Recipe) -> ValidRun:
     ValueError names the first that cannot be, with its value and what to set instead.
     """
     check_settings(recipe)
-    _check_policy(recipe)
+    check_prefix(recipe)
     _check_run(recipe)
     _check_schedule(recipe)
     _check_rollout(recipe)
@@ -81,15 +81,6 @@ def resolve_world_size(recipe: Recipe) -> int:
 
 def _models(recipe: Recipe) -> dict[str, ModelConfig]:
     return {"student": recipe.student, "teacher": recipe.teacher}
-
-
-def _check_policy(recipe: Recipe) -> None:
-    """A user's own policy that leaves its bounds by schedule says so now, not in mid-run."""
-    policy = build_policy(recipe.prefix, recipe.train.steps)
-    for step in range(recipe.train.steps):
-        policy.length(step)
-        loss_start(policy, step)
-    build_cut_off(recipe.prefix.cut_off, vocab_size=2)  # its settings need no model's
 
 
 def _check_run(recipe: Recipe) -> None:

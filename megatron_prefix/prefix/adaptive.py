@@ -1,20 +1,30 @@
-"""``adaptive``: longer once the student has learnt its prefix, the outlook of arXiv 2602.15260."""
+"""``adaptive``: longer once the student has learnt its prefix, the outlook of arXiv 2602.15260; and
+an answer to probes whose tail has become worse."""
 
 import math
 from collections.abc import Mapping
 
 from megatron_prefix.config import PrefixConfig
-from megatron_prefix.prefix.policy import PrefixObservation, State
+from megatron_prefix.prefix.policy import PrefixObservation, ProbeObservation, State
+
+ON_TAIL = ("shrink", "grow", "hold")
 
 
 class AdaptivePolicy:
-    """Starts at ``min_length``, never shrinks; the moving average begins anew at each length."""
+    """Starts at ``min_length``. The moving average, and the lowest tail KL that probes have shown,
+    begin anew at each length: beyond another length lies another tail."""
 
     def __init__(self, config: PrefixConfig, total_steps: int) -> None:
         s = self._settings = config.adaptive
-        self._max, self._length, self._average = config.max_length, config.min_length, math.nan
+        self._min, self._max = config.min_length, config.max_length
+        self._length, self._average, self._lowest_tail = config.min_length, math.nan, math.inf
         if not (s.factor > 1.0 and s.threshold > 0.0 and 0.0 <= s.momentum < 1.0):
             raise ValueError(f"prefix.adaptive: {s}; try factor 1.5, threshold 0.3, momentum 0.9")
+        if s.on_tail not in ON_TAIL or not s.tail_tolerance >= 0.0:
+            raise ValueError(
+                f"prefix.adaptive: on_tail={s.on_tail!r} must be one of {', '.join(ON_TAIL)} and "
+                f"tail_tolerance={s.tail_tolerance} at least 0; try shrink and 0.25"
+            )
 
     def length(self, step: int) -> int:
         return self._length
@@ -24,16 +34,41 @@ class AdaptivePolicy:
         if math.isfinite(kl):  # a step without a KL says nothing about the student
             old = kl if math.isnan(self._average) else self._average
             self._average = keep * old + (1.0 - keep) * kl
-        if self._average < self._settings.threshold and self._length < self._max:
-            self._length = min(self._max, math.ceil(self._length * self._settings.factor))
-            self._average = math.nan
+        if self._average < self._settings.threshold:
+            self._move(longer=True)
+
+    def observe_probe(self, observation: ProbeObservation) -> None:
+        tail, settings = observation.kl_tail, self._settings
+        if not math.isfinite(tail) or observation.prefix_length != self._length:
+            return
+        if tail > (1.0 + settings.tail_tolerance) * self._lowest_tail and (
+            settings.on_tail != "hold"
+        ):
+            self._move(longer=settings.on_tail == "grow")
+        else:
+            self._lowest_tail = min(self._lowest_tail, tail)
+
+    def _move(self, *, longer: bool) -> None:
+        length = grown(self._length, self._settings.factor, self._max)
+        if not longer:
+            length = shrunk(self._length, self._settings.factor, self._min)
+        if length != self._length:
+            self._length, self._average, self._lowest_tail = length, math.nan, math.inf
 
     def state_dict(self) -> State:
-        average = {} if math.isnan(self._average) else {"average": self._average}
-        return {"length": self._length, **average}
+        moving = {"average": self._average, "lowest_tail": self._lowest_tail}
+        known = {name: value for name, value in moving.items() if math.isfinite(value)}
+        return {"length": self._length, **known}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self._length, self._average = (
-            int(state["length"]),
-            state.get("average", math.nan),
-        )
+        self._length = int(state["length"])
+        self._average = state.get("average", math.nan)
+        self._lowest_tail = state.get("lowest_tail", math.inf)
+
+
+def grown(length: int, factor: float, most: int) -> int:
+    return min(most, math.ceil(length * factor))
+
+
+def shrunk(length: int, factor: float, least: int) -> int:
+    return max(least, math.floor(length / factor))

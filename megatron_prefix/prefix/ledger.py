@@ -6,9 +6,15 @@ by itself keeps its length; one that the prefix length, a cut or an abort ended 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from megatron_prefix.prefix.flops import ModelShape, rollout_flops, scored_flops, step_flops
+from megatron_prefix.prefix.flops import (
+    BACKWARD,
+    ModelShape,
+    rollout_flops,
+    scored_flops,
+    step_flops,
+)
 from megatron_prefix.types import Flops, Rollout
 
 
@@ -82,10 +88,15 @@ class Ledger:
             )
         return total
 
-    def measure_probe(self, rollouts: Iterable[Rollout]) -> Flops:
-        """What rollouts cost that are scored and not trained on; never part of the total."""
+    def measure_probe(self, rollouts: Iterable[Rollout], gradients: int = 0) -> Flops:
+        """What rollouts cost that are scored and not trained on; never part of the total.
+
+        ``gradients``: passes forward and backward that were made instead of the one forward.
+        """
         lengths = [(len(rollout.prompt_ids), len(rollout.prefix_ids)) for rollout in rollouts]
-        return scored_flops(self._student, self._teacher, lengths)
+        scored = scored_flops(self._student, self._teacher, lengths)
+        passes = BACKWARD * gradients or 1
+        return replace(scored, student=scored.student * passes)
 
     def add(self, cost: StepCost) -> None:
         self._total += cost

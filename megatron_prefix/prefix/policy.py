@@ -26,6 +26,19 @@ class PrefixObservation:
     prompt_length: float  # mean tokens of the rollouts' prompts
 
 
+@dataclass(frozen=True)
+class ProbeObservation:
+    """What a probe showed with the weights after ``step`` finished steps."""
+
+    step: int
+    prefix_length: int  # ``length(step)`` before the probe
+    kl_prefix: float  # nats a token, mean before prefix_length
+    kl_tail: float  # mean from there on; NaN where no rollout went that far
+    agreement: float  # cosine of prefix and full gradients, 1 where the prefix is all there is;
+    # NaN where it was not measured
+    kl_by_position: np.ndarray  # float64 [max_length]
+
+
 @runtime_checkable
 class PrefixPolicy(Protocol):
     """Answers how many tokens a step's rollouts may have.
@@ -54,6 +67,19 @@ class WindowedPolicy(PrefixPolicy, Protocol):
 def loss_start(policy: PrefixPolicy, step: int) -> int:
     """Where the loss begins: 0 for a policy that says nothing of it."""
     return policy.loss_start(step) if isinstance(policy, WindowedPolicy) else 0
+
+
+@runtime_checkable
+class ProbedPolicy(PrefixPolicy, Protocol):
+    """A policy that learns from probes too; checkpoints are written after them."""
+
+    def observe_probe(self, observation: ProbeObservation) -> None: ...
+
+
+def observe_probe(policy: PrefixPolicy, observation: ProbeObservation) -> None:
+    """Tells a policy of a probe, where it wants to know."""
+    if isinstance(policy, ProbedPolicy):
+        policy.observe_probe(observation)
 
 
 class ScheduledPolicy:

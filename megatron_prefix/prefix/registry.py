@@ -6,12 +6,20 @@ from collections.abc import Callable, Mapping
 from megatron_prefix.config import PrefixConfig
 from megatron_prefix.prefix.adaptive import AdaptivePolicy
 from megatron_prefix.prefix.anchored import AnchoredPolicy
+from megatron_prefix.prefix.audited import AuditedPolicy
 from megatron_prefix.prefix.cosine import CosinePolicy
 from megatron_prefix.prefix.fixed import FixedPolicy
 from megatron_prefix.prefix.late import LatePolicy
 from megatron_prefix.prefix.linear import LinearPolicy
 from megatron_prefix.prefix.marginal import MarginalPolicy
-from megatron_prefix.prefix.policy import PrefixObservation, PrefixPolicy, State, loss_start
+from megatron_prefix.prefix.policy import (
+    PrefixObservation,
+    PrefixPolicy,
+    ProbeObservation,
+    State,
+    loss_start,
+    observe_probe,
+)
 from megatron_prefix.prefix.steps import StepsPolicy
 from megatron_prefix.prefix.users import import_by_path
 from megatron_prefix.prefix.window import WindowPolicy
@@ -27,6 +35,7 @@ POLICIES: Mapping[str, PolicyClass] = {
     "late": LatePolicy,
     "adaptive": AdaptivePolicy,
     "marginal": MarginalPolicy,
+    "audited": AuditedPolicy,
     "window": WindowPolicy,
 }
 
@@ -57,6 +66,9 @@ class BoundedPolicy:
 
     def observe(self, observation: PrefixObservation) -> None:
         self._inner.observe(observation)
+
+    def observe_probe(self, observation: ProbeObservation) -> None:
+        observe_probe(self._inner, observation)
 
     def state_dict(self) -> State:
         return self._inner.state_dict()

@@ -51,11 +51,16 @@ class Listed:
 
 
 def conductor(
-    folder: Path, prefix: PrefixConfig, source: Listed, warmup_steps: int = 0
+    folder: Path,
+    prefix: PrefixConfig,
+    source: Listed,
+    warmup_steps: int = 0,
+    *,
+    agreement: bool = True,
 ) -> Conductor:
     train, mode = TrainConfig(steps=4, max_skipped_steps=3), ModeConfig(warmup_steps=warmup_steps)
-    recipe = Recipe(prefix=prefix, train=train, mode=mode)
-    log = LogConfig(tensorboard=False, probe_interval=2)
+    log = LogConfig(tensorboard=False, probe_interval=2, probe_agreement=agreement)
+    recipe = Recipe(prefix=prefix, train=train, mode=mode, log=log)
     staff = Staff(
         policy=build_policy(prefix, 4),
         source=source,
@@ -129,15 +134,16 @@ def test_a_student_that_always_ends_at_once_ends_the_run_with_words(tmp_path: Pa
     assert source.asked == 3
 
 
-def test_a_probe_is_told_apart_from_the_prefix_and_costs_no_backward(tmp_path: Path) -> None:
+def test_a_probe_is_told_apart_from_the_prefix(tmp_path: Path) -> None:
     prefix = PrefixConfig("fixed", 3, 9)
     under_test = conductor(tmp_path, prefix, Listed([rollouts(9, 4), rollouts(0, 0)]))
-    order = under_test.probe_order(0)
+    order = under_test.probe_order(2, 0)
     assert (order.kind, order.prefix_length, len(order.rollouts)) == ("probe", 9, 2)
     tokens = np.array([2.0, 2, 2, 2, 1, 1, 1, 1, 1])
     kl = np.array([0.5, 0.5, 0.2, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
-    under_test.record_probe(2, order.rollouts, kl, tokens)
-    assert under_test.probe_order(0).rollouts == ()  # every one ended at once
+    assert order.audit_length == 3
+    under_test.record_probe(2, order, kl, tokens, 0.75)
+    assert under_test.probe_order(4, 0).rollouts == ()  # every one ended at once
     under_test.close()
     (record,) = read_records(tmp_path / "probes.jsonl")
     assert (record["step"], record["prefix_length"], record["finished"]) == (2, 3, 2)
@@ -145,5 +151,57 @@ def test_a_probe_is_told_apart_from_the_prefix_and_costs_no_backward(tmp_path: P
     assert record["kl_tail"] == pytest.approx((2 * 1.0 + 5 * 2.0) / 7)
     assert record["kl_by_position"] == kl.tolist()
     step = Ledger(SHAPE, SHAPE, 9).measure(order.rollouts).flops
-    assert record["flops"]["student"] == pytest.approx(step.student / 3)
+    assert record["agreement"] == 0.75
+    assert record["flops"]["student"] == pytest.approx(2 * step.student)  # two passes, and back
     assert record["flops"]["rollout"] == pytest.approx(step.rollout)
+
+
+def test_a_probe_without_gradients_costs_one_forward(tmp_path: Path) -> None:
+    under_test = conductor(
+        tmp_path, PrefixConfig("fixed", 3, 9), Listed([rollouts(9, 4)]), agreement=False
+    )
+    order = under_test.probe_order(2, 0)
+    assert order.audit_length == 0
+    under_test.record_probe(2, order, np.ones(9), np.ones(9))
+    under_test.close()
+    (record,) = read_records(tmp_path / "probes.jsonl")
+    assert record["agreement"] is None
+    step = Ledger(SHAPE, SHAPE, 9).measure(order.rollouts).flops
+    assert record["flops"]["student"] == pytest.approx(step.student / 3)
+
+
+def test_a_prefix_that_is_all_there_is_agrees_with_itself(tmp_path: Path) -> None:
+    under_test = conductor(tmp_path, PrefixConfig("fixed", 5, 9), Listed([rollouts(5, 4)]))
+    order = under_test.probe_order(2, 0)
+    assert order.audit_length == 0
+    under_test.record_probe(2, order, np.ones(9), np.array([1.0] * 5 + [0.0] * 4))
+    under_test.close()
+    (record,) = read_records(tmp_path / "probes.jsonl")
+    assert (record["agreement"], record["kl_tail"]) == (1.0, None)
+
+
+def test_a_probe_moves_the_policy_and_its_state(tmp_path: Path) -> None:
+    source = Listed([rollouts(9, 9)] * 3)
+    under_test = conductor(tmp_path, PrefixConfig("audited", 4, 9), source)
+    assert under_test.state_dict()["policy"] == {"length": 4}
+    order = under_test.probe_order(0, 0)
+    under_test.record_probe(0, order, np.ones(9), np.ones(9), 0.1)
+    assert under_test.state_dict()["policy"] == {"length": 6}
+    assert under_test.order(0, 0).prefix_length == 9  # what a recording of longer rollouts needs
+    under_test.close()
+
+
+def test_a_lost_tail_is_an_alarm_and_a_met_prefix_length_is_none(tmp_path: Path) -> None:
+    under_test = conductor(tmp_path, PrefixConfig("fixed", 3, 9), Listed([rollouts(9, 9)] * 9))
+    tail = np.array([0.5] * 3 + [1.0] * 6)
+    worse = np.array([0.1] * 3 + [1.5] * 6)
+    for step, kl, agreement in ((0, tail, 0.9), (2, tail, 0.8), (4, worse, 0.1)):
+        order = under_test.probe_order(step, 0)
+        under_test.record_probe(step, order, kl, np.ones(9), agreement)
+    under_test.close()
+    lost, apart = list(read_records(tmp_path / "events.jsonl"))
+    assert (lost["kind"], apart["kind"]) == ("alarm", "alarm")
+    assert "beyond position 3 is 1.5000 nats a token, 1.50 times what it was" in lost["message"]
+    assert "prefix.policy=anchored" in lost["message"]
+    assert "agree by 0.10 only" in apart["message"]
+    assert all("\n" not in event["message"] for event in (lost, apart))

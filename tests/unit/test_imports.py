@@ -37,10 +37,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report_arguments",
     )
     + ("sources", "written", "evaluate", "pass_at_k", "eval_run"),
+    ("alarms", "prefix_checks"),
     ("mcore",),
     ("validate_data",),
     ("validate", "preflight", "plan", "plan_view", "doctor", "eval_arguments", "eval_job"),
-    ("teacher", "student", "publisher"),
+    ("teacher", "student", "agreement", "publisher"),
     ("conductor", "trainer"),
     ("assemble", "worker"),
     ("agent",),
@@ -59,7 +60,7 @@ EDGES = {
 ONLY = {"recipe": ("config",), "cluster": ("config", "modes"), "loss": ("loss",)}
 ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes"), "modes": ("config",)}
 # Importing these may bring Megatron along; importing any other must not.
-NEEDS_MEGATRON = ("mcore", "teacher", "student", "publisher", "trainer", "assemble")
+NEEDS_MEGATRON = ("mcore", "teacher", "student", "agreement", "publisher", "trainer", "assemble")
 WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "limits", "plan", "plan_view")
 WITHOUT_TORCH += ("prefix", "preflight", "recipe", "types", "validate", "validate_data")
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_prefix.config import (
     AdaptiveConfig,
     AnchoredConfig,
+    AuditedConfig,
     CosineConfig,
     LateConfig,
     LinearConfig,
@@ -20,7 +21,13 @@ from megatron_prefix.config import (
     StepsConfig,
     WindowConfig,
 )
-from megatron_prefix.prefix import PrefixObservation, PrefixPolicy, build_policy, loss_start
+from megatron_prefix.prefix import (
+    PrefixObservation,
+    PrefixPolicy,
+    build_policy,
+    loss_start,
+)
+from megatron_prefix.prefix.adaptive import ON_TAIL
 from megatron_prefix.prefix.registry import POLICIES
 
 NEVER_SHORTER = ("fixed", "linear", "steps", "cosine", "late", "adaptive")
@@ -97,8 +104,11 @@ def configs(draw: st.DrawFn) -> PrefixConfig:
             factor=draw(st.floats(1.01, 4.0)),
             threshold=draw(st.floats(0.01, 1.0)),
             momentum=draw(st.floats(0.0, 0.99)),
+            on_tail=draw(st.sampled_from(ON_TAIL)),
+            tail_tolerance=draw(st.floats(0.0, 1.0)),
         ),
         marginal=MarginalConfig(draw(st.integers(1, 12)), draw(st.floats(0.0, 0.99))),
+        audited=AuditedConfig(draw(st.floats(1.01, 4.0)), 0.3, draw(st.floats(0.31, 1.0))),
     )
 
 
@@ -293,6 +303,9 @@ def test_a_users_length_out_of_bounds_is_named(length: int) -> None:
         ({"policy": "marginal", "marginal": MarginalConfig(0)}, "audit_every=0"),
         ({"policy": "marginal", "marginal": MarginalConfig(momentum=1.0)}, "momentum=1.0"),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(factor=1.0)}, "factor=1.0"),
+        ({"policy": "adaptive", "adaptive": AdaptiveConfig(on_tail="x")}, "on_tail='x'"),
+        ({"policy": "audited", "audited": AuditedConfig(low=0.9)}, "low=0.9"),
+        ({"policy": "audited", "audited": AuditedConfig(factor=0.5)}, "factor=0.5"),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(momentum=1.0)}, "momentum=1.0"),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(threshold=0.0)}, "threshold=0.0"),
     ],

@@ -1,0 +1,19 @@
+"""Refuses a ``prefix`` section that cannot be, in one line, before anything starts."""
+
+from megatron_prefix.config import Recipe
+from megatron_prefix.prefix import build_cut_off, build_policy, loss_start
+
+
+def check_prefix(recipe: Recipe) -> None:
+    """A user's own policy that leaves its bounds by schedule says so now, not in mid-run."""
+    policy = build_policy(recipe.prefix, recipe.train.steps)
+    for step in range(recipe.train.steps):
+        policy.length(step)
+        loss_start(policy, step)
+    build_cut_off(recipe.prefix.cut_off, vocab_size=2)  # its settings need no model's
+    probed = recipe.log.probe_interval and recipe.log.probe_agreement
+    if recipe.prefix.policy == "audited" and not probed:
+        raise ValueError(
+            "prefix.policy=audited learns from probes alone; set log.probe_interval=10 and leave "
+            "log.probe_agreement=true"
+        )

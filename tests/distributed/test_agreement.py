@@ -1,0 +1,109 @@
+"""Agreement of the gradients of prefix and full rollouts: against transformers, in every layout,
+and without a trace in the training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_prefix.agreement import Audit, audit_gradients
+from megatron_prefix.batch import pack, plan_microbatches
+from tests.distributed.ranks import run_ranks
+from tests.distributed.world import (
+    CPU,
+    LONGEST_PREFIX,
+    MICROBATCHES,
+    Case,
+    World,
+    model_config,
+    rollouts,
+)
+from tests.tiny_models import write_tiny_qwen3
+
+PREFIX = 6  # the rollouts have 1 to 17 tokens
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    sizes = {"vocab_size": 62, "num_key_value_heads": 4}
+    student = write_tiny_qwen3(root / "student", num_hidden_layers=2, **sizes)
+    return student, write_tiny_qwen3(root / "teacher", hidden_size=96, seed=3, **sizes)
+
+
+def audit(world: World) -> Audit:
+    sampled, groups = rollouts(seed=5), world.student.model.groups
+    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8)
+    mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
+    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    targets = world.teacher.targets(sampled, plan)
+    return audit_gradients(world.student, batches, targets, world.objective, LONGEST_PREFIX, PREFIX)
+
+
+def trained(case: Case, world_size: int, probed: bool) -> tuple[Audit | None, dict, float]:
+    """Two steps, with or without an audit between them: the weights, and the gradient it left."""
+    world = World.build(case, world_size)
+    world.step(rollouts())
+    world.student.update()
+    seen = audit(world) if probed else None
+    module = world.student.model.module
+    left = sum(float(param.main_grad.abs().sum()) for param in module.parameters())
+    assert module.training
+    world.step(rollouts(seed=1))
+    world.student.update()
+    return seen, world.weights(), left
+
+
+def reference_agreement(folders: tuple[Path, Path]) -> float:
+    """By autograd over whole fp64 models, before any step."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, teacher = (load(folder, dtype=torch.float64) for folder in folders)
+    gradients = []
+    for longest in (LONGEST_PREFIX, PREFIX):
+        model.zero_grad()
+        for rollout in rollouts(seed=5):
+            ids = torch.tensor([(*rollout.prompt_ids, *rollout.prefix_ids)[:-1]])
+            first = len(rollout.prompt_ids) - 1
+            log_p = model(ids).logits[0, first : first + longest].log_softmax(-1)
+            with torch.no_grad():
+                log_q = teacher(ids).logits[0, first : first + longest].log_softmax(-1)
+            (log_p.exp() * (log_p - log_q)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return float(torch.nn.functional.cosine_similarity(*gradients, dim=0))
+
+
+def agreement(case: Case, world_size: int) -> float:
+    return audit(World.build(case, world_size)).agreement
+
+
+@pytest.mark.parametrize(
+    ("world_size", "student", "teacher"),
+    [(1, (1, 1), (1, 1)), (2, (1, 1), (1, 1)), (2, (2, 1), (1, 2)), (2, (1, 2), (2, 1))],
+    ids=["one rank", "dp2", "tp2, teacher pp2", "pp2, teacher tp2"],
+)
+def test_agreement_is_the_whole_models_cosine_in_every_layout(
+    folders: tuple[Path, Path],
+    world_size: int,
+    student: tuple[int, int],
+    teacher: tuple[int, int],
+) -> None:
+    """The embedding is tied: both pipeline stages hold it, and it counts once."""
+    case = Case(model_config(folders[0], *student), model_config(folders[1], *teacher))
+    expected = reference_agreement(folders)
+    assert 0.1 < expected < 0.99
+    for seen in run_ranks(world_size, agreement, case, world_size):
+        assert seen == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_training_goes_on_to_the_last_bit_as_if_no_probe_had_been(
+    folders: tuple[Path, Path], world_size: int
+) -> None:
+    case = Case(*map(model_config, folders))
+    probed = run_ranks(world_size, trained, case, world_size, True)
+    plain = run_ranks(world_size, trained, case, world_size, False)
+    for (seen, weights, left), (_, expected, _) in zip(probed, plain, strict=True):
+        assert seen is not None and left == 0.0
+        assert sorted(weights) == sorted(expected)
+        assert all(torch.equal(weights[name], expected[name]) for name in weights)
