@@ -5,7 +5,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +18,20 @@ from megatron_prefix.conductor import Conductor, Evaluator, Prober, Staff
 from megatron_prefix.config import Recipe
 from megatron_prefix.evaluate import EvalResult, evaluate, write_samples
 from megatron_prefix.jsonl import EVALUATION_FOLDER
-from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore import fp8
 from megatron_prefix.mcore.checkpoint import Checkpointer
-from megatron_prefix.mcore.groups import build_groups, initialize_megatron
+from megatron_prefix.mcore.groups import (
+    ModelGroups,
+    create_groups,
+    initialize_megatron,
+    world_of,
+)
 from megatron_prefix.mcore.hf_map import read_hf_model
-from megatron_prefix.mcore.model import MegatronModel, build_model
+from megatron_prefix.mcore.model import DTYPES, MegatronModel, build_model
 from megatron_prefix.mcore.optimizer import make_trainable
 from megatron_prefix.mcore.weights import head_shard, load_hf_weights
 from megatron_prefix.modes import needs_rollouts, needs_servers, needs_teacher, needs_written
+from megatron_prefix.placement import world_layout
 from megatron_prefix.prefix import Ledger, build_cut_off, build_policy, model_shape
 from megatron_prefix.prompts import PromptStream
 from megatron_prefix.publisher import (
@@ -47,7 +53,8 @@ from megatron_prefix.sources import (
     Supply,
 )
 from megatron_prefix.student import Objective
-from megatron_prefix.teacher import ColocatedTeacher
+from megatron_prefix.teacher import ColocatedTeacher, Link, SeparateTeacher, Teacher, TeacherRank
+from megatron_prefix.teacher_loop import TeacherLoop
 from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
 from megatron_prefix.trainer import Parts, Publisher, Trainer
 from megatron_prefix.types import Prompt, Rollout, TeacherHead
@@ -65,37 +72,78 @@ def assemble(
     folder: Path,
     endpoints: Sequence[Endpoint],
     stop_requested: Callable[[], bool],
-) -> Iterator[Trainer]:
-    """The trainer of this rank. Collective; ``endpoints`` are rank 0's."""
+) -> Iterator[Trainer | TeacherLoop]:
+    """What this rank runs: a trainer, or the loop of a teacher that has ranks of its own.
+
+    Collective; ``endpoints`` are rank 0's.
+    """
     with contextlib.ExitStack() as stack:
-        device = _device()
         initialize_megatron(recipe.train.seed)
-        student = _model(recipe, "student")
-        teacher = _model(recipe, "teacher") if needs_teacher(recipe) else None
-        groups = student.groups
+        world = _join(recipe)
+        if world.student is None:
+            yield _teacher_loop(recipe, world)
+            return
+        stack.enter_context(world_of(world.student))
+        student = _model(recipe, "student", world.student)
         trainable = make_trainable(student, recipe.optimizer, recipe.train.steps)
         yield Trainer(
             recipe,
             Parts(
                 student=trainable,
-                teacher=ColocatedTeacher(teacher, groups.layout, device) if teacher else None,
-                objective=Objective(recipe.loss, _teacher_head(student, teacher, device)),
+                teacher=_teacher(recipe, world, student.groups),
+                objective=Objective(recipe.loss, _teacher_head(recipe, student, world.device)),
                 publisher=_publisher(recipe, student, endpoints, folder, stack),
                 checkpointer=Checkpointer(folder / "checkpoints", trainable, recipe.checkpoint),
                 conductor=_conductor(recipe, folder, endpoints, stop_requested, stack),
-                host_group=_host_group(),
-                device=device,
+                host_group=world.host_group,
+                device=world.device,
                 export_folder=folder / "hf",
                 token_multiple=token_multiple(recipe),
             ),
         )
 
 
-def _host_group() -> dist.ProcessGroup:
-    """All ranks over gloo, whatever carries the tensors: orders live on the host."""
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
-    return group
+@dataclass(frozen=True)
+class _World:
+    """What a rank has of the world: everything that is made by all ranks together."""
+
+    student: ModelGroups | None  # None on the ranks of a separate teacher
+    teacher: ModelGroups | None  # None on the student's ranks beside a separate teacher
+    host_group: dist.ProcessGroup  # over gloo, whatever carries the tensors: orders live there
+    link: Link | None  # of a separate teacher
+    device: torch.device
+
+
+def _join(recipe: Recipe) -> _World:
+    """Every group, in one order on all ranks."""
+    layout = world_layout(recipe, dist.get_world_size())
+    student, teacher = create_groups(layout.student), create_groups(layout.teacher)
+    host_group, link = dist.new_group(backend="gloo"), None
+    assert isinstance(host_group, dist.ProcessGroup)  # every rank is a member
+    if layout.separate:
+        # A teacher that does not answer ends the run after this long.
+        timeout = timedelta(seconds=recipe.run.distributed_timeout_s)
+        group = dist.new_group(timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)
+        width = read_hf_model(recipe.teacher.hf_path).shape.hidden_size
+        link = Link(group, layout, _device(), DTYPES[recipe.teacher.params_dtype], width)
+    return _World(student, teacher, host_group, link, _device())
+
+
+def _teacher_loop(recipe: Recipe, world: _World) -> TeacherLoop:
+    assert world.link is not None and world.teacher is not None
+    rank = TeacherRank(_model(recipe, "teacher", world.teacher), world.link)
+    return TeacherLoop(rank, world.host_group, recipe.train, token_multiple(recipe))
+
+
+def _teacher(recipe: Recipe, world: _World, student: ModelGroups) -> Teacher | None:
+    if not needs_teacher(recipe):
+        return None
+    if world.link is not None:
+        return SeparateTeacher(world.link)
+    assert world.teacher is not None
+    model = _model(recipe, "teacher", world.teacher)
+    return ColocatedTeacher(model, student.layout, world.device)
 
 
 def _device() -> torch.device:
@@ -104,9 +152,8 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
-def _model(recipe: Recipe, owner: str) -> MegatronModel:
+def _model(recipe: Recipe, owner: str, groups: ModelGroups) -> MegatronModel:
     config = getattr(recipe, owner)
-    groups = build_groups(model_layout(config, dist.get_world_size()))
     hf = read_hf_model(config.hf_path)
     model = build_model(config, hf, groups, owner=owner, with_head=owner == "student")
     load_hf_weights(model)
@@ -114,13 +161,16 @@ def _model(recipe: Recipe, owner: str) -> MegatronModel:
 
 
 def _teacher_head(
-    student: MegatronModel, teacher: MegatronModel | None, device: torch.device
+    recipe: Recipe, student: MegatronModel, device: torch.device
 ) -> TeacherHead | None:
-    if teacher is None or not student.groups.is_last_stage:
+    """From the teacher's folder: its trunk may be on other ranks."""
+    if not student.groups.is_last_stage or not needs_teacher(recipe):
         return None
+    teacher = read_hf_model(recipe.teacher.hf_path)
     # One tokenizer may be padded to two sizes: rows past the smaller are no tokens.
-    vocab = min(student.hf.shape.vocab_size, teacher.hf.shape.vocab_size)
-    weight = head_shard(teacher, student.vocab_rows, student.groups.tp_rank, vocab)
+    vocab = min(student.hf.shape.vocab_size, teacher.shape.vocab_size)
+    dtype = DTYPES[recipe.teacher.params_dtype]
+    weight = head_shard(teacher, student.vocab_rows, student.groups.tp_rank, vocab, dtype)
     return TeacherHead(weight.to(device), vocab)
 
 

@@ -33,6 +33,10 @@ class ModelConfig:
     params_dtype: str = "bf16"  # bf16 | fp32
     recompute_granularity: str = "none"  # none | selective | full
     fp8: Fp8Config = field(default_factory=Fp8Config)
+    # Of a teacher alone: colocated, on the student's ranks; separate, on ranks of its own that
+    # follow the student's in one world (docs/teachers.md).
+    placement: str = "colocated"
+    world_size: int = 0  # ranks of a separate teacher; 0: the least that its layout needs
 
 
 @dataclass(frozen=True)
@@ -309,7 +313,8 @@ class LogConfig:
 class RunConfig:
     name: str = "run"
     output_dir: str = "runs"  # the run folder is output_dir/name
-    world_size: int = 0  # ranks on this machine; 0: the least that both layouts need
+    # Ranks in all, a separate teacher's included; 0: the least that the layouts need.
+    world_size: int = 0
     distributed_timeout_s: float = 600.0
 
 

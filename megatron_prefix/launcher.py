@@ -15,10 +15,10 @@ from megatron_prefix import die_with_parent
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, SAVED
 from megatron_prefix.modes import needs_servers
+from megatron_prefix.placement import WorldLayout, resolve_world_size, world_layout
 from megatron_prefix.recipe import check_run_folder, save_record
 from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
 from megatron_prefix.rollout.server import Server, free_port, start_server
-from megatron_prefix.validate import resolve_world_size
 
 POLL_S = 0.1
 GRACE_S = 20.0  # a failing run's other ranks get this long before SIGKILL
@@ -41,7 +41,7 @@ def launch_local(recipe: Recipe) -> int:
             _start_rank(rank, settings, arguments, folder, stack)
             for rank, settings in enumerate(_rank_settings(recipe))
         ]
-        return _watch(ranks, servers, stops)
+        return _watch(ranks, servers, stops, world_layout(recipe, len(ranks)))
 
 
 def _start_servers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> list[Server]:
@@ -121,7 +121,10 @@ def _start_rank(
 
 
 def _watch(
-    ranks: Sequence[subprocess.Popen[bytes]], servers: Sequence[Server], stops: list[int]
+    ranks: Sequence[subprocess.Popen[bytes]],
+    servers: Sequence[Server],
+    stops: list[int],
+    world: WorldLayout,
 ) -> int:
     """Until all ranks have ended. One that fails ends the others; so does a server that dies."""
     told = False
@@ -129,7 +132,9 @@ def _watch(
         codes = [rank.poll() for rank in ranks]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, DONE, SAVED)]
         if failed:
-            return _end_all(ranks, f"rank {failed[0]} ended with exit code {codes[failed[0]]}")
+            owner = "" if failed[0] in world.student.ranks else ", of the teacher,"
+            reason = f"rank {failed[0]}{owner} ended with exit code {codes[failed[0]]}"
+            return _end_all(ranks, reason)
         if None not in codes:
             return SAVED if SAVED in codes else DONE
         dead = [server for server in servers if server.exit_code() is not None]

@@ -16,14 +16,15 @@ VOCAB_ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Layout:
-    """One model's grid over ``tp * dp * pp`` ranks; a stage's ``tp * dp`` ranks are also
-    ``expert_tp * ep * expert_dp``."""
+    """One model's grid over ``tp * dp * pp`` ranks from ``first_rank`` on; a stage's ``tp * dp``
+    ranks are also ``expert_tp * ep * expert_dp``."""
 
     tp: int
     dp: int
     pp: int
     ep: int = 1
     etp: int = 0  # tensor parallel of the experts; 0: as tp
+    first_rank: int = 0  # above 0 for a model beside another in one world
 
     @property
     def world_size(self) -> int:
@@ -37,16 +38,22 @@ class Layout:
     def expert_dp(self) -> int:
         return self.tp * self.dp // (self.expert_tp * self.ep)
 
+    @property
+    def ranks(self) -> range:
+        """The global ranks that hold a part of the model."""
+        return range(self.first_rank, self.first_rank + self.world_size)
+
     def rank(self, tp: int, dp: int, pp: int) -> int:
-        return tp + self.tp * (dp + self.dp * pp)
+        return self.first_rank + tp + self.tp * (dp + self.dp * pp)
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(tp, dp, pp) of a global rank."""
-        return rank % self.tp, rank // self.tp % self.dp, rank // (self.tp * self.dp)
+        """(tp, dp, pp) of a global rank of :attr:`ranks`."""
+        own = rank - self.first_rank
+        return own % self.tp, own // self.tp % self.dp, own // (self.tp * self.dp)
 
     def expert_coordinates(self, rank: int) -> tuple[int, int, int]:
         """(expert tp, ep, expert dp) of a global rank within its pipeline stage."""
-        inside, tp = rank % (self.tp * self.dp), self.expert_tp
+        inside, tp = (rank - self.first_rank) % (self.tp * self.dp), self.expert_tp
         return inside % tp, inside // tp % self.ep, inside // (tp * self.ep)
 
     def last_stage(self, dp: int) -> tuple[int, ...]:
@@ -54,7 +61,7 @@ class Layout:
         return tuple(self.rank(tp, dp, self.pp - 1) for tp in range(self.tp))
 
 
-def model_layout(model: ModelConfig, world_size: int) -> Layout:
+def model_layout(model: ModelConfig, world_size: int, first_rank: int = 0) -> Layout:
     """The grid of ``model`` over ``world_size`` ranks; ValueError where it does not divide."""
     per_replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
     if world_size % per_replica:
@@ -69,6 +76,7 @@ def model_layout(model: ModelConfig, world_size: int) -> Layout:
         pp=model.pipeline_model_parallel_size,
         ep=model.expert_model_parallel_size,
         etp=model.expert_tensor_parallel_size,
+        first_rank=first_rank,
     )
     if layout.tp * layout.dp % (layout.expert_tp * layout.ep):
         least = least_world_size(model)

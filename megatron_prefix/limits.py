@@ -11,12 +11,15 @@ from megatron_prefix.modes import MODES
 
 _DTYPES = ("bf16", "fp32")
 _RECOMPUTE = ("none", "selective", "full")
+_PLACEMENTS = ("colocated", "separate")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "student.params_dtype": _DTYPES,
     "teacher.params_dtype": _DTYPES,
     "student.recompute_granularity": _RECOMPUTE,
     "teacher.recompute_granularity": _RECOMPUTE,
+    "student.placement": _PLACEMENTS,
+    "teacher.placement": _PLACEMENTS,
     "data.chat_template": ("auto", "always", "never"),
     "data.overlong": ("drop", "error"),
     "mode.name": MODES,
@@ -67,6 +70,7 @@ RANGES: dict[str, Range] = {
             "num_layers_in_first_pipeline_stage": _NOT_NEGATIVE,
             "expert_model_parallel_size": _COUNT,
             "expert_tensor_parallel_size": _NOT_NEGATIVE,
+            "world_size": _NOT_NEGATIVE,
         }.items()
     },
     "data.max_prompt_length": _COUNT,

@@ -7,14 +7,17 @@ from typing import Literal
 import numpy as np
 import torch.distributed as dist
 
+from megatron_prefix.batch import MicrobatchPlan, plan_microbatches
+from megatron_prefix.config import TrainConfig
 from megatron_prefix.types import FinishReason, Rollout
 
 
 @dataclass(frozen=True)
 class Order:
-    """One turn of the loop. ``error``: rank 0 failed, and every rank ends with its words."""
+    """One turn of the loop. ``done``: there are no more. ``error``: rank 0 failed, and every rank
+    ends with its words."""
 
-    kind: Literal["train", "probe", "save_and_stop", "error"]
+    kind: Literal["train", "probe", "save_and_stop", "done", "error"]
     prefix_length: int = 0
     rollouts: tuple[Rollout, ...] = ()
     message: str = ""
@@ -34,6 +37,16 @@ class _Packed:
     prompts: np.ndarray  # int64 [rollouts]
     reasons: tuple[FinishReason, ...]
     written: np.ndarray  # bool [rollouts]
+
+
+def microbatches(order: Order, train: TrainConfig, token_multiple: int) -> MicrobatchPlan:
+    """The order's rollouts over microbatches, the same on every rank, the teacher's included."""
+    return plan_microbatches(
+        order.rollouts,
+        train.global_batch_size // train.micro_batch_size,
+        multiple=token_multiple,
+        loss_start=order.loss_start,
+    )
 
 
 def share_order(decide: Callable[[], Order], group: dist.ProcessGroup) -> Order:

@@ -58,8 +58,9 @@ class RankPlan:
     """What one rank holds; sizes in bytes."""
 
     rank: int
-    student_at: tuple[int, int, int]  # tp, dp, pp
-    teacher_at: tuple[int, int, int]
+    # tp, dp, pp; nothing where the rank holds no part of it, beside a separate teacher
+    student_at: tuple[int, int, int] | tuple[()]
+    teacher_at: tuple[int, int, int] | tuple[()]
     student_parameters: int
     student_weights: int
     student_gradients: int
@@ -147,19 +148,23 @@ def _plan_model(model: ValidModel) -> ModelPlan:
 
 
 def _plan_rank(run: ValidRun, rank: int) -> RankPlan:
-    student, teacher, optimizer = run.student, run.teacher, run.recipe.optimizer
-    student_at, teacher_at = student.layout.coordinates(rank), teacher.layout.coordinates(rank)
-    trained = stage_parameters(student, student_at[2], with_head=True)
-    scored = stage_parameters(teacher, teacher_at[2], with_head=False)
+    student, teacher = run.student, run.teacher
+    student_at, teacher_at = (
+        model.layout.coordinates(rank) if rank in model.layout.ranks else ()
+        for model in (student, teacher)
+    )
+    trained, states, head, scored = 0, 0, 0, 0
+    if student_at:
+        trained = stage_parameters(student, student_at[2], with_head=True)
+        states = _sharded_states(run, student_at[2], trained)
+    if teacher_at:
+        scored = stage_parameters(teacher, teacher_at[2], with_head=False)
+    if student_at and student_at[2] == student.layout.pp - 1:
+        tp = student.layout.tp
+        rows = padded_vocab_size(student.hf.shape.vocab_size, tp) // tp
+        head = rows * teacher.hf.shape.hidden_size
     width = DTYPE_BYTES[student.config.params_dtype]
     moments = 8 if width == 4 else 12  # two of fp32, and bf16 weights' fp32 copy
-    experts = stage_experts(student, student_at[2])
-    states = trained
-    if optimizer.use_distributed_optimizer:
-        layout = student.layout
-        states = -(-(trained - experts) // layout.dp) - (-experts // layout.expert_dp)
-    rows = padded_vocab_size(student.hf.shape.vocab_size, student.layout.tp) // student.layout.tp
-    head = rows * teacher.hf.shape.hidden_size if student_at[2] == student.layout.pp - 1 else 0
     return RankPlan(
         rank=rank,
         student_at=student_at,
@@ -171,6 +176,14 @@ def _plan_rank(run: ValidRun, rank: int) -> RankPlan:
         teacher_weights=scored * DTYPE_BYTES[teacher.config.params_dtype],
         teacher_head=head * DTYPE_BYTES[teacher.config.params_dtype],
     )
+
+
+def _sharded_states(run: ValidRun, stage: int, trained: int) -> int:
+    """Of a rank's ``trained`` parameters, those whose optimizer state it holds."""
+    if not run.recipe.optimizer.use_distributed_optimizer:
+        return trained
+    layout, experts = run.student.layout, stage_experts(run.student, stage)
+    return -(-(trained - experts) // layout.dp) - (-experts // layout.expert_dp)
 
 
 def stage_parameters(model: ValidModel, stage: int, *, with_head: bool) -> int:

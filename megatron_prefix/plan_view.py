@@ -144,8 +144,8 @@ def _table(title: str, columns: Iterable[str]) -> Table:
     return table
 
 
-def _comma(at: tuple[int, int, int]) -> str:
-    return ",".join(map(str, at))
+def _comma(at: tuple[int, ...]) -> str:
+    return ",".join(map(str, at)) or "-"
 
 
 def scaled(value: float) -> str:

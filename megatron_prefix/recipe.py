@@ -32,23 +32,18 @@ _PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the recipes inside the package, a checkout beside it.
 _SHIPPED = (_PACKAGE.parent / "recipes", _PACKAGE / "recipes")
 
+_PLACES = (
+    "tensor_model_parallel_size pipeline_model_parallel_size num_layers_in_first_pipeline_stage "
+    "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel "
+    "recompute_granularity placement world_size"
+).split()
 # What a resumed run may change: where it runs, how it is laid out, how long it trains, what it
 # reports. Whatever is not listed identifies the run. The schedules of the prefix length and of the
 # learning rate stretch with train.steps.
 OUTSIDE_IDENTITY = frozenset(
     ("run", "checkpoint", "eval", "log")
     + ("train.steps", "train.micro_batch_size", "train.max_skipped_steps")
-    + tuple(
-        f"{model}.{key}"
-        for model in ("student", "teacher")
-        for key in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "num_layers_in_first_pipeline_stage",
-            "sequence_parallel",
-            "recompute_granularity",
-        )
-    )
+    + tuple(f"{model}.{key}" for model in ("student", "teacher") for key in _PLACES)
     + tuple(
         f"rollout.{key}"
         for key in (

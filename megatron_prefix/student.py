@@ -3,7 +3,7 @@
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +71,7 @@ class _Accumulator:
         self.loss, self.diff, self.sampled = zeros(), zeros(), zeros()
         self.kl, self.tokens = zeros(prefix_length), zeros(prefix_length)
         self.worst = zeros(2)  # server, trainer
-        self._watched: list[tuple[FiniteCheck, dict[str, Tensor]]] = []  # by microbatch
+        self._watched: list[_Watched] = []  # by microbatch
 
     @torch.no_grad()
     def add(self, batch: PrefixBatch, loss: Tensor, kl: Tensor, logprobs: Tensor) -> None:
@@ -88,27 +88,38 @@ class _Accumulator:
             pair = pairs[worst].where(sampled[worst], 0.0)
             self.worst = _further_apart(self.worst, pair)
 
-    def watch(self, kl: Tensor, inputs: dict[str, Tensor]) -> None:
-        """``inputs``: what lives on to the end of the step anyway."""
-        self._watched.append((FiniteCheck.of("divergence", kl), inputs))
+    def watch(self, kl: Tensor, target: Targets | None, heads: dict[str, Tensor]) -> None:
+        """The target is looked at now: it may be gone before the step ends. Heads live on."""
+        given = {} if target is None else vars(target)
+        checks = [FiniteCheck.of(f"the teacher's {name}", value) for name, value in given.items()]
+        self._watched.append(_Watched(FiniteCheck.of("divergence", kl), checks, heads))
 
     def tell_non_finite(self) -> None:
         """Where, and in which input; waits for the device."""
-        for number, (check, inputs) in enumerate(self._watched):
-            problem = check.problem()
+        for number, watched in enumerate(self._watched):
+            problem = watched.divergence.problem()
             if problem is not None:
-                looked = [FiniteCheck.of(*each).problem() for each in inputs.items()]
-                told = "; ".join(filter(None, looked)) or (
-                    f"{', '.join(inputs)} are finite here, so it is the student's hidden state "
-                    "there, or another rank's shard"
+                checks = [*watched.target, *(FiniteCheck.of(*h) for h in watched.heads.items())]
+                told = "; ".join(filter(None, (check.problem() for check in checks))) or (
+                    f"{', '.join(check.name for check in checks)} are finite here, so it is the "
+                    "student's hidden state there, or another rank's shard"
                 )
                 logger.warning("microbatch %d of this rank: %s: %s", number, problem, told)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """What a microbatch's divergence was made of, should it not be finite."""
+
+    divergence: FiniteCheck
+    target: list[FiniteCheck]
+    heads: dict[str, Tensor]
 
 
 def forward_backward(
     student: TrainableStudent,
     batches: Sequence[PrefixBatch],
-    targets: Sequence[Targets] | None,
+    targets: Iterable[Targets] | None,
     objective: Objective,
     prefix_length: int,
 ) -> PrefixSums:
@@ -129,7 +140,7 @@ def forward_backward(
 def score(
     student: TrainableStudent,
     batches: Sequence[PrefixBatch],
-    targets: Sequence[Targets],
+    targets: Iterable[Targets],
     objective: Objective,
     prefix_length: int,
 ) -> PrefixSums:
@@ -147,7 +158,7 @@ def score(
 
 def _divergence(
     model: MegatronModel,
-    targets: Sequence[Targets] | None,
+    targets: Iterable[Targets] | None,
     objective: Objective,
     seen: _Accumulator,
 ) -> OnPrefix:
@@ -159,20 +170,18 @@ def _divergence(
         target = next(waiting)
         result = _compare(model, batch, hidden, head, target, objective)
         assert result.label_logprobs is not None
-        seen.watch(result.kl, {"the student's LM head": head} | _teacher_inputs(target, objective))
+        seen.watch(result.kl, target, _heads(head, target, objective))
         seen.add(batch, result.loss.detach(), result.kl, result.label_logprobs)
         return result.loss
 
     return divergence
 
 
-def _teacher_inputs(target: Targets | None, objective: Objective) -> dict[str, Tensor]:
-    if target is None:
-        return {}
-    inputs = {f"the teacher's {name}": tensor for name, tensor in vars(target).items()}
-    if objective.teacher_head is not None:
-        inputs["the teacher's LM head"] = objective.teacher_head.weight
-    return inputs
+def _heads(head: Tensor, target: Targets | None, objective: Objective) -> dict[str, Tensor]:
+    heads = {"the student's LM head": head}
+    if target is not None and objective.teacher_head is not None:
+        heads["the teacher's LM head"] = objective.teacher_head.weight
+    return heads
 
 
 def _compare(

@@ -1,10 +1,12 @@
 """The teacher: hidden states of the student's prefix positions, brought to the student's ranks.
 
 The LM head is not the teacher's to apply: it lies in the student's vocabulary shards, where the
-divergence meets both (docs/architecture.md).
+divergence meets both (docs/architecture.md). Where the trunk is, docs/teachers.md tells.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,17 +17,44 @@ from megatron_prefix.batch import MicrobatchPlan, pack, prefix_count
 from megatron_prefix.layout import Layout
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.schedule import run_schedule
+from megatron_prefix.placement import Route, WorldLayout, routes
 from megatron_prefix.types import PrefixBatch, Rollout, Targets, TeacherTargets
+
+# Microbatches on their way from a separate teacher: what a rank keeps posted to receive, or to
+# send. One is used while the other comes in.
+IN_FLIGHT = 2
 
 
 class Teacher(Protocol):
     """Anything that can score the student's prefixes."""
 
-    def targets(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> Sequence[Targets]:
+    def targets(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> Iterable[Targets]:
         """Targets of this rank's student microbatches, in order; empty off the last stage.
 
-        Collective over the world.
+        Collective over the teacher's and the student's ranks. Each is taken when its microbatch's
+        divergence runs, and may come in no earlier.
         """
+
+
+class TeacherLost(RuntimeError):
+    """A separate teacher's rank did not answer."""
+
+
+@torch.no_grad()
+def score_in_turn(
+    model: MegatronModel,
+    batches: Sequence[PrefixBatch],
+    on_hidden: Callable[[int, Tensor], None],
+) -> None:
+    """Run the trunk over ``batches``; on its last stage ``on_hidden(index, hidden [N, d_t])`` gets
+    each one's hidden states in turn, and nothing keeps them. Collective over the teacher."""
+    turns = iter(range(len(batches)))
+
+    def on_prefix(batch: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
+        on_hidden(next(turns), hidden)
+        return hidden.new_zeros(())
+
+    run_schedule(model, model.module, batches, on_prefix, forward_only=True)
 
 
 class ColocatedTeacher:
@@ -37,43 +66,42 @@ class ColocatedTeacher:
 
     def targets(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> list[TeacherTargets]:
         groups = self._model.groups
-        mine = range(groups.dp_rank, len(plan), groups.layout.dp)
-        batches = [pack(rollouts, plan, m, self._device) for m in mine]
-        hidden = self.hidden_states(batches)
-        scored = dict(zip(mine, hidden, strict=True)) if groups.is_last_stage else {}
-        return self._deliver(scored, rollouts, plan)
-
-    @torch.no_grad()
-    def hidden_states(self, batches: Sequence[PrefixBatch]) -> list[Tensor]:
-        """[N, d_t] of each microbatch on the last stage, empty elsewhere."""
-        return run_schedule(
+        ways = routes(len(plan), self._student, groups.layout)
+        mine = [way.microbatch for way in ways[groups.dp_rank :: groups.layout.dp]]
+        scored: dict[int, Tensor] = {}
+        score_in_turn(
             self._model,
-            self._model.module,
-            batches,
-            lambda batch, hidden, head: hidden,
-            forward_only=True,
+            [pack(rollouts, plan, m, self._device) for m in mine],
+            lambda index, hidden: scored.update({mine[index]: hidden}),
         )
+        return self._deliver(scored, ways, rollouts, plan)
 
     def _deliver(
-        self, scored: dict[int, Tensor], rollouts: Sequence[Rollout], plan: MicrobatchPlan
+        self,
+        scored: dict[int, Tensor],
+        ways: Sequence[Route],
+        rollouts: Sequence[Rollout],
+        plan: MicrobatchPlan,
     ) -> list[TeacherTargets]:
         """Each microbatch's hidden states from a teacher's last stage to a student's."""
-        rank, per_rank = dist.get_rank(), len(plan) // self._student.dp
-        width = self._model.hf.shape.hidden_size
+        rank = dist.get_rank()
         ops: list[dist.P2POp] = []
         received: list[Tensor] = []
-        for m in range(len(plan)):
-            senders = self._model.groups.layout.last_stage(m % self._model.groups.layout.dp)
-            for index, receiver in enumerate(self._student.last_stage(m // per_rank)):
-                sender = receiver if receiver in senders else senders[index % len(senders)]
+        for way in ways:
+            for sender, receiver in way.pairs:
                 if rank == receiver and rank == sender:
-                    received.append(scored[m])
+                    received.append(scored[way.microbatch])
                 elif rank == sender:
-                    ops.append(dist.P2POp(dist.isend, scored[m].contiguous(), receiver))
+                    hidden = scored[way.microbatch].contiguous()
+                    ops.append(dist.P2POp(dist.isend, hidden, receiver))
                 elif rank == receiver:
-                    size = (prefix_count(rollouts, plan, m), width)
                     buffer = torch.empty(
-                        size, dtype=self._model.config.params_dtype, device=self._device
+                        (
+                            prefix_count(rollouts, plan, way.microbatch),
+                            self._model.hf.shape.hidden_size,
+                        ),
+                        dtype=self._model.config.params_dtype,
+                        device=self._device,
                     )
                     ops.append(dist.P2POp(dist.irecv, buffer, sender))
                     received.append(buffer)
@@ -81,3 +109,115 @@ class ColocatedTeacher:
             for work in dist.batch_isend_irecv(ops):
                 work.wait()
         return [TeacherTargets(hidden) for hidden in received]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a separate teacher's ranks and the student's have between them."""
+
+    group: dist.ProcessGroup  # all ranks of both
+    layout: WorldLayout
+    device: torch.device
+    dtype: torch.dtype  # of the hidden states: the teacher's params_dtype
+    width: int  # d_t
+
+
+class SeparateTeacher:
+    """On the student's ranks: a teacher whose trunk is elsewhere in the world.
+
+    A receiver keeps ``IN_FLIGHT`` buffers posted, so that hidden states come in while the student
+    computes, and holds no more of them than those.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def targets(
+        self, rollouts: Sequence[Rollout], plan: MicrobatchPlan
+    ) -> Iterator[TeacherTargets]:
+        rank, layout = dist.get_rank(), self._link.layout
+        expected = [
+            (way.microbatch, sender)
+            for way in routes(len(plan), layout.student, layout.teacher)
+            for sender, receiver in way.pairs
+            if receiver == rank
+        ]
+        sizes = [prefix_count(rollouts, plan, microbatch) for microbatch, _ in expected]
+        return _Incoming(self._link, expected, sizes)
+
+
+class _Incoming(Iterator[TeacherTargets]):
+    """A step's hidden states, in order; receives are posted from the start on."""
+
+    def __init__(
+        self, link: Link, expected: Sequence[tuple[int, int]], sizes: Sequence[int]
+    ) -> None:
+        self._link = link
+        self._waiting = deque(zip(expected, sizes, strict=True))
+        self._posted: deque[tuple[int, int, Tensor, dist.Work | None]] = deque()
+        self._post()
+
+    def __next__(self) -> TeacherTargets:
+        if not self._posted:
+            raise StopIteration
+        microbatch, sender, hidden, work = self._posted.popleft()
+        if work is not None:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise TeacherLost(
+                    f"no hidden states of microbatch {microbatch} from the teacher's rank {sender}:"
+                    f" it died, or did not answer in run.distributed_timeout_s ({error})"
+                ) from error
+        self._post()
+        return TeacherTargets(hidden)
+
+    def _post(self) -> None:
+        while self._waiting and len(self._posted) < IN_FLIGHT:
+            (microbatch, sender), size = self._waiting.popleft()
+            link = self._link
+            hidden = torch.empty((size, link.width), dtype=link.dtype, device=link.device)
+            work = dist.irecv(hidden, sender, group=link.group) if size else None
+            self._posted.append((microbatch, sender, hidden, work))
+
+
+class TeacherRank:
+    """On a rank of a separate teacher: scores a step's microbatches and sends what it finds."""
+
+    def __init__(self, model: MegatronModel, link: Link) -> None:
+        self._model, self._link = model, link
+        model.module.requires_grad_(False).eval()
+
+    def score(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> None:
+        """The other side of :meth:`SeparateTeacher.targets`; at most ``IN_FLIGHT`` microbatches
+        are kept until they are received. Collective over the teacher."""
+        groups, layout = self._model.groups, self._link.layout
+        ways = routes(len(plan), layout.student, layout.teacher)
+        mine = ways[groups.dp_rank :: layout.teacher.dp]
+        batches = [pack(rollouts, plan, way.microbatch, self._link.device) for way in mine]
+        outgoing: deque[list[tuple[dist.Work, Tensor]]] = deque()
+
+        def send(index: int, hidden: Tensor) -> None:
+            outgoing.append(self._send(mine[index], hidden.contiguous()))
+            while len(outgoing) > IN_FLIGHT:
+                _finish(outgoing.popleft())
+
+        score_in_turn(self._model, batches, send)
+        while outgoing:
+            _finish(outgoing.popleft())
+
+    def _send(self, way: Route, hidden: Tensor) -> list[tuple[dist.Work, Tensor]]:
+        if not len(hidden):  # a window of the loss may leave nothing to score
+            return []
+        rank, sent = dist.get_rank(), []
+        for sender, receiver in way.pairs:
+            if sender == rank:
+                work = dist.isend(hidden, receiver, group=self._link.group)
+                assert work is not None  # this rank is in the group
+                sent.append((work, hidden))
+        return sent
+
+
+def _finish(sent: Iterable[tuple[dist.Work, Tensor]]) -> None:
+    for work, _ in sent:
+        work.wait()

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_prefix.agreement import Audit, audit_gradients
-from megatron_prefix.batch import MicrobatchPlan, pack, plan_microbatches
+from megatron_prefix.batch import MicrobatchPlan, pack
 from megatron_prefix.conductor import Conductor
 from megatron_prefix.config import Recipe
 from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
 from megatron_prefix.modes import asks_servers, probe_due
-from megatron_prefix.orders import Order, share_order
+from megatron_prefix.orders import Order, microbatches, share_order
 from megatron_prefix.phases import Phases
 from megatron_prefix.student import Objective, PrefixSums, forward_backward, score
 from megatron_prefix.teacher import Teacher
@@ -90,6 +90,7 @@ class Trainer:
         if self._recipe.checkpoint.export_hf:
             model = self._parts.student.model
             export_hf(model, self._parts.export_folder, model.config.params_dtype)
+        share_order(lambda: Order("done"), self._parts.host_group)  # a teacher elsewhere waits
         return True
 
     def train_step(self, order: Order, phases: Phases) -> StepMetrics:
@@ -130,18 +131,12 @@ class Trainer:
         self._parts.publisher.publish(self._policy_version)
         self._published = self._policy_version
 
-    def _targets(self, order: Order, plan: MicrobatchPlan) -> Sequence[Targets]:
+    def _targets(self, order: Order, plan: MicrobatchPlan) -> Iterable[Targets]:
         assert self._parts.teacher is not None
         return self._parts.teacher.targets(order.rollouts, plan)
 
     def _plan(self, order: Order) -> MicrobatchPlan:
-        train = self._recipe.train
-        return plan_microbatches(
-            order.rollouts,
-            train.global_batch_size // train.micro_batch_size,
-            multiple=self._parts.token_multiple,
-            loss_start=order.loss_start,
-        )
+        return microbatches(order, self._recipe.train, self._parts.token_multiple)
 
     def _own_batches(self, order: Order, plan: MicrobatchPlan) -> list[PrefixBatch]:
         groups = self._parts.student.model.groups
@@ -220,7 +215,13 @@ class Trainer:
         targets = self._targets(order, plan)
         if order.audit_length:
             return audit_gradients(
-                parts.student, batches, targets, parts.objective, length, order.audit_length
+                # It goes over them twice.
+                parts.student,
+                batches,
+                list(targets),
+                parts.objective,
+                length,
+                order.audit_length,
             )
         return Audit(score(parts.student, batches, targets, parts.objective, length), math.nan)
 

@@ -12,8 +12,14 @@ from urllib.parse import urlsplit
 
 from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.hf_folder import check_sizes, check_tensors, read_hf_folder
-from megatron_prefix.layout import Layout, layers_by_stage, least_world_size, model_layout
+from megatron_prefix.layout import Layout, layers_by_stage
 from megatron_prefix.limits import check_settings
+from megatron_prefix.placement import (
+    check_placement,
+    nearest_multiples,
+    resolve_world_size,
+    world_layout,
+)
 from megatron_prefix.prefix_checks import check_prefix
 from megatron_prefix.validate_data import check_data
 
@@ -51,11 +57,13 @@ def validate(recipe: Recipe) -> ValidRun:
     check_settings(recipe)
     check_prefix(recipe)
     _check_run(recipe)
+    check_placement(recipe)
     _check_schedule(recipe)
     _check_rollout(recipe)
     check_data(recipe)
     world_size = resolve_world_size(recipe)
-    layouts = {owner: model_layout(model, world_size) for owner, model in _models(recipe).items()}
+    world = world_layout(recipe, world_size)
+    layouts = {"student": world.student, "teacher": world.teacher}
     student, teacher = (
         _validate_model(recipe, owner, model, layouts[owner])
         for owner, model in _models(recipe).items()
@@ -63,20 +71,6 @@ def validate(recipe: Recipe) -> ValidRun:
     _check_batch(recipe, layouts)
     _check_tokenizers(recipe, min(m.hf.shape.vocab_size for m in (student, teacher)))
     return ValidRun(recipe, world_size, student, teacher)
-
-
-def resolve_world_size(recipe: Recipe) -> int:
-    """``run.world_size``, or the least number of ranks that both layouts divide."""
-    sizes = {owner: least_world_size(model) for owner, model in _models(recipe).items()}
-    least, asked = math.lcm(*sizes.values()), recipe.run.world_size
-    if asked % least:
-        below = asked // least * least
-        near = f"{below} or {below + least}" if below else f"{least}"
-        raise ValueError(
-            f"run.world_size={asked} must be a multiple of tensor*pipeline parallel of the student "
-            f"({sizes['student']}) and of the teacher ({sizes['teacher']}); try {near}"
-        )
-    return asked or least
 
 
 def _models(recipe: Recipe) -> dict[str, ModelConfig]:
@@ -130,7 +124,7 @@ def _check_rollout(recipe: Recipe) -> None:
     if batch % samples:
         raise ValueError(
             f"train.global_batch_size={batch} must be a multiple of rollout.samples_per_prompt="
-            f"{samples}; try {_near(batch, samples)}"
+            f"{samples}; try {nearest_multiples(batch, samples)}"
         )
 
 
@@ -144,13 +138,9 @@ def _check_batch(recipe: Recipe, layouts: dict[str, Layout]) -> None:
         if batch % (micro * layout.dp):
             raise ValueError(
                 f"train.global_batch_size={batch} must be a multiple of train.micro_batch_size="
-                f"{micro} * {owner}'s data parallel={layout.dp}; try {_near(batch, least)}"
+                f"{micro} * {owner}'s data parallel={layout.dp}; try "
+                f"{nearest_multiples(batch, least)}"
             )
-
-
-def _near(value: int, multiple: int) -> str:
-    below = value // multiple * multiple
-    return f"{below} or {below + multiple}" if below else f"{multiple}"
 
 
 def _validate_model(recipe: Recipe, owner: str, model: ModelConfig, layout: Layout) -> ValidModel:

@@ -107,8 +107,8 @@ def _train(recipe: Recipe, folder: Path, servers: Servers, stop: StopFlag) -> in
     if endpoints is None or not ready[0]:  # a signal came first; nothing is lost
         dist.destroy_process_group()
         return SAVED
-    with assemble(recipe, folder, endpoints, stop) as trainer:
-        finished = trainer.train()
+    with assemble(recipe, folder, endpoints, stop) as share:
+        finished = share.train()
     dist.barrier()
     dist.destroy_process_group()
     return DONE if finished else SAVED

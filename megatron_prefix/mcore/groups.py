@@ -1,5 +1,7 @@
 """One ProcessGroupCollection a model, so that two models of unlike layouts share one process."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import distributed_c10d as c10d
 
 from megatron_prefix.layout import Layout
 
@@ -46,11 +49,41 @@ def initialize_megatron(seed: int) -> None:
 
 
 def build_groups(layout: Layout) -> ModelGroups:
-    """Create every group of ``layout`` over the world. Collective: all ranks call it alike."""
-    grid = HyperCommGrid([layout.tp, 1, layout.dp, layout.pp], ["tp", "cp", "dp", "pp"])
-    tp, dp, pp = layout.coordinates(dist.get_rank())
-    etp, ep, edp = layout.expert_coordinates(dist.get_rank())
-    return ModelGroups(layout, _collection(grid, layout), tp, dp, pp, ep, etp, edp)
+    """Create every group of ``layout``, which covers this rank. Collective as
+    :func:`create_groups` is."""
+    groups = create_groups(layout)
+    assert groups is not None
+    return groups
+
+
+def create_groups(layout: Layout) -> ModelGroups | None:
+    """Create every group of ``layout``; None on a rank that is not in it. Collective over the
+    world: all ranks call it for the same layouts in the same order."""
+    sizes = [layout.tp, 1, layout.dp, layout.pp]
+    grid = HyperCommGrid(sizes, ["tp", "cp", "dp", "pp"], rank_offset=layout.first_rank)
+    pg, rank = _collection(grid, layout), dist.get_rank()
+    if rank not in layout.ranks:
+        return None
+    tp, dp, pp = layout.coordinates(rank)
+    etp, ep, edp = layout.expert_coordinates(rank)
+    return ModelGroups(layout, pg, tp, dp, pp, ep, etp, edp)
+
+
+@contextlib.contextmanager
+def world_of(groups: ModelGroups) -> Iterator[None]:
+    """Within the block, a model's ranks are torch's default group. Not collective.
+
+    Megatron's optimizer and checkpoints exchange what they know over the default group, and so
+    does whatever else asks for "all ranks": of the student, where a teacher has ranks of its own
+    in the world. The first ranks keep their numbers, so the model must stand on those.
+    """
+    assert groups.layout.first_rank == 0
+    whole = dist.group.WORLD
+    c10d._update_default_pg(groups.pg.intra_dist_opt)
+    try:
+        yield
+    finally:
+        c10d._update_default_pg(whole)
 
 
 def _collection(grid: HyperCommGrid, layout: Layout) -> ProcessGroupCollection:

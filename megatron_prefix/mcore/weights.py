@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.hf_map.units import Unit
 from megatron_prefix.mcore.model import MegatronModel
 
@@ -133,13 +134,13 @@ def vocab_rows(reader: HfReader, name: str, rows: int, rank: int) -> Tensor:
     return torch.nn.functional.pad(real, (0, 0, 0, rows - real.shape[0]))
 
 
-def head_shard(model: MegatronModel, rows: int, rank: int, vocab_size: int) -> Tensor:
-    """The LM head of ``model``'s folder in another model's shards: [rows, H], zeros past
-    ``vocab_size`` (kl.md: the teacher's head lives in the student's shards)."""
-    name = "model.embed_tokens.weight" if model.hf.shape.tied else "lm_head.weight"
-    weight = vocab_rows(HfReader(model.hf.path), name, rows, rank)
+def head_shard(hf: HfModel, rows: int, rank: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """The LM head of a folder in another model's shards: [rows, H], zeros past ``vocab_size``: the
+    teacher's head lives in the student's shards, wherever its trunk is."""
+    name = "model.embed_tokens.weight" if hf.shape.tied else "lm_head.weight"
+    weight = vocab_rows(HfReader(hf.path), name, rows, rank)
     weight[max(0, vocab_size - rank * rows) :] = 0
-    return weight.to(model.config.params_dtype)
+    return weight.to(dtype)
 
 
 @torch.no_grad()

@@ -44,7 +44,13 @@ def built(recipe: Recipe) -> tuple[int, int, int]:
     head = 0
     if student.groups.is_last_stage:
         vocab = student.hf.shape.vocab_size
-        shard = head_shard(teacher, student.vocab_rows, student.groups.tp_rank, vocab)
+        shard = head_shard(
+            teacher.hf,
+            student.vocab_rows,
+            student.groups.tp_rank,
+            vocab,
+            teacher.config.params_dtype,
+        )
         head = shard.numel() * shard.element_size()
     return (
         sum(parameter.numel() for parameter in student.module.parameters()),

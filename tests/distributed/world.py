@@ -95,7 +95,9 @@ class World:
         groups, head = student.groups, None
         if groups.is_last_stage:
             vocab = student.hf.shape.vocab_size
-            weight = head_shard(teacher, student.vocab_rows, groups.tp_rank, vocab)
+            weight = head_shard(
+                teacher.hf, student.vocab_rows, groups.tp_rank, vocab, teacher.config.params_dtype
+            )
             head = TeacherHead(weight, vocab)
         trainable = make_trainable(student, case.optimizer, 100)
         objective = Objective(LossConfig(), head)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prefix.layout import model_layout
+from megatron_prefix.placement import world_layout
 from megatron_prefix.recipe import load_recipe
 from megatron_prefix.validate import resolve_world_size, validate
 
@@ -168,8 +168,8 @@ def test_every_shipped_recipe_is_valid_but_for_folders_to_fetch(path: Path) -> N
     data = ROOT / "tests" / "assets" / "gsm8k_8.jsonl"
     recipe = load_recipe(str(path), overrides=[f"data.path={data}", f"eval.path={data}"])
     world_size = resolve_world_size(recipe)
-    for model in (recipe.student, recipe.teacher):
-        replicas = model_layout(model, world_size).dp
+    world = world_layout(recipe, world_size)
+    for replicas in (world.student.dp, world.teacher.dp):
         assert recipe.train.global_batch_size % (recipe.train.micro_batch_size * replicas) == 0
     models = (recipe.student, recipe.teacher)
     if not all(model.hf_path and Path(model.hf_path).is_dir() for model in models):

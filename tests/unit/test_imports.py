@@ -36,13 +36,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report",
         "report_arguments",
     )
-    + ("sources", "written", "evaluate", "pass_at_k", "eval_run"),
+    + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run"),
     ("alarms", "prefix_checks"),
     ("mcore",),
     ("validate_data",),
     ("validate", "preflight", "plan", "plan_view", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "agreement", "publisher"),
-    ("conductor", "trainer"),
+    ("conductor", "trainer", "teacher_loop"),
     ("assemble", "worker"),
     ("agent",),
     ("launch_arguments", "launch", "launcher", "die_with_parent"),
@@ -61,8 +61,17 @@ ONLY = {"recipe": ("config",), "cluster": ("config", "modes"), "loss": ("loss",)
 ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes"), "modes": ("config",)}
 # Importing these may bring Megatron along; importing any other must not.
 NEEDS_MEGATRON = ("mcore", "teacher", "student", "agreement", "publisher", "trainer", "assemble")
+NEEDS_MEGATRON += ("teacher_loop",)
 WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "limits", "plan", "plan_view")
-WITHOUT_TORCH += ("prefix", "preflight", "recipe", "types", "validate", "validate_data")
+WITHOUT_TORCH += (
+    "placement",
+    "prefix",
+    "preflight",
+    "recipe",
+    "types",
+    "validate",
+    "validate_data",
+)
 
 
 @dataclass(frozen=True)

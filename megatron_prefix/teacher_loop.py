@@ -1,0 +1,41 @@
+"""What a rank of a separate teacher does all run long: it follows rank 0's orders."""
+
+import torch.distributed as dist
+
+from megatron_prefix.config import TrainConfig
+from megatron_prefix.orders import Order, microbatches, share_order
+from megatron_prefix.teacher import TeacherRank
+
+
+class TeacherLoop:
+    """Stands where the student's ranks have a ``Trainer``. It holds no state of the run, so that
+    checkpoints are the student's alone and load with the teacher anywhere."""
+
+    def __init__(
+        self,
+        teacher: TeacherRank,
+        host_group: dist.ProcessGroup,
+        train: TrainConfig,
+        token_multiple: int,
+    ) -> None:
+        self._teacher, self._host_group = teacher, host_group
+        self._train, self._token_multiple = train, token_multiple
+
+    def train(self) -> bool:
+        """Score what each order holds; True where the run is done, False where a signal ended it.
+
+        RuntimeError with rank 0's words where that one failed.
+        """
+        while True:
+            order = share_order(_not_here, self._host_group)
+            if order.kind == "done":
+                return True
+            if order.kind == "save_and_stop":
+                return False
+            if order.rollouts and not order.supervised:
+                plan = microbatches(order, self._train, self._token_multiple)
+                self._teacher.score(order.rollouts, plan)
+
+
+def _not_here() -> Order:
+    raise AssertionError("rank 0 is the student's")
