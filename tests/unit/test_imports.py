@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     )
     + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run"),
     ("alarms", "prefix_checks"),
+    + ("sources", "written", "write_answers", "evaluate", "pass_at_k", "eval_run"),
     ("mcore",),
     ("validate_data",),
     ("validate", "preflight", "plan", "plan_view", "doctor", "eval_arguments", "eval_job"),
