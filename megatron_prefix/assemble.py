@@ -29,7 +29,7 @@ from megatron_prefix.mcore.groups import (
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import DTYPES, MegatronModel, build_model
 from megatron_prefix.mcore.optimizer import make_trainable
-from megatron_prefix.mcore.weights import head_shard, load_hf_weights
+from megatron_prefix.mcore.weights import load_hf_weights
 from megatron_prefix.modes import needs_rollouts, needs_servers, needs_teacher, needs_written
 from megatron_prefix.placement import world_layout
 from megatron_prefix.prefix import Ledger, build_cut_off, build_policy, model_shape
@@ -53,7 +53,14 @@ from megatron_prefix.sources import (
     Supply,
 )
 from megatron_prefix.student import Objective
-from megatron_prefix.teacher import ColocatedTeacher, Link, SeparateTeacher, Teacher, TeacherRank
+from megatron_prefix.teacher import (
+    ColocatedTeacher,
+    Link,
+    SeparateTeacher,
+    Teacher,
+    TeacherRank,
+    load_teacher_head,
+)
 from megatron_prefix.teacher_loop import TeacherLoop
 from megatron_prefix.teacher_prompts import teacher_readers
 from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
@@ -164,15 +171,11 @@ def _model(recipe: Recipe, owner: str, groups: ModelGroups) -> MegatronModel:
 def _teacher_head(
     recipe: Recipe, student: MegatronModel, device: torch.device
 ) -> TeacherHead | None:
-    """From the teacher's folder: its trunk may be on other ranks."""
     if not student.groups.is_last_stage or not needs_teacher(recipe):
         return None
-    teacher = read_hf_model(recipe.teacher.hf_path)
-    # One tokenizer may be padded to two sizes: rows past the smaller are no tokens.
-    vocab = min(student.hf.shape.vocab_size, teacher.shape.vocab_size)
-    dtype = DTYPES[recipe.teacher.params_dtype]
-    weight = head_shard(teacher, student.vocab_rows, student.groups.tp_rank, vocab, dtype)
-    return TeacherHead(weight.to(device), vocab)
+    teacher = recipe.teacher
+    dtype = DTYPES[teacher.params_dtype]
+    return load_teacher_head(student, read_hf_model(teacher.hf_path), dtype, device)
 
 
 def token_multiple(recipe: Recipe) -> int:

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from megatron_prefix.batch import MicrobatchPlan, pack, prefix_count
 from megatron_prefix.layout import Layout
+from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.schedule import run_schedule
+from megatron_prefix.mcore.weights import head_shard
 from megatron_prefix.placement import Route, WorldLayout, routes
-from megatron_prefix.types import PrefixBatch, Rollout, Targets, TeacherTargets
+from megatron_prefix.types import PrefixBatch, Rollout, Targets, TeacherHead, TeacherTargets
 
 # Microbatches on their way from a separate teacher: what a rank keeps posted to receive, or to
 # send. One is used while the other comes in.
@@ -38,6 +40,19 @@ class Teacher(Protocol):
 
 class TeacherLost(RuntimeError):
     """A separate teacher's rank did not answer."""
+
+
+def load_teacher_head(
+    student: MegatronModel, teacher: HfModel, dtype: torch.dtype, device: torch.device
+) -> TeacherHead:
+    """A teacher's LM head on a rank of the student's last stage, from the teacher's folder: its
+    trunk may be on other ranks.
+
+    One tokenizer may be padded to two sizes: rows past the smaller are no tokens.
+    """
+    vocab = min(student.hf.shape.vocab_size, teacher.shape.vocab_size)
+    weight = head_shard(teacher, student.vocab_rows, student.groups.tp_rank, vocab, dtype)
+    return TeacherHead(weight.to(device), vocab)
 
 
 @torch.no_grad()

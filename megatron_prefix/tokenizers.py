@@ -61,7 +61,8 @@ def check_same_tokenizer(student_path: str, teacher_path: str) -> None:
             raise ValueError(
                 f"tokenizers differ first at id {place}: {_named(ours)} in student.hf_path="
                 f"{student_path}, {_named(theirs)} in teacher.hf_path={teacher_path}; "
-                f"distillation needs one vocabulary"
+                f"distillation needs one vocabulary{_elsewhere(ours, teacher, 'teacher')}"
+                f"{_elsewhere(theirs, student, 'student')}"
             )
     _check_same_stop_ids(student_path, teacher_path)
 
@@ -133,6 +134,12 @@ def _ids(found: object, path: Path) -> tuple[int, ...]:
 
 def _named(token: str | None) -> str:
     return "no token" if token is None else repr(token)
+
+
+def _elsewhere(token: str | None, vocabulary: dict[int, str], owner: str) -> str:
+    """The id that the other tokenizer has for ``token``."""
+    places = [place for place, text in vocabulary.items() if text == token]
+    return f"; the {owner}'s {token!r} is id {places[0]}" if places else ""
 
 
 def _folder(hf_path: str) -> Path:

@@ -13,10 +13,10 @@ from megatron_prefix.mcore.groups import build_groups, initialize_megatron
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import MegatronModel, build_model
 from megatron_prefix.mcore.optimizer import TrainableStudent, make_trainable
-from megatron_prefix.mcore.weights import head_shard, hf_buckets, load_hf_weights
+from megatron_prefix.mcore.weights import hf_buckets, load_hf_weights
 from megatron_prefix.student import Objective, forward_backward
-from megatron_prefix.teacher import ColocatedTeacher
-from megatron_prefix.types import Rollout, TeacherHead
+from megatron_prefix.teacher import ColocatedTeacher, load_teacher_head
+from megatron_prefix.types import Rollout
 
 CPU = torch.device("cpu")
 MICROBATCHES = 4
@@ -94,11 +94,7 @@ class World:
         teacher = build(case.teacher, world_size, owner="teacher")
         groups, head = student.groups, None
         if groups.is_last_stage:
-            vocab = student.hf.shape.vocab_size
-            weight = head_shard(
-                teacher.hf, student.vocab_rows, groups.tp_rank, vocab, teacher.config.params_dtype
-            )
-            head = TeacherHead(weight, vocab)
+            head = load_teacher_head(student, teacher.hf, teacher.config.params_dtype, CPU)
         trainable = make_trainable(student, case.optimizer, 100)
         objective = Objective(LossConfig(), head)
         return cls(trainable, ColocatedTeacher(teacher, groups.layout, CPU), objective)

@@ -300,8 +300,21 @@ def test_tokenizers_that_disagree_are_refused(recipe: Recipe, models: Path, tmp_
     vocabulary.write_text(
         vocabulary.read_text().replace('"!": 33', '"!": 34').replace('"\\"": 34', '"\\"": 33')
     )
-    told = refusal(replace(recipe, teacher=replace(recipe.teacher, hf_path=str(other))))
-    assert "tokenizers differ first at id 33" in told
+    theirs = replace(recipe, teacher=replace(recipe.teacher, hf_path=str(other)))
+    swapped = replace(recipe, student=theirs.teacher, teacher=recipe.teacher)
+    for told in (refusal(theirs), refusal(swapped)):
+        assert "tokenizers differ first at id 33: " in told
+        assert "the teacher's '" in told and "the student's '" in told
+        assert told.count("is id 34") == 2  # each has the other's token at the next id
+
+
+def test_vocabularies_may_be_padded_unlike(recipe: Recipe, models: Path) -> None:
+    """264 rows and 272 for one tokenizer of 264 tokens, either way round."""
+    one, other = str(models / "student"), str(models / "teacher")
+    for student, teacher in ((one, other), (other, one)):
+        models = ModelConfig(hf_path=student), ModelConfig(hf_path=teacher)
+        run = validate(replace(recipe, student=models[0], teacher=models[1]))
+        assert {m.hf.shape.vocab_size for m in (run.student, run.teacher)} == {264, 272}
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
