@@ -53,6 +53,9 @@ examples:
   megatron-prefix plan recipes/quickstart.py
   megatron-prefix plan quickstart student.tensor_model_parallel_size=4 run.world_size=8
   megatron-prefix plan quickstart --json | jq .cost.run.ratio
+  megatron-prefix plan qwen3_235b_to_qwen3_8b_4x8xh200_bf16 run.gpu_memory_gib=80
+Models that are not on this machine are planned by recipes/shapes/. With run.gpu_memory_gib set, a
+recipe that does not fit is refused, with the smallest change that would: exit code 2.
 """,
     "eval": _EVAL_EXAMPLES,
     "report": _REPORT_EXAMPLES,
@@ -117,6 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
     plan = _command(commands, "plan", "validate a recipe and lay it out, starting nothing", _plan)
     _recipe_arguments(plan)
     plan.add_argument("--json", action="store_true", help="every number, exact")
+    plan.add_argument(
+        "--quick", action="store_true", help="bytes by arithmetic: build none of Megatron's modules"
+    )
     start = _command(commands, "launch", "run a recipe on a cluster, through nemo-run", _launch)
     _recipe_arguments(start)
     add_launch_arguments(start)
@@ -221,18 +227,13 @@ def _checked_folder(recipe: Recipe) -> Path:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from megatron_prefix.plan import first_prompt_lengths, make_plan
-    from megatron_prefix.plan_view import plan_json, print_plan
-    from megatron_prefix.validate import validate
+    from megatron_prefix.cluster import Cluster
+    from megatron_prefix.plan import run_plan
+    from megatron_prefix.recipe import factory_beside
 
-    run = validate(_load(arguments))
-    plan = make_plan(run, first_prompt_lengths(run))
-    if arguments.json:
-        print(plan_json(plan))
-    else:
-        from rich.console import Console
-
-        print_plan(plan, Console())
+    recipe, beside = _load(arguments), factory_beside(arguments.recipe, "cluster")
+    cluster = beside() if beside else Cluster()
+    run_plan(recipe, cluster, as_json=arguments.json, quick=arguments.quick)
     return DONE
 
 

@@ -7,10 +7,6 @@ sense; each field's comment says what it means then. Names that Megatron has are
 
 from dataclasses import dataclass, field
 
-from megatron_prefix.config_modes import ModeConfig
-from megatron_prefix.config_modes import TeacherPromptConfig as TeacherPromptConfig
-from megatron_prefix.config_modes import WrittenConfig as WrittenConfig
-
 
 @dataclass(frozen=True)
 class Fp8Config:
@@ -179,6 +175,31 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class WrittenConfig:
+    """Prefixes that are there before the run, each with its prompt: what a teacher wrote
+    (``tools/write_answers.py``) or a person."""
+
+    path: str = ""  # as data.path; empty: the rows of data.path
+    name: str = ""  # the hub data set's configuration
+    split: str = "train"
+    prompt_column: str = "prompt"
+    # A column of texts, each ended by the student's stop token, or of token ids, taken as they are.
+    answer_column: str = "answer"
+
+
+@dataclass(frozen=True)
+class ModeConfig:
+    """Who writes a step's prefixes, and what the student learns from them."""
+
+    # on_policy: the student samples | off_policy: they are written beforehand | mixed: some of each
+    # batch are; the divergence to the teacher in all three | sft: written, cross-entropy
+    name: str = "on_policy"
+    written_share: float = 0.5  # mixed: of the rollouts
+    warmup_steps: int = 0  # steps as in sft before the mode begins
+    written: WrittenConfig = field(default_factory=WrittenConfig)
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """SGLang servers: how they are reached, started, asked and kept in step."""
 
@@ -295,6 +316,9 @@ class RunConfig:
     # Ranks in all, a separate teacher's included; 0: the least that the layouts need.
     world_size: int = 0
     distributed_timeout_s: float = 600.0
+    gpu_memory_gib: float = 0.0  # of one card, for `plan` to check; 0: no GPUs, or not checked
+    # Of it, for the CUDA context, NCCL's buffers and the allocator's fragments.
+    gpu_reserve_gib: float = 6.0
 
 
 @dataclass(frozen=True)

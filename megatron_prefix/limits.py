@@ -23,7 +23,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.chat_template": ("auto", "always", "never"),
     "data.overlong": ("drop", "error"),
     "mode.name": MODES,
-    "mode.teacher_prompt.chat_template_of": ("student", "teacher"),
     "rollout.device": ("auto", "cuda", "cpu"),
     "rollout.dtype": ("auto", *_DTYPES, "fp16"),
     "rollout.weight_sync": ("distributed", "disk"),
@@ -62,6 +61,8 @@ _BETA = Range(0, 1, open_high=True)
 RANGES: dict[str, Range] = {
     "run.world_size": _NOT_NEGATIVE,
     "run.distributed_timeout_s": _POSITIVE,
+    "run.gpu_memory_gib": _FINITE,
+    "run.gpu_reserve_gib": _FINITE,
     **{
         f"{model}.{key}": allowed
         for model in ("student", "teacher")
@@ -78,7 +79,6 @@ RANGES: dict[str, Range] = {
     "data.seed": _NOT_NEGATIVE,
     "mode.written_share": Range(0, 1),
     "mode.warmup_steps": _NOT_NEGATIVE,
-    "mode.teacher_prompt.max_length": _NOT_NEGATIVE,
     "prefix.min_length": _COUNT,
     "prefix.max_length": _COUNT,
     "rollout.num_servers": _COUNT,

@@ -24,7 +24,6 @@ class Prompt:
     row: int  # its row in the data set
     input_ids: tuple[int, ...]  # [P]
     answer_ids: tuple[int, ...] = ()  # the written answer, where the data set has one
-    teacher_ids: tuple[int, ...] = ()  # the teacher's prompt, where it is another one
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class Rollout:
     policy_version: int  # of the weights that sampled the last token
     prompt_index: int
     written: bool = False  # before the run: no server sampled it, and rollout_logprobs are NaN
-    teacher_prompt_ids: tuple[int, ...] = ()  # what the teacher reads instead; empty: the same
 
 
 @dataclass(frozen=True)
@@ -144,3 +142,13 @@ class StepMetrics:
     cut_off_fraction: float = 0.0  # of rollouts that a per-rollout rule ended early
     supervised: bool = False  # loss and kl_by_position are cross-entropies
     written_fraction: float = 0.0  # of the rollouts
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds of a model from the start on: bytes, and how many ``parameters``."""
+
+    parameters: int
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0

@@ -5,6 +5,7 @@ No GPU is needed, no weight is read and nothing is fetched: ``plan`` stands on i
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from megatron_prefix.validate_data import check_data
 if TYPE_CHECKING:
     from megatron_prefix.mcore.hf_map import HfModel
 
+ReadModel = Callable[[str, str], "HfModel"]  # of a folder, for an owner
 _OUR_ARGUMENTS = ("--model-path", "--host", "--port", "--device", "--dtype", "--weight-version")
 
 
@@ -49,10 +51,13 @@ class ValidRun:
     teacher: ValidModel
 
 
-def validate(recipe: Recipe) -> ValidRun:
+def validate(
+    recipe: Recipe, read: ReadModel | None = None, *, sizes_only: bool = False
+) -> ValidRun:
     """Checks every setting alone and against the others, then the model folders.
 
-    ValueError names the first that cannot be, with its value and what to set instead.
+    ValueError names the first that cannot be, with its value and what to set instead. ``read``
+    stands in for :func:`read_model`; ``sizes_only``: tokenizers are not looked at.
     """
     check_settings(recipe)
     check_prefix(recipe)
@@ -65,11 +70,12 @@ def validate(recipe: Recipe) -> ValidRun:
     world = world_layout(recipe, world_size)
     layouts = {"student": world.student, "teacher": world.teacher}
     student, teacher = (
-        _validate_model(recipe, owner, model, layouts[owner])
+        _validate_model(recipe, owner, model, layouts[owner], read or read_model)
         for owner, model in _models(recipe).items()
     )
     _check_batch(recipe, layouts)
-    _check_tokenizers(recipe, min(m.hf.shape.vocab_size for m in (student, teacher)))
+    if not sizes_only:
+        _check_tokenizers(recipe, min(m.hf.shape.vocab_size for m in (student, teacher)))
     return ValidRun(recipe, world_size, student, teacher)
 
 
@@ -143,8 +149,10 @@ def _check_batch(recipe: Recipe, layouts: dict[str, Layout]) -> None:
             )
 
 
-def _validate_model(recipe: Recipe, owner: str, model: ModelConfig, layout: Layout) -> ValidModel:
-    hf = read_model(model.hf_path, owner)
+def _validate_model(
+    recipe: Recipe, owner: str, model: ModelConfig, layout: Layout, read: ReadModel
+) -> ValidModel:
+    hf = read(model.hf_path, owner)
     layers = check_model(hf, model, owner)
     _check_context(recipe, hf, owner)
     return ValidModel(model, hf, layout, layers)
@@ -260,16 +268,13 @@ def _stages(hf: "HfModel", model: ModelConfig, owner: str) -> tuple[int, ...]:
 
 def _check_context(recipe: Recipe, hf: "HfModel", owner: str) -> None:
     context, prompt = hf.shape.max_position_embeddings, recipe.data.max_prompt_length
-    longest = "data.max_prompt_length"
-    if owner == "teacher" and recipe.mode.teacher_prompt.max_length:
-        longest, prompt = "mode.teacher_prompt.max_length", recipe.mode.teacher_prompt.max_length
     answers = {"prefix.max_length": recipe.prefix.max_length}
     if owner == "student" and recipe.eval.path:
         answers["eval.max_new_tokens"] = recipe.eval.max_new_tokens
     for key, length in answers.items():
         if prompt + length > context:
             raise ValueError(
-                f"{longest}={prompt} + {key}={length} is above "
+                f"data.max_prompt_length={prompt} + {key}={length} is above "
                 f"max_position_embeddings={context} of {owner}.hf_path={hf.path}; shorten one"
             )
 

@@ -22,7 +22,7 @@ from megatron_prefix.config import (
 
 def recipe() -> Recipe:
     return Recipe(
-        run=RunConfig(name="qwen3_32b_to_qwen3_8b"),
+        run=RunConfig(name="qwen3_32b_to_qwen3_8b", gpu_memory_gib=80.0),
         student=ModelConfig(
             hf_path="models/Qwen3-8B",
             tensor_model_parallel_size=8,

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/configuration.md out of the comments in config.py and config_modes.py.
+"""Writes the tables of docs/configuration.md out of megatron_prefix/config.py and its comments.
 
 Usage: tools/config_table.py [--check]      --check: write nothing, exit 1 where they differ
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prefix import config, config_modes
+from megatron_prefix import config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -28,7 +28,7 @@ class Row:
 
 
 class ConfigSource:
-    """The settings' files as one text: its classes, and the comment that belongs to each line."""
+    """config.py as text: its classes, and the comment that belongs to each line."""
 
     def __init__(self, source: str) -> None:
         nodes = ast.parse(source).body
@@ -99,8 +99,7 @@ def filled(page: str) -> str:
     head, _, rest = page.partition(BEGIN)
     _, mark, tail = rest.partition(END)
     assert mark, f"{PAGE.name} has lost its marks"
-    source = inspect.getsource(config_modes) + inspect.getsource(config)
-    fresh = tables(ConfigSource(source))
+    fresh = tables(ConfigSource(inspect.getsource(config)))
     return f"{head}{BEGIN}\n\n{fresh}\n{END}{tail}"
 
 

@@ -50,6 +50,11 @@ def adapt_to_cpu() -> bool:
     return True
 
 
+def put_on_meta() -> None:
+    """After :func:`adapt_to_cpu`: what Megatron puts on the current device is a shape alone."""
+    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment,return-value]
+
+
 class _InOrder:
     """Stands for a stream or an event: CPU work is done when its call returns."""
 
@@ -194,7 +199,8 @@ def _adapt_optimizers() -> None:
         result = cpu_type(self, *args, **kwargs)
         asker = sys._getframe(1).f_globals.get("__name__", "")
         if not args and not kwargs and asker.startswith("megatron.core.optimizer"):
-            return result.replace("torch.", "torch.cuda.", 1)
+            kind = result.rpartition(".")[2]
+            return f"torch.cuda.{kind}"
         return result
 
     torch.Tensor.type = type_as_if_cuda  # type: ignore[method-assign,assignment]

@@ -21,7 +21,7 @@ IN_THE_SERVER = "rollout.cpu_engine"
 
 # From the bottom up: a module imports modules of its own layer and of those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "config_modes", "types", "exit_codes", "modes"),
+    ("config", "types", "exit_codes", "modes"),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
     ("recipe", "cluster", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
@@ -36,12 +36,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report",
         "report_arguments",
     )
-    + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run")
-    + ("teacher_prompts", "write_answers"),
+    + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run"),
     ("alarms", "prefix_checks"),
     ("mcore",),
     ("validate_data",),
-    ("validate", "preflight", "plan", "plan_view", "doctor", "eval_arguments", "eval_job"),
+    ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "agreement", "publisher"),
     ("conductor", "trainer", "teacher_loop"),
     ("assemble", "worker"),
@@ -63,7 +62,7 @@ ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes"), "modes": ("con
 # Importing these may bring Megatron along; importing any other must not.
 NEEDS_MEGATRON = ("mcore", "teacher", "student", "agreement", "publisher", "trainer", "assemble")
 NEEDS_MEGATRON += ("teacher_loop",)
-WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "limits", "plan", "plan_view")
+WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "limits", "plan")
 WITHOUT_TORCH += (
     "placement",
     "prefix",

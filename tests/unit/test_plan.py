@@ -17,14 +17,13 @@ from megatron_prefix.config import (
     TrainConfig,
 )
 from megatron_prefix.hf_folder import read_hf_folder
-from megatron_prefix.layout import Layout
+from megatron_prefix.layout import Layout, padded_vocab_size
 from megatron_prefix.plan import (
     first_prompt_lengths,
     make_plan,
-    padded_vocab_size,
     rank_groups,
 )
-from megatron_prefix.plan_view import plan_json, print_plan
+from megatron_prefix.plan.view import plan_json, print_plan, rank_kinds
 from megatron_prefix.prefix import model_shape, step_flops
 from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.validate import ValidRun, validate
@@ -103,7 +102,7 @@ def test_one_rank_holds_every_parameter_of_the_folder(recipe: Recipe) -> None:
     # The teacher's trunk has no head: untied, 272 rows of 64 in bf16.
     assert rank.teacher_weights == 2 * (elements(recipe.teacher.hf_path) - 272 * 64)
     assert rank.teacher_head == 2 * 272 * 64
-    assert rank.total == (
+    assert rank.held == (
         rank.student_weights
         + rank.student_gradients
         + rank.student_optimizer
@@ -203,10 +202,14 @@ def test_json_is_exact_and_tables_name_every_rank(recipe: Recipe) -> None:
     assert f"{plan.cost.run.ratio:.3f}" in shown
 
 
-def test_a_large_world_is_cut_short_in_the_table_alone(recipe: Recipe) -> None:
+def test_ranks_of_the_same_stages_share_a_column(recipe: Recipe) -> None:
     big = replace(recipe, train=replace(recipe.train, global_batch_size=96))
-    plan = make_plan(laid_out(big, (1, 1), (1, 1), world=24))
+    plan = make_plan(laid_out(big, (1, 2), (1, 1), world=24))
+    assert [[rank.rank for rank in kind] for kind in rank_kinds(plan.ranks)] == [
+        list(range(12)),
+        list(range(12, 24)),
+    ]
     text = io.StringIO()
     print_plan(plan, Console(file=text, width=100))
-    assert "and 8 more ranks" in text.getvalue()
+    assert "0-11" in text.getvalue() and "12-23" in text.getvalue()
     assert len(json.loads(plan_json(plan))["ranks"]) == 24

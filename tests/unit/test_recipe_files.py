@@ -1,9 +1,13 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import Recipe
-from megatron_prefix.recipe import load_recipe
+from megatron_prefix.plan import ModelSizes, plan_recipe
+from megatron_prefix.plan.stages import whole_parameters
+from megatron_prefix.recipe import factory_beside, load_recipe
 from megatron_prefix.scorers import load_scorer
 from megatron_prefix.tasks import sort_chain
 
@@ -15,6 +19,32 @@ def test_every_shipped_recipe_loads_and_names_a_known_scorer(path: Path) -> None
     recipe = load_recipe(str(path))
     assert isinstance(recipe, Recipe) and recipe.run.name
     assert callable(load_scorer(recipe.eval.scorer))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_can_be_planned_and_fits(path: Path) -> None:
+    recipe, beside = load_recipe(str(path)), factory_beside(str(path), "cluster")
+    if not (
+        recipe.data.path and Path(recipe.data.path).exists()
+    ):  # the user's to name, or made by `make quickstart`
+        recipe = replace(recipe, data=replace(recipe.data, path="some/hub-id"))
+        recipe = replace(recipe, eval=replace(recipe.eval, path=""))
+    if not recipe.student.hf_path:
+        model = replace(recipe.student, hf_path="models/Qwen3-8B")
+        recipe = replace(recipe, student=model, teacher=model)
+    plan = plan_recipe(recipe, beside() if beside else Cluster(), quick=True)
+    assert plan.cost.run.flops.total > 0
+    if recipe.run.gpu_memory_gib:
+        assert plan.fit and plan.fit.fits
+
+
+@pytest.mark.parametrize(
+    ("shapes", "parameters"),
+    [("Qwen3-8B", 8.19e9), ("Qwen3-32B", 32.76e9), ("Qwen3-235B-A22B", 235.09e9)],
+)
+def test_shapes_come_to_the_published_parameters(shapes: str, parameters: float) -> None:
+    hf = ModelSizes()(f"models/{shapes}", "teacher")
+    assert whole_parameters(hf) == pytest.approx(parameters, rel=1e-3)
 
 
 def test_the_quickstart_is_the_tasks_own_setting() -> None:

@@ -64,7 +64,11 @@ class HfModel:
 
 def read_hf_model(path: str) -> HfModel:
     """Read ``path``/config.json; ValueError for a family or a variant that is not supported."""
-    config = json.loads((Path(path) / "config.json").read_text())
+    return hf_model(path, json.loads((Path(path) / "config.json").read_text()))
+
+
+def hf_model(path: str, config: dict[str, Any]) -> HfModel:
+    """The model of ``config``, which need not lie at ``path``; ValueError as for a folder's."""
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture not in FAMILIES:
         raise ValueError(

@@ -2,22 +2,27 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_prefix.plan import ModelPlan, Plan
+from megatron_prefix.plan.fit import GIB, Fit
+from megatron_prefix.plan.make import ModelPlan, Plan
+from megatron_prefix.plan.memory import RankPlan, on_gpus, stage_at
 
-RANKS_SHOWN = 16
+KINDS_SHOWN = 6
 
 
 def plan_json(plan: Plan) -> str:
     """Every field of the plan, with totals and ratios that are properties."""
     content: dict[str, Any] = asdict(plan)
     for rank, record in zip(plan.ranks, content["ranks"], strict=True):
-        record["total"] = rank.total
+        record["held"], record["working"], record["total"] = rank.held, rank.working, rank.total
+    if plan.fit:
+        content["fit"] |= {"fits": plan.fit.fits, "free": plan.fit.free}
     cost = content["cost"]
     cost["mean_step_flops"] = plan.cost.mean_step_flops
     cost["run"]["ratio"] = plan.cost.run.ratio
@@ -29,8 +34,6 @@ def plan_json(plan: Plan) -> str:
 def print_plan(plan: Plan, console: Console) -> None:
     console.print(_models(plan))
     console.print(_ranks(plan))
-    if plan.world_size > RANKS_SHOWN:
-        console.print(f"and {plan.world_size - RANKS_SHOWN} more ranks: --json shows all")
     console.print(_costs(plan))
     console.print(_assumptions(plan))
 
@@ -72,21 +75,83 @@ def _joined(ranks: Sequence[int]) -> str:
 
 
 def _ranks(plan: Plan) -> Table:
+    """One column a kind of rank; rows of nothing are left out."""
     unit, size = _unit(max(rank.total for rank in plan.ranks))
-    columns = ["rank", "student", "teacher", "weights", "grads", "adam", "teacher", "head"]
-    table = _table(f"{unit} a rank (student and teacher at tp,dp,pp)", [*columns, "sum"])
-    for rank in plan.ranks[:RANKS_SHOWN]:
-        held = (
-            rank.student_weights,
-            rank.student_gradients,
-            rank.student_optimizer,
-            rank.teacher_weights,
-            rank.teacher_head,
-            rank.total,
-        )
-        places = (_comma(rank.student_at), _comma(rank.teacher_at))
-        table.add_row(str(rank.rank), *places, *(f"{held_bytes / size:.2f}" for held_bytes in held))
+    kinds = [_kind(plan, ranks) for ranks in _shown(rank_kinds(plan.ranks))]
+    table = _table(f"{unit} a rank", ["", *(f"{kind.name}\n{kind.ranks}" for kind in kinds)])
+    for name in kinds[0].bytes:
+        held = [kind.bytes[name] for kind in kinds]
+        if any(held) or name == "sum":
+            table.add_row(name, *(f"{each / size:.2f}" for each in held))
     return table
+
+
+def _shown(kinds: list[list[RankPlan]]) -> list[list[RankPlan]]:
+    """The first, the last and the fullest of many."""
+    if len(kinds) <= KINDS_SHOWN:
+        return kinds
+    by_need = sorted(kinds[1:-1], key=lambda ranks: -ranks[0].total)
+    chosen = [kinds[0], kinds[-1], *by_need[: KINDS_SHOWN - 2]]
+    return sorted(chosen, key=lambda ranks: ranks[0].rank)
+
+
+def rank_kinds(ranks: Sequence[RankPlan]) -> list[list[RankPlan]]:
+    """Ranks of the same stages, which hold the same."""
+    kinds: dict[tuple[int, int], list[RankPlan]] = {}
+    for rank in ranks:
+        kinds.setdefault((stage_at(rank.student_at), stage_at(rank.teacher_at)), []).append(rank)
+    return list(kinds.values())
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A column of the table of ranks."""
+
+    name: str
+    ranks: str
+    bytes: dict[str, int]
+
+
+def _kind(plan: Plan, ranks: Sequence[RankPlan]) -> _Kind:
+    one = ranks[0]
+    student = _stage(stage_at(one.student_at), plan.student.pipeline_model_parallel_size)
+    teacher = _stage(stage_at(one.teacher_at), plan.teacher.pipeline_model_parallel_size)
+    return _Kind(
+        name=student if student == teacher else f"{student} / {teacher}",
+        ranks=_spans([rank.rank for rank in ranks]),
+        bytes={
+            "student's weights": one.student_weights,
+            "gradients": one.student_gradients,
+            "optimizer": one.student_optimizer,
+            "teacher's weights": one.teacher_weights,
+            "teacher's LM head": one.teacher_head,
+            "FP8 copies": one.fp8_weights,
+            "teacher's hidden states": one.teacher_hidden,
+            "activations": one.working - one.teacher_hidden - one.kl_workspace,
+            "KL workspace": one.kl_workspace,
+            "sum": one.total,
+        },
+    )
+
+
+def _stage(number: int, stages: int) -> str:
+    if number < 0:
+        return "-"
+    if stages == 1:
+        return "all"
+    return {0: "first", stages - 1: "last"}.get(number, f"stage {number}")
+
+
+def _spans(ranks: Sequence[int]) -> str:
+    """0-7,16-23 for ranks in order."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    shown = [f"{first}-{last}" if last > first else str(first) for first, last in spans]
+    return ",".join(shown[:4]) + (",..." if len(shown) > 4 else "")
 
 
 def _costs(plan: Plan) -> Table:
@@ -127,7 +192,9 @@ def _assumptions(plan: Plan) -> str:
         f"Prompts have {cost.prompt_tokens} tokens ({cost.prompt_tokens_from}); every rollout "
         "fills its prefix length.",
         f"Each student replica takes {cost.microbatches_a_replica} microbatches a step.",
-        "Activations and communication buffers come on top of the bytes.",
+        _how_counted(plan),
+        *(_stand_in(Path(file)) for file in plan.shapes),
+        *([_fit_line(plan.fit)] if plan.fit else []),
     ]
     if not cost.lengths_known:
         lines.append(
@@ -137,15 +204,35 @@ def _assumptions(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _how_counted(plan: Plan) -> str:
+    counted = "counted on the very modules" if plan.built else "by arithmetic"
+    where = "as Transformer Engine runs" if on_gpus(plan.recipe) else "as without a GPU"
+    return (
+        f"Weights, gradients and optimizer are {counted}. Below them are estimates, {where}, with "
+        "every prompt and prefix at its longest."
+    )
+
+
+def _stand_in(shapes: Path) -> str:
+    return f"{shapes.stem} is not here; its sizes are those of recipes/shapes/{shapes.name}."
+
+
+def _fit_line(fit: Fit) -> str:
+    taken = f" less {fit.reserve / GIB:.1f} reserved"
+    if fit.server:
+        taken += f" and {fit.server / GIB:.1f} of SGLang"
+    word = "Fits" if fit.fits else "Does not fit"
+    return (
+        f"{word}: rank {fit.rank} needs {fit.needs / GIB:.1f} of {fit.free / GIB:.1f} GiB (a "
+        f"card's {fit.card / GIB:.1f}{taken})."
+    )
+
+
 def _table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     return table
-
-
-def _comma(at: tuple[int, ...]) -> str:
-    return ",".join(map(str, at)) or "-"
 
 
 def scaled(value: float) -> str:

@@ -1,0 +1,165 @@
+"""What a microbatch leaves in memory until its backward, and what works on it: an estimate.
+
+By formula, from the tensors that autograd keeps in a layer. ``unfused`` are this project's modules
+for machines without a GPU, whose peak a test measures; ``fused`` are Transformer Engine's kernels,
+taken from their sources in the manner of Korthikanti et al. (arXiv 2205.05198): not measured.
+
+Legend: T tokens of a microbatch, N prefix positions in it, h hidden size, f columns of an MLP,
+q and k widths of a rank's query and key heads, e bytes of an element, s ranks that share a token
+between the tensor-parallel regions (sequence parallelism).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_prefix.plan.stages import stage_layers
+from megatron_prefix.validate import ValidModel
+
+if TYPE_CHECKING:
+    pass
+
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+FP32 = 4  # what norms and statistics compute in
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """The largest one of a run: every prompt and prefix at its bound."""
+
+    tokens: int  # T
+    positions: int  # N
+    in_a_step: int  # of one replica
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Columns of one rank, and bytes of an element."""
+
+    hidden: int
+    shared: float  # hidden / s
+    query: float
+    key: float
+    head: int
+    heads: float
+    mlp: float
+    routed: float  # routed copies of a token that a rank's experts see, in the mean
+    expert: float  # columns of one expert
+    always: float  # columns of the shared experts
+    qk_norm: bool
+    element: int
+
+    @classmethod
+    def of(cls, model: ValidModel) -> "Widths":
+        shape, layout, config = model.hf.shape, model.layout, model.config
+        share = layout.tp if config.sequence_parallel else 1
+        chosen = model.hf.settings.get("moe_router_topk", 0)
+        return cls(
+            hidden=shape.hidden_size,
+            shared=shape.hidden_size / share,
+            query=shape.num_attention_heads * shape.kv_channels / layout.tp,
+            key=shape.num_query_groups * shape.kv_channels / layout.tp,
+            head=shape.kv_channels,
+            heads=shape.num_attention_heads / layout.tp,
+            mlp=shape.ffn_hidden_size / layout.tp,
+            # Expert-tensor-parallel ranks gather each other's tokens.
+            routed=chosen * layout.expert_tp / share,
+            expert=shape.moe_ffn_hidden_size / layout.expert_tp,
+            always=shape.shared_ffn_hidden_size / layout.tp,
+            qk_norm=bool(model.hf.settings.get("qk_layernorm")),
+            element=DTYPE_BYTES[config.params_dtype],
+        )
+
+    def columns(self, sparse: bool) -> float:
+        """That one token passes in a layer's MLP or experts."""
+        return self.routed * self.expert + self.always if sparse else self.mlp
+
+
+def training_peak(model: ValidModel, stage: int, batch: Microbatch, *, fused: bool) -> float:
+    """Bytes on a rank of ``stage`` at the worst moment of forward and backward, the loss's own
+    workspace aside: :func:`in_flight` microbatches' stored tensors, and one layer at work."""
+    widths, shape = Widths.of(model), model.hf.shape
+    layers = stage_layers(model.layers, stage)
+    by_layer = [_layer(widths, layer in shape.sparse_layers, fused) for layer in layers]
+    work = _at_work(widths, any(layer in shape.sparse_layers for layer in layers), fused)
+    if model.config.recompute_granularity == "full":
+        stored = len(by_layer) * widths.element * widths.shared
+        work += max(by_layer)
+    else:
+        stored = sum(by_layer)
+    if model.layout.pp > 1:  # what came from the stage before and went to the next one
+        stored += 2 * widths.element * widths.shared
+    if stage == model.layout.pp - 1:
+        stored += _norm(widths, fused)
+    held = in_flight(model.layout.pp, stage, batch.in_a_step) * stored
+    return batch.tokens * (held + work) + _at_head(model, widths, stage, batch)
+
+
+def in_flight(stages: int, stage: int, microbatches: int) -> int:
+    """Microbatches between their forward and their backward on a stage of a 1F1B pipeline."""
+    return min(microbatches, stages - stage)
+
+
+def scoring_peak(model: ValidModel, stage: int, tokens: int) -> float:
+    """Bytes of a forward that nothing is kept of: one layer at work."""
+    widths, shape = Widths.of(model), model.hf.shape
+    layers = stage_layers(model.layers, stage)
+    columns = max(widths.columns(layer in shape.sparse_layers) for layer in layers)
+    copies = 2 + (2 * widths.routed if shape.num_experts else 0)
+    return tokens * widths.element * (copies * widths.hidden + 3 * columns)
+
+
+def _layer(widths: Widths, sparse: bool, fused: bool) -> float:
+    """Stored bytes a token of one decoder layer."""
+    norms = 2 * (_norm(widths, fused) + widths.element * widths.shared)
+    return norms + _attention(widths, fused) + _feed_forward(widths, sparse, fused)
+
+
+def _norm(widths: Widths, fused: bool) -> float:
+    """Its input alone, or an fp32 copy of it and the normalised one; what it gives is the next
+    module's to keep."""
+    return widths.shared * (widths.element if fused else 2 * FP32)
+
+
+def _attention(widths: Widths, fused: bool) -> float:
+    q, k, e = widths.query, widths.key, widths.element
+    stored = e * (q + 2 * k) + e * (2 * q + k) + FP32 * widths.heads
+    if fused:
+        return stored + (e * q if widths.qk_norm else 0)
+    stored += 4 * e * widths.head  # cosine and sine, for queries and for keys
+    if widths.qk_norm:  # fp32 copies; the key itself is a view where it is fp32 already
+        stored += 2 * FP32 * q + (1 if e == FP32 else 2) * FP32 * k
+    return stored
+
+
+def _feed_forward(widths: Widths, sparse: bool, fused: bool) -> float:
+    e = widths.element
+    if not sparse:
+        return e * widths.mlp * (3 if fused else 5)
+    routed = widths.routed * e * (widths.hidden + widths.expert * (3 if fused else 6))
+    return routed + e * widths.always * (3 if fused else 5)
+
+
+def _at_work(widths: Widths, sparse: bool, fused: bool) -> float:
+    """Gradients of a layer in the backward: of two hidden states and of the MLP's columns."""
+    gradient = widths.element if fused else FP32
+    return 2 * gradient * widths.hidden + widths.element * widths.columns(sparse)
+
+
+def _at_head(model: ValidModel, widths: Widths, stage: int, batch: Microbatch) -> float:
+    """Hidden states of the prefix positions and their gradient, on the last stage."""
+    if stage != model.layout.pp - 1:
+        return 0.0
+    return 2 * batch.positions * widths.element * widths.hidden
+
+
+def kl_workspace(rows: int, positions: int, *, ranks: int, fused: bool) -> int:
+    """Bytes of the loss's logits: two buffers for each chunk in flight (``loss/task.py``).
+
+    ``rows``: of this rank's vocabulary shard; ``ranks``: that share the vocabulary.
+    """
+    # Brings torch along, which `plan --help` need not wait for.
+    from megatron_prefix.loss.task import CPU_LIMITS, GPU_LIMITS, chosen_chunk
+
+    flights = 1 if ranks == 1 else 2
+    limits = GPU_LIMITS if fused else CPU_LIMITS
+    return 2 * flights * chosen_chunk(positions, rows * flights, limits) * rows * FP32

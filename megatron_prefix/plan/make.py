@@ -1,0 +1,88 @@
+"""What a recipe comes to: nothing is started and no weight is read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_prefix.config import Recipe
+from megatron_prefix.layout import Layout, padded_vocab_size
+from megatron_prefix.plan.cost import CostPlan, plan_cost
+from megatron_prefix.plan.fit import Fit
+from megatron_prefix.plan.memory import RankPlan, Stage, plan_ranks
+from megatron_prefix.plan.stages import whole_parameters
+from megatron_prefix.types import Held
+from megatron_prefix.validate import ValidModel, ValidRun
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model over the ranks."""
+
+    hf_path: str
+    architecture: str
+    parameters: int  # of the whole model, tied weights once
+    vocab_size: int
+    padded_vocab_size: int
+    tensor_model_parallel_size: int
+    data_parallel_size: int
+    pipeline_model_parallel_size: int
+    expert_model_parallel_size: int
+    layers_by_stage: tuple[int, ...]
+    groups: dict[str, tuple[tuple[int, ...], ...]]  # tp, dp, pp: the global ranks of each group
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    world_size: int
+    student: ModelPlan
+    teacher: ModelPlan
+    built: bool  # bytes were counted on the very modules, not by arithmetic
+    ranks: tuple[RankPlan, ...]
+    cost: CostPlan
+    shapes: tuple[str, ...] = ()  # files of shapes that stood in for folders not here yet
+    fit: Fit | None = None  # None: the recipe does not say how much a card holds
+
+
+def make_plan(
+    run: ValidRun,
+    prompt_lengths: Sequence[int] = (),
+    held: Mapping[Stage, Held] | None = None,
+) -> Plan:
+    """The plan of a validated run; ``prompt_lengths``: tokens of some of its prompts, if known;
+    ``held``: what was counted on the modules of each stage, without which arithmetic does."""
+    return Plan(
+        recipe=run.recipe,
+        world_size=run.world_size,
+        student=_plan_model(run.student),
+        teacher=_plan_model(run.teacher),
+        built=held is not None,
+        ranks=plan_ranks(run, held),
+        cost=plan_cost(run, prompt_lengths),
+    )
+
+
+def rank_groups(layout: Layout) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Global ranks of every tensor-, data- and pipeline-parallel group, in rank order."""
+    tp, dp, pp = range(layout.tp), range(layout.dp), range(layout.pp)
+    return {
+        "tp": tuple(tuple(layout.rank(t, d, p) for t in tp) for p in pp for d in dp),
+        "dp": tuple(tuple(layout.rank(t, d, p) for d in dp) for p in pp for t in tp),
+        "pp": tuple(tuple(layout.rank(t, d, p) for p in pp) for d in dp for t in tp),
+    }
+
+
+def _plan_model(model: ValidModel) -> ModelPlan:
+    shape, layout = model.hf.shape, model.layout
+    return ModelPlan(
+        hf_path=str(model.hf.path),
+        architecture=model.hf.config["architectures"][0],
+        parameters=whole_parameters(model.hf),
+        vocab_size=shape.vocab_size,
+        padded_vocab_size=padded_vocab_size(shape.vocab_size, layout.tp),
+        tensor_model_parallel_size=layout.tp,
+        data_parallel_size=layout.dp,
+        pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        layers_by_stage=model.layers,
+        groups=rank_groups(layout),
+    )
