@@ -38,11 +38,12 @@ from megatron_prefix.tasks import sort_chain
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.py"
 WARMUP_STEPS, SHORT, FULL = 10, 9, sort_chain.RESPONSE_LENGTH
+_FULL = ("prefix.policy=fixed", f"prefix.min_length={FULL}")
 _PROBED = "log.probe_interval=10"
 _ADAPTIVE, _ON_TAIL = ("prefix.policy=adaptive", _PROBED), ("shrink", "grow", "hold")
 _CUT = ("prefix.cut_off.rule=surprisal", "prefix.cut_off.window=8", "prefix.cut_off.min_tokens=9")
 POLICIES: dict[str, tuple[str, ...]] = {
-    "full": ("prefix.policy=fixed", f"prefix.min_length={FULL}"),
+    "full": _FULL,
     "fixed": ("prefix.policy=fixed",),
     "fixed_37": ("prefix.policy=fixed", "prefix.min_length=37"),
     "linear": ("prefix.policy=linear", "prefix.linear.over=0.8"),
@@ -54,7 +55,8 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "marginal": ("prefix.policy=marginal", "prefix.min_length=4"),
     **{f"adaptive_{to}": (*_ADAPTIVE, f"prefix.adaptive.on_tail={to}") for to in _ON_TAIL},
     "audited": ("prefix.policy=audited", _PROBED),
-    "cut": ("prefix.policy=fixed", f"prefix.min_length={FULL}", *_CUT),
+    **{f"full_{to}": (*_FULL, f"loss.weights.rule={to}") for to in ("discrepancy", "change_point")},
+    "cut": (*_FULL, *_CUT),
     "window": ("prefix.policy=window", f"prefix.window.start={FULL - SHORT}"),
 }
 DEFAULT = ("full", "fixed", "linear", "adaptive", "anchored", "late", "marginal")

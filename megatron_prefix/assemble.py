@@ -227,7 +227,12 @@ def _conductor(
         Staff(
             policy=build_policy(recipe.prefix, recipe.train.steps),
             source=_source(recipe, folder, endpoints, stops, tokenizer, stack),
-            ledger=Ledger(student, teacher, recipe.prefix.max_length),
+            ledger=Ledger(
+                student,
+                teacher,
+                recipe.prefix.max_length,
+                teacher_heads=1 if recipe.loss.weights.rule == "uniform" else 2,
+            ),
             open_log=lambda step: RunLog(
                 folder, recipe.log, recipe.train.steps, console=get_console(), resume_step=step
             ),

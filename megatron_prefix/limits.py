@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.device": ("auto", "cuda", "cpu"),
     "rollout.dtype": ("auto", *_DTYPES, "fp16"),
     "rollout.weight_sync": ("distributed", "disk"),
+    "loss.weights.rule": ("uniform", "discrepancy", "change_point"),
     "loss.divergence": ("reverse_kl", "forward_kl", "jsd"),
     "optimizer.lr_decay_style": ("linear", "cosine", "constant", "inverse-square-root"),
 }
@@ -97,6 +98,10 @@ RANGES: dict[str, Range] = {
     "loss.beta": Range(0, 1, open_low=True, open_high=True),
     "loss.temperature": _POSITIVE,
     "loss.chunk_size": _NOT_NEGATIVE,
+    "loss.weights.scale": _POSITIVE,
+    "loss.weights.floor": Range(0, 1, open_low=True),
+    "loss.weights.min_tokens": _COUNT,
+    "loss.weights.strength": _POSITIVE,
     "optimizer.lr": _FINITE,
     "optimizer.min_lr": _FINITE,
     "optimizer.lr_warmup_steps": _NOT_NEGATIVE,

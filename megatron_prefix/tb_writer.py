@@ -87,6 +87,7 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
         "prefix/length": metrics.prefix_length,
         "prefix/cut_fraction": metrics.cut_fraction,
         "prefix/cut_off_fraction": metrics.cut_off_fraction,
+        "prefix/effective_token_share": metrics.effective_share,
         "prefix/prefix_tokens": metrics.prefix_tokens,
         "prefix/prompt_tokens": metrics.prompt_tokens,
         "rollout/policy_version": metrics.policy_version,

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
 from megatron_prefix.modes import asks_servers, probe_due
 from megatron_prefix.orders import Order, microbatches, share_order
 from megatron_prefix.phases import Phases
+from megatron_prefix.reweigh import Weighted, reweigh
 from megatron_prefix.student import Objective, PrefixSums, forward_backward, score
 from megatron_prefix.teacher import Teacher
 from megatron_prefix.types import PrefixBatch, StepMetrics, Targets
@@ -101,11 +102,12 @@ class Trainer:
             parts.publisher.prepare()
         with phases.phase("teacher"):
             targets = None if order.supervised else self._targets(order, plan)
+            weighted = self._weighted(self._own_batches(order, plan), targets)
         with phases.phase("student"):
             sums = forward_backward(
                 parts.student,
-                self._own_batches(order, plan),
-                targets,
+                weighted.batches,
+                weighted.targets,
                 parts.objective,
                 order.prefix_length,
             )
@@ -115,7 +117,7 @@ class Trainer:
         with phases.phase("sync"):
             self._sync(update)
         self._step += 1
-        return self._report(order, sums, update, lr, phases)
+        return self._report(order, sums, weighted, update, lr, phases)
 
     def _sync(self, update: UpdateResult) -> None:
         """The servers hold the newest weights whenever they are asked, and may lag until then."""
@@ -143,6 +145,12 @@ class Trainer:
         own = plan.of_replica(groups.dp_rank, groups.layout.dp)
         return [pack(order.rollouts, plan, m, self._parts.device) for m in own]
 
+    def _weighted(self, batches: list[PrefixBatch], targets: Iterable[Targets] | None) -> Weighted:
+        weights, parts = self._recipe.loss.weights, self._parts
+        if targets is None or weights.rule == "uniform":
+            return Weighted(batches, targets, effective_share=1.0)
+        return reweigh(parts.student.model, batches, list(targets), parts.objective, weights)
+
     def _update(self, sums: PrefixSums) -> UpdateResult:
         if math.isfinite(sums.loss):
             return self._parts.student.update()
@@ -150,11 +158,17 @@ class Trainer:
         return UpdateResult(grad_norm=math.nan, updated=False)
 
     def _report(
-        self, order: Order, sums: PrefixSums, update: UpdateResult, lr: float, phases: Phases
+        self,
+        order: Order,
+        sums: PrefixSums,
+        weighted: Weighted,
+        update: UpdateResult,
+        lr: float,
+        phases: Phases,
     ) -> StepMetrics:
-        metrics = step_metrics(
-            self._step, order, sums, update, lr, self._policy_version - update.updated
-        )
+        sampled_version = self._policy_version - update.updated
+        metrics = step_metrics(self._step, order, sums, update, lr, sampled_version)
+        metrics = replace(metrics, effective_share=weighted.effective_share)
         if self._parts.conductor:
             metrics = self._parts.conductor.record(metrics, order, phases)
         self._stop_on_trouble(metrics, sums)
@@ -214,14 +228,9 @@ class Trainer:
         batches = self._own_batches(order, plan)
         targets = self._targets(order, plan)
         if order.audit_length:
+            both = list(targets)  # gone over twice
             return audit_gradients(
-                # It goes over them twice.
-                parts.student,
-                batches,
-                list(targets),
-                parts.objective,
-                length,
-                order.audit_length,
+                parts.student, batches, both, parts.objective, length, order.audit_length
             )
         return Audit(score(parts.student, batches, targets, parts.objective, length), math.nan)
 

@@ -139,6 +139,7 @@ class StepMetrics:
     flops: Flops = Flops()
     flops_full: Flops = Flops()  # the same step's full-length counterfactual
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    effective_share: float = 1.0  # of the tokens in the loss; 1: all count alike
     cut_off_fraction: float = 0.0  # of rollouts that a per-rollout rule ended early
     supervised: bool = False  # loss and kl_by_position are cross-entropies
     written_fraction: float = 0.0  # of the rollouts

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/configuration.md out of megatron_prefix/config.py and its comments.
+"""Writes the tables of docs/configuration.md out of the comments in config.py and its parts.
 
 Usage: tools/config_table.py [--check]      --check: write nothing, exit 1 where they differ
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prefix import config
+from megatron_prefix import config, config_prefix
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -28,7 +28,7 @@ class Row:
 
 
 class ConfigSource:
-    """config.py as text: its classes, and the comment that belongs to each line."""
+    """The settings' files as one text: its classes, and the comment that belongs to each line."""
 
     def __init__(self, source: str) -> None:
         nodes = ast.parse(source).body
@@ -99,7 +99,8 @@ def filled(page: str) -> str:
     head, _, rest = page.partition(BEGIN)
     _, mark, tail = rest.partition(END)
     assert mark, f"{PAGE.name} has lost its marks"
-    fresh = tables(ConfigSource(inspect.getsource(config)))
+    parts = (config_prefix, config)
+    fresh = tables(ConfigSource("".join(map(inspect.getsource, parts))))
     return f"{head}{BEGIN}\n\n{fresh}\n{END}{tail}"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from megatron_prefix.prefix.flops import (
     BACKWARD,
     ModelShape,
+    head_flops,
     rollout_flops,
     scored_flops,
     step_flops,
@@ -46,8 +47,13 @@ class StepCost:
 class Ledger:
     """Sums of the run so far. ``measure`` is pure; ``add`` enters a step, summed over all ranks."""
 
-    def __init__(self, student: ModelShape, teacher: ModelShape, max_length: int) -> None:
+    def __init__(
+        self, student: ModelShape, teacher: ModelShape, max_length: int, *, teacher_heads: int = 1
+    ) -> None:
+        """``teacher_heads``: how often a step applies the teacher's LM head to its positions; the
+        counterfactual does so once."""
         self._student, self._teacher, self._max_length = student, teacher, max_length
+        self._more_heads = teacher_heads - 1
         self._total = StepCost()
 
     @property
@@ -81,9 +87,10 @@ class Ledger:
         for rollout in rollouts:
             lengths = len(rollout.prompt_ids), len(rollout.prefix_ids)
             cost = rollout_flops(self._student, self._teacher, *lengths, loss_start)
+            heads = head_flops(self._teacher, max(lengths[1] - loss_start, 0))
             total += Flops(
                 rollout=0.0 if rollout.written else cost.rollout,
-                teacher=0.0 if supervised else cost.teacher,
+                teacher=0.0 if supervised else cost.teacher + self._more_heads * heads,
                 student=cost.student,
             )
         return total

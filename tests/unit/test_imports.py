@@ -21,7 +21,7 @@ IN_THE_SERVER = "rollout.cpu_engine"
 
 # From the bottom up: a module imports modules of its own layer and of those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "types", "exit_codes", "modes"),
+    ("config", "config_prefix", "types", "exit_codes", "modes"),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
     ("recipe", "cluster", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
@@ -37,11 +37,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report_arguments",
     )
     + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run"),
-    ("alarms", "prefix_checks"),
+    ("alarms", "prefix_checks", "token_weights"),
     ("mcore",),
     ("validate_data",),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
-    ("teacher", "student", "agreement", "publisher"),
+    ("teacher", "student", "agreement", "reweigh", "publisher"),
     ("conductor", "trainer", "teacher_loop"),
     ("assemble", "worker"),
     ("agent",),
@@ -61,7 +61,10 @@ ONLY = {"recipe": ("config",), "cluster": ("config", "modes"), "loss": ("loss",)
 ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes"), "modes": ("config",)}
 # Importing these may bring Megatron along; importing any other must not.
 NEEDS_MEGATRON = ("mcore", "teacher", "student", "agreement", "publisher", "trainer", "assemble")
-NEEDS_MEGATRON += ("teacher_loop",)
+NEEDS_MEGATRON += (
+    "reweigh",
+    "teacher_loop",
+)
 WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "limits", "plan")
 WITHOUT_TORCH += (
     "placement",
