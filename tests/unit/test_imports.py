@@ -38,6 +38,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     )
     + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run"),
     ("alarms", "prefix_checks", "token_weights"),
+    ("alarms", "prefix_checks"),
+    + ("sources", "written", "write_answers", "evaluate", "pass_at_k", "eval_run"),
     ("mcore",),
     ("validate_data",),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
