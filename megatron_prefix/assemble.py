@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rich import get_console
 
 from megatron_prefix.conductor import Conductor, Evaluator, Prober, Staff
-from megatron_prefix.config import Recipe
+from megatron_prefix.config import DataConfig, Recipe
 from megatron_prefix.evaluate import EvalResult, evaluate, write_samples
 from megatron_prefix.jsonl import EVALUATION_FOLDER
 from megatron_prefix.mcore import fp8
@@ -62,6 +62,7 @@ from megatron_prefix.teacher import (
     load_teacher_head,
 )
 from megatron_prefix.teacher_loop import TeacherLoop
+from megatron_prefix.teacher_prompts import teacher_readers
 from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
 from megatron_prefix.trainer import Parts, Publisher, Trainer
 from megatron_prefix.types import Prompt, Rollout, TeacherHead
@@ -261,12 +262,18 @@ def _source(
         vocab_size = read_hf_model(recipe.student.hf_path).shape.vocab_size
         cut_off = build_cut_off(recipe.prefix.cut_off, vocab_size)
         collector = stack.enter_context(Collector(endpoints, recipe.rollout, stops, cut_off))
-        prompts = PromptStream(recipe.data, tokenizer)
+        prompts = _prompts(recipe, recipe.data, tokenizer)
         supplies["sampled"] = ServerSource(recipe, prompts, collector)
     if needs_written(recipe):
         supplies["written"] = WrittenSource(recipe, tokenizer, stops)
     source = ModeSource(recipe, supplies)
     return RecordedSource(source, folder / "rollouts") if recipe.rollout.record else source
+
+
+def _prompts(
+    recipe: Recipe, data: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> PromptStream:
+    return PromptStream(data, tokenizer, readers=teacher_readers(recipe, data, tokenizer))
 
 
 def _evaluator(
@@ -309,7 +316,7 @@ def _prober(
     single = replace(recipe.rollout, samples_per_prompt=1, over_sample=1.0)
     collector = stack.enter_context(Collector(endpoints, single, stops))
     data = replace(recipe.data, seed=recipe.data.seed + 1)
-    prompts = PromptStream(data, tokenizer).take(recipe.log.probe_rollouts)
+    prompts = _prompts(recipe, data, tokenizer).take(recipe.log.probe_rollouts)
 
     def run(policy_version: int) -> list[Rollout]:
         length = recipe.prefix.max_length

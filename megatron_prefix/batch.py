@@ -4,7 +4,7 @@ Legend: T packed tokens of a microbatch, B sequences, N prefix positions, P prom
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ class MicrobatchPlan:
     tokens: int  # T of every microbatch of the step
     loss_tokens: int  # over all microbatches: the one denominator
     loss_start: int = 0  # prefix positions before it are fed and not scored
+    multiple: int = 1  # of which T is one
 
     def of_replica(self, dp_rank: int, dp: int) -> range:
         """The microbatches of one of the student's ``dp`` data-parallel ranks."""
@@ -55,7 +56,27 @@ def plan_microbatches(
         members[target].append(index)
         filled[target] += lengths[index]
     tokens = -(-max(filled) // multiple) * multiple
-    return MicrobatchPlan(tuple(tuple(sorted(m)) for m in members), tokens, loss_tokens, loss_start)
+    order = tuple(tuple(sorted(m)) for m in members)
+    return MicrobatchPlan(order, tokens, loss_tokens, loss_start, multiple)
+
+
+def as_teacher_reads(
+    rollouts: Sequence[Rollout], plan: MicrobatchPlan
+) -> tuple[Sequence[Rollout], MicrobatchPlan]:
+    """The same prefixes after the teacher's own prompts, in the same microbatches.
+
+    N and the order of the prefix positions stay, so what the teacher says of them goes with the
+    student's positions one to one; T is the teacher's own.
+    """
+    if not any(rollout.teacher_prompt_ids for rollout in rollouts):
+        return rollouts, plan
+    theirs = [
+        replace(rollout, prompt_ids=rollout.teacher_prompt_ids or rollout.prompt_ids)
+        for rollout in rollouts
+    ]
+    filled = (sum(sequence_length(theirs[index]) for index in m) for m in plan.members)
+    tokens = -(-max(filled) // plan.multiple) * plan.multiple
+    return theirs, replace(plan, tokens=tokens)
 
 
 def count_loss_tokens(rollouts: Sequence[Rollout], loss_start: int) -> int:

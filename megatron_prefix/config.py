@@ -7,6 +7,9 @@ sense; each field's comment says what it means then. Names that Megatron has are
 
 from dataclasses import dataclass, field
 
+from megatron_prefix.config_modes import ModeConfig
+from megatron_prefix.config_modes import TeacherPromptConfig as TeacherPromptConfig
+from megatron_prefix.config_modes import WrittenConfig as WrittenConfig
 from megatron_prefix.config_prefix import AdaptiveConfig as AdaptiveConfig
 from megatron_prefix.config_prefix import AnchoredConfig as AnchoredConfig
 from megatron_prefix.config_prefix import AuditedConfig as AuditedConfig
@@ -67,31 +70,6 @@ class DataConfig:
     overlong: str = "drop"  # drop (counted and logged) | error
     seed: int = 0  # of the shuffle
     shuffle: bool = True
-
-
-@dataclass(frozen=True)
-class WrittenConfig:
-    """Prefixes that are there before the run, each with its prompt: what a teacher wrote
-    (``tools/write_answers.py``) or a person."""
-
-    path: str = ""  # as data.path; empty: the rows of data.path
-    name: str = ""  # the hub data set's configuration
-    split: str = "train"
-    prompt_column: str = "prompt"
-    # A column of texts, each ended by the student's stop token, or of token ids, taken as they are.
-    answer_column: str = "answer"
-
-
-@dataclass(frozen=True)
-class ModeConfig:
-    """Who writes a step's prefixes, and what the student learns from them."""
-
-    # on_policy: the student samples | off_policy: they are written beforehand | mixed: some of each
-    # batch are; the divergence to the teacher in all three | sft: written, cross-entropy
-    name: str = "on_policy"
-    written_share: float = 0.5  # mixed: of the rollouts
-    warmup_steps: int = 0  # steps as in sft before the mode begins
-    written: WrittenConfig = field(default_factory=WrittenConfig)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What rank 0 decides and every rank does: one broadcast a step over a group for host data."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -30,8 +31,8 @@ class Order:
 class _Packed:
     """Rollouts as flat arrays: pickling Python numbers one by one takes seconds at scale."""
 
-    lengths: np.ndarray  # int64 [rollouts, 2]: prompt, prefix
-    ids: np.ndarray  # int64, prompt then prefix of each
+    lengths: np.ndarray  # int64 [rollouts, 3]: prompt, prefix, teacher's prompt
+    ids: np.ndarray  # int64, prompt, prefix and teacher's prompt of each
     logprobs: np.ndarray  # float32
     versions: np.ndarray  # int64 [rollouts]
     prompts: np.ndarray  # int64 [rollouts]
@@ -78,11 +79,12 @@ def _broadcast(order: Order, group: dist.ProcessGroup) -> None:
 
 
 def _pack(rollouts: Sequence[Rollout]) -> _Packed:
-    ids = [np.asarray((*r.prompt_ids, *r.prefix_ids), np.int64) for r in rollouts]
+    parts = [(r.prompt_ids, r.prefix_ids, r.teacher_prompt_ids) for r in rollouts]
+    ids = [np.asarray(list(itertools.chain(*each)), np.int64) for each in parts]
     logprobs = [np.asarray(r.rollout_logprobs, np.float32) for r in rollouts]
-    lengths = [(len(r.prompt_ids), len(r.prefix_ids)) for r in rollouts]
+    lengths = [tuple(map(len, each)) for each in parts]
     return _Packed(
-        lengths=np.asarray(lengths, np.int64).reshape(-1, 2),
+        lengths=np.asarray(lengths, np.int64).reshape(-1, 3),
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int64),
         logprobs=np.concatenate(logprobs) if logprobs else np.zeros(0, np.float32),
         versions=np.asarray([r.policy_version for r in rollouts], np.int64),
@@ -94,18 +96,20 @@ def _pack(rollouts: Sequence[Rollout]) -> _Packed:
 
 def _unpack(packed: _Packed) -> tuple[Rollout, ...]:
     rollouts, at, scored = [], 0, 0
-    for index, (prompt, prefix) in enumerate(packed.lengths.tolist()):
-        ids = packed.ids[at : at + prompt + prefix].tolist()
+    for index, (prompt, prefix, teacher) in enumerate(packed.lengths.tolist()):
+        length = prompt + prefix + teacher
+        ids = packed.ids[at : at + length].tolist()
         rollouts.append(
             Rollout(
                 prompt_ids=tuple(ids[:prompt]),
-                prefix_ids=tuple(ids[prompt:]),
+                prefix_ids=tuple(ids[prompt : prompt + prefix]),
                 rollout_logprobs=tuple(packed.logprobs[scored : scored + prefix].tolist()),
                 finish_reason=packed.reasons[index],
                 policy_version=int(packed.versions[index]),
                 prompt_index=int(packed.prompts[index]),
                 written=bool(packed.written[index]),
+                teacher_prompt_ids=tuple(ids[prompt + prefix :]),
             )
         )
-        at, scored = at + prompt + prefix, scored + prefix
+        at, scored = at + length, scored + prefix
     return tuple(rollouts)

@@ -54,8 +54,10 @@ def open_prompts(recipe: Recipe) -> "PromptStream":
     """The prompts to sample from, or, where none is sampled from, those of the written answers;
     ValueError as in :func:`check_data_sets`."""
     from megatron_prefix.prompts import PromptStream
+    from megatron_prefix.teacher_prompts import teacher_readers
     from megatron_prefix.tokenizers import load_tokenizer
     from megatron_prefix.written import written_data
 
     data = recipe.data if needs_prompts(recipe) else written_data(recipe)
-    return PromptStream(data, load_tokenizer(recipe.student.hf_path))
+    tokenizer = load_tokenizer(recipe.student.hf_path)
+    return PromptStream(data, tokenizer, readers=teacher_readers(recipe, data, tokenizer))

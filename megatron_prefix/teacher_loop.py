@@ -2,6 +2,7 @@
 
 import torch.distributed as dist
 
+from megatron_prefix.batch import as_teacher_reads
 from megatron_prefix.config import TrainConfig
 from megatron_prefix.orders import Order, microbatches, share_order
 from megatron_prefix.teacher import TeacherRank
@@ -34,7 +35,7 @@ class TeacherLoop:
                 return False
             if order.rollouts and not order.supervised:
                 plan = microbatches(order, self._train, self._token_multiple)
-                self._teacher.score(order.rollouts, plan)
+                self._teacher.score(*as_teacher_reads(order.rollouts, plan))
 
 
 def _not_here() -> Order:

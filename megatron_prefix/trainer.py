@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prefix.agreement import Audit, audit_gradients
-from megatron_prefix.batch import MicrobatchPlan, pack
+from megatron_prefix.batch import MicrobatchPlan, as_teacher_reads, pack
 from megatron_prefix.conductor import Conductor
 from megatron_prefix.config import Recipe
 from megatron_prefix.mcore.checkpoint import Checkpointer
@@ -135,7 +135,7 @@ class Trainer:
 
     def _targets(self, order: Order, plan: MicrobatchPlan) -> Iterable[Targets]:
         assert self._parts.teacher is not None
-        return self._parts.teacher.targets(order.rollouts, plan)
+        return self._parts.teacher.targets(*as_teacher_reads(order.rollouts, plan))
 
     def _plan(self, order: Order) -> MicrobatchPlan:
         return microbatches(order, self._recipe.train, self._parts.token_multiple)

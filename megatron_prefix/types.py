@@ -24,6 +24,7 @@ class Prompt:
     row: int  # its row in the data set
     input_ids: tuple[int, ...]  # [P]
     answer_ids: tuple[int, ...] = ()  # the written answer, where the data set has one
+    teacher_ids: tuple[int, ...] = ()  # the teacher's prompt, where it is another one
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Rollout:
     policy_version: int  # of the weights that sampled the last token
     prompt_index: int
     written: bool = False  # before the run: no server sampled it, and rollout_logprobs are NaN
+    teacher_prompt_ids: tuple[int, ...] = ()  # what the teacher reads instead; empty: the same
 
 
 @dataclass(frozen=True)

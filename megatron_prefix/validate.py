@@ -268,13 +268,16 @@ def _stages(hf: "HfModel", model: ModelConfig, owner: str) -> tuple[int, ...]:
 
 def _check_context(recipe: Recipe, hf: "HfModel", owner: str) -> None:
     context, prompt = hf.shape.max_position_embeddings, recipe.data.max_prompt_length
+    longest = "data.max_prompt_length"
+    if owner == "teacher" and recipe.mode.teacher_prompt.max_length:
+        longest, prompt = "mode.teacher_prompt.max_length", recipe.mode.teacher_prompt.max_length
     answers = {"prefix.max_length": recipe.prefix.max_length}
     if owner == "student" and recipe.eval.path:
         answers["eval.max_new_tokens"] = recipe.eval.max_new_tokens
     for key, length in answers.items():
         if prompt + length > context:
             raise ValueError(
-                f"data.max_prompt_length={prompt} + {key}={length} is above "
+                f"{longest}={prompt} + {key}={length} is above "
                 f"max_position_embeddings={context} of {owner}.hf_path={hf.path}; shorten one"
             )
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.config import DataConfig, Recipe
 from megatron_prefix.data_source import Row, open_source, require_columns
-from megatron_prefix.prompts import PromptStream, RowReader
+from megatron_prefix.prompts import PromptStream
+from megatron_prefix.teacher_prompts import teacher_readers
 from megatron_prefix.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -104,7 +105,6 @@ class WrittenSource:
         recipe: Recipe,
         tokenizer: "PreTrainedTokenizerBase",
         stop_token_ids: Sequence[int],
-        readers: Sequence[RowReader] = (),
     ) -> None:
         data, stops = written_data(recipe), tuple(stop_token_ids)
         self._stop_token_ids = frozenset(stops)
@@ -113,7 +113,10 @@ class WrittenSource:
             # The rows that are sampled come in the seed's own order.
             data = replace(data, seed=data.seed + 1)
         self._prompts = PromptStream(
-            data, tokenizer, readers=(reader, *readers), section=_section(recipe)
+            data,
+            tokenizer,
+            readers=(reader, *teacher_readers(recipe, data, tokenizer)),
+            section=_section(recipe),
         )
 
     def take(self, count: int, prefix_length: int, policy_version: int) -> list[Rollout]:
@@ -131,6 +134,7 @@ class WrittenSource:
             policy_version=policy_version,
             prompt_index=prompt.index,
             written=True,
+            teacher_prompt_ids=prompt.teacher_ids,
         )
 
     def state_dict(self) -> dict[str, Any]:

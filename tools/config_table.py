@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prefix import config, config_prefix
+from megatron_prefix import config, config_modes, config_prefix
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -99,7 +99,7 @@ def filled(page: str) -> str:
     head, _, rest = page.partition(BEGIN)
     _, mark, tail = rest.partition(END)
     assert mark, f"{PAGE.name} has lost its marks"
-    parts = (config_prefix, config)
+    parts = (config_modes, config_prefix, config)
     fresh = tables(ConfigSource("".join(map(inspect.getsource, parts))))
     return f"{head}{BEGIN}\n\n{fresh}\n{END}{tail}"
 

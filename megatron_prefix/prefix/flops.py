@@ -147,14 +147,6 @@ def rollout_flops(
     )
 
 
-def scored_flops(
-    student: ModelShape, teacher: ModelShape, lengths: Iterable[tuple[int, int]]
-) -> Flops:
-    """Rollouts that are scored and not trained on: the student goes forward alone."""
-    trained = step_flops(student, teacher, lengths)
-    return Flops(trained.rollout, trained.teacher, trained.student / BACKWARD)
-
-
 def step_flops(
     student: ModelShape,
     teacher: ModelShape,

@@ -8,14 +8,7 @@ by itself keeps its length; one that the prefix length, a cut or an abort ended 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from megatron_prefix.prefix.flops import (
-    BACKWARD,
-    ModelShape,
-    head_flops,
-    rollout_flops,
-    scored_flops,
-    step_flops,
-)
+from megatron_prefix.prefix.flops import BACKWARD, ModelShape, head_flops, rollout_flops
 from megatron_prefix.types import Flops, Rollout
 
 
@@ -68,42 +61,44 @@ class Ledger:
         Written prefixes cost no sampling, a ``supervised`` step no teacher. The counterfactual is
         full-length on-policy distillation all the same.
         """
-        rollouts, spent, full = tuple(rollouts), [], []
+        total = StepCost()
         for rollout in rollouts:
-            prompt, prefix = len(rollout.prompt_ids), len(rollout.prefix_ids)
+            prefix = len(rollout.prefix_ids)
             by_itself = rollout.finish_reason == "stop"
-            spent.append((prompt, prefix))
-            full.append((prompt, prefix if by_itself else max(prefix, self._max_length)))
-        return StepCost(
-            flops=self._spent(rollouts, loss_start, supervised),
-            flops_full=step_flops(self._student, self._teacher, full),
-            prompt_tokens=sum(prompt for prompt, _ in spent),
-            prefix_tokens=sum(prefix for _, prefix in spent),
-            full_tokens=sum(prefix for _, prefix in full),
-        )
-
-    def _spent(self, rollouts: Iterable[Rollout], loss_start: int, supervised: bool) -> Flops:
-        total = Flops()
-        for rollout in rollouts:
-            lengths = len(rollout.prompt_ids), len(rollout.prefix_ids)
-            cost = rollout_flops(self._student, self._teacher, *lengths, loss_start)
-            heads = head_flops(self._teacher, max(lengths[1] - loss_start, 0))
-            total += Flops(
+            full = prefix if by_itself else max(prefix, self._max_length)
+            cost = self._flops(rollout, prefix, loss_start)
+            heads = head_flops(self._teacher, max(prefix - loss_start, 0))
+            spent = Flops(
                 rollout=0.0 if rollout.written else cost.rollout,
                 teacher=0.0 if supervised else cost.teacher + self._more_heads * heads,
                 student=cost.student,
             )
+            prompt = len(rollout.prompt_ids)
+            total += StepCost(spent, self._flops(rollout, full, 0), prompt, prefix, full)
         return total
+
+    def _flops(self, rollout: Rollout, prefix_tokens: int, loss_start: int) -> Flops:
+        """Of a rollout that is sampled, scored and trained on; the teacher may read a prompt of
+        its own."""
+        prompt = len(rollout.prompt_ids)
+        own = len(rollout.teacher_prompt_ids) or prompt
+        models = self._student, self._teacher
+        cost = rollout_flops(*models, prompt, prefix_tokens, loss_start)
+        if own == prompt:
+            return cost
+        teacher = rollout_flops(*models, own, prefix_tokens, loss_start).teacher
+        return Flops(cost.rollout, teacher, cost.student)
 
     def measure_probe(self, rollouts: Iterable[Rollout], gradients: int = 0) -> Flops:
         """What rollouts cost that are scored and not trained on; never part of the total.
 
         ``gradients``: passes forward and backward that were made instead of the one forward.
         """
-        lengths = [(len(rollout.prompt_ids), len(rollout.prefix_ids)) for rollout in rollouts]
-        scored = scored_flops(self._student, self._teacher, lengths)
+        total = Flops()
+        for rollout in rollouts:
+            total += self._flops(rollout, len(rollout.prefix_ids), 0)
         passes = BACKWARD * gradients or 1
-        return replace(scored, student=scored.student * passes)
+        return replace(total, student=total.student / BACKWARD * passes)
 
     def add(self, cost: StepCost) -> None:
         self._total += cost

@@ -248,6 +248,7 @@ def _usable(
             finish_reason=generation.finish_reason,
             policy_version=generation.policy_version,
             prompt_index=job.prompt.index,
+            teacher_prompt_ids=job.prompt.teacher_ids,
         )
         for job, generation in zip(jobs, generations, strict=True)
         if _finished(generation)

@@ -74,6 +74,8 @@ def _arrays(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
         "policy_versions": each([rollout.policy_version for rollout in rollouts], np.int64),
         "prompt_indices": each([rollout.prompt_index for rollout in rollouts], np.int64),
         "written": each([rollout.written for rollout in rollouts], np.int8),
+        "teacher_prompt_ids": flat([r.teacher_prompt_ids for r in rollouts], np.int32),
+        "teacher_prompt_lengths": each([len(r.teacher_prompt_ids) for r in rollouts], np.int32),
     }
 
 
@@ -90,8 +92,9 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
             policy_version=version,
             prompt_index=index,
             written=bool(written),
+            teacher_prompt_ids=tuple(teacher_prompt),
         )
-        for prompt, prefix, logprob, reason, version, index, written in zip(
+        for prompt, prefix, logprob, reason, version, index, written, teacher_prompt in zip(
             prompts,
             prefixes,
             logprobs,
@@ -99,6 +102,7 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
             arrays["policy_versions"].tolist(),
             arrays["prompt_indices"].tolist(),
             arrays["written"].tolist(),
+            _cut(arrays["teacher_prompt_ids"], arrays["teacher_prompt_lengths"]),
             strict=True,
         )
     ]

@@ -14,7 +14,7 @@ ROLLOUTS = [
     Rollout((9,), (2,), (-0.0,), "stop", 8, 1),
     Rollout((9, 9), (3, 3), LOGPROBS[:2], "abort", 8, 2),
     Rollout((8,), (), (), "cut", 0, 3),
-    Rollout((8,), (4,), (-2.0,), "length", 0, 4, written=True),
+    Rollout((8,), (4,), (-2.0,), "length", 0, 4, written=True, teacher_prompt_ids=(5, 6)),
 ]
 
 

@@ -209,6 +209,17 @@ def test_written_prefixes_cost_no_sampling_and_supervised_steps_no_teacher() -> 
     assert mixed.rollout == whole.rollout and mixed.teacher == 2 * whole.teacher
 
 
+def test_a_teachers_own_prompt_costs_the_teacher_alone() -> None:
+    ledger = Ledger(STUDENT, TEACHER, max_length=75)
+    plain = rollout(14, 9, "length")
+    longer = replace(plain, teacher_prompt_ids=(1,) * 40)
+    ours, theirs = ledger.measure([plain]).flops, ledger.measure([longer]).flops
+    assert (theirs.rollout, theirs.student) == (ours.rollout, ours.student)
+    assert theirs.teacher == rollout_flops(STUDENT, TEACHER, 40, 9).teacher > ours.teacher
+    probe = ledger.measure_probe([longer])
+    assert (probe.teacher, probe.student) == (theirs.teacher, theirs.student / 3)
+
+
 def test_ledger_at_full_length_is_its_own_counterfactual() -> None:
     cost = Ledger(STUDENT, TEACHER, max_length=75).measure(
         [rollout(14, 75, "length"), rollout(3, 75, "stop")]

@@ -21,7 +21,7 @@ IN_THE_SERVER = "rollout.cpu_engine"
 
 # From the bottom up: a module imports modules of its own layer and of those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "config_prefix", "types", "exit_codes", "modes"),
+    ("config", "config_modes", "config_prefix", "types", "exit_codes", "modes"),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
     ("recipe", "cluster", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
@@ -36,10 +36,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report",
         "report_arguments",
     )
-    + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run"),
+    + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run")
+    + ("teacher_prompts", "write_answers"),
     ("alarms", "prefix_checks", "token_weights"),
-    ("alarms", "prefix_checks"),
-    + ("sources", "written", "write_answers", "evaluate", "pass_at_k", "eval_run"),
     ("mcore",),
     ("validate_data",),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),

@@ -32,6 +32,7 @@ TEXTS_OF_THE_USER = (
     "run.name run.output_dir student.hf_path teacher.hf_path data.path data.name data.split "
     "data.prompt_column data.system_prompt mode.written.path mode.written.name "
     "mode.written.split mode.written.prompt_column mode.written.answer_column "
+    "mode.teacher_prompt.template mode.teacher_prompt.system_prompt "
     "prefix.policy rollout.replay rollout.api_key_file "
     "eval.path eval.split eval.prompt_column eval.answer_column eval.scorer"
 ).split()

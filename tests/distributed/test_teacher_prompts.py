@@ -1,0 +1,89 @@
+"""A teacher that reads another prompt scores as transformers does on that prompt."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_prefix.batch import as_teacher_reads, pack, plan_microbatches
+from megatron_prefix.student import PrefixSums, forward_backward
+from megatron_prefix.types import Rollout
+from tests.distributed.ranks import run_ranks
+from tests.distributed.world import (
+    CPU,
+    LONGEST_PREFIX,
+    MICROBATCHES,
+    Case,
+    World,
+    model_config,
+    rollouts,
+)
+from tests.tiny_models import write_tiny_qwen3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    sizes = {"vocab_size": 62, "num_key_value_heads": 4}
+    student = write_tiny_qwen3(root / "student", num_hidden_layers=2, **sizes)
+    return student, write_tiny_qwen3(root / "teacher", hidden_size=96, seed=3, **sizes)
+
+
+def with_teacher_prompts() -> list[Rollout]:
+    """Longer ones, shorter ones, and every third rollout with none of its own."""
+    own = [tuple(range(3, 3 + 2 + 5 * index)) for index in range(8)]
+    return [
+        replace(each, teacher_prompt_ids=own[index] if index % 3 else ())
+        for index, each in enumerate(rollouts())
+    ]
+
+
+def step(case: Case, world_size: int) -> PrefixSums:
+    world, sampled = World.build(case, world_size), with_teacher_prompts()
+    groups = world.student.model.groups
+    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8)
+    mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
+    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    targets = world.teacher.targets(*as_teacher_reads(sampled, plan))
+    return forward_backward(world.student, batches, targets, world.objective, LONGEST_PREFIX)
+
+
+def expected(folders: tuple[Path, Path]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the KL and tokens by position, in fp64."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    student, teacher = (load(folder, dtype=torch.float64) for folder in folders)
+    kl, tokens = torch.zeros(2, LONGEST_PREFIX, dtype=torch.float64)
+    for each in with_teacher_prompts():
+        theirs = each.teacher_prompt_ids or each.prompt_ids
+        with torch.no_grad():
+            log_p, log_q = (
+                model(torch.tensor([(*prompt, *each.prefix_ids)[:-1]]))
+                .logits[0, len(prompt) - 1 :]
+                .log_softmax(-1)
+                for model, prompt in ((student, each.prompt_ids), (teacher, theirs))
+            )
+        values = (log_p.exp() * (log_p - log_q)).sum(-1)
+        kl[: len(values)] += values
+        tokens[: len(values)] += 1
+    return kl, tokens
+
+
+@pytest.mark.parametrize(
+    ("world_size", "student", "teacher"),
+    [(1, (1, 1), (1, 1)), (2, (2, 1), (1, 2)), (2, (1, 2), (2, 1))],
+    ids=["one rank", "tp2, teacher pp2", "pp2, teacher tp2"],
+)
+def test_every_position_is_compared_after_the_teachers_own_prompt(
+    folders: tuple[Path, Path],
+    world_size: int,
+    student: tuple[int, int],
+    teacher: tuple[int, int],
+) -> None:
+    case = Case(model_config(folders[0], *student), model_config(folders[1], *teacher))
+    kl, tokens = expected(folders)
+    for sums in run_ranks(world_size, step, case, world_size):
+        assert torch.equal(sums.tokens, tokens)
+        torch.testing.assert_close(sums.kl, kl, rtol=1e-5, atol=1e-6)
+        assert sums.loss == pytest.approx(float(kl.sum() / tokens.sum()), rel=1e-5)
