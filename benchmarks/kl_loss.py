@@ -1,10 +1,11 @@
-"""Time and memory of the vocab-parallel divergence on one CPU thread, fp32.
+"""Time, memory and error of the vocab-parallel divergence on one CPU thread, fp32.
 
     python benchmarks/kl_loss.py [--quick] [--json FILE]
 
 Each row is one way to get the loss and both of its gradients; ``over_gemms`` divides its CPU
-seconds by those of the four matrix products that any exact one-pass method must do. Peak memory is
-above the inputs, both gradients included. Errors are against fp64.
+seconds by those of the four matrix products that any exact one-pass method must do (medians of
+ratios within a round, so that a busy machine slows both). Peak memory is above the inputs, both
+gradients included. Errors are against fp64.
 
 | method | what it is |
 |---|---|
@@ -18,9 +19,11 @@ above the inputs, both gradients included. Errors are against fp64.
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import multiprocessing
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,21 +32,23 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
+from benchmarks.kl_checks import error_rows, errors, tensor_parallel_row
 from benchmarks.kl_methods import (
+    D_STUDENT,
     DIVERGENCES,
-    METHODS,
     Inputs,
-    full_logits,
     make_inputs,
     methods_for,
+    run_fresh,
 )
 from megatron_prefix.loss.task import CPU_LIMITS, chosen_chunk
 
-QUICK_SIZES = ((1024, 8192), (128, 151936))
-SIZES = ((1024, 8192), (2048, 8192), (1024, 32768), (128, 151936), (256, 151936))
+# Positions, vocabulary, rounds.
+QUICK_SIZES = ((512, 8192, 3), (64, 151936, 1))
+SIZES = ((1024, 8192, 7), (2048, 8192, 5), (1024, 32768, 5), (128, 151936, 5), (256, 151936, 3))
 ERRORS_UP_TO = 1 << 24  # logits; fp64 autograd on more needs gigabytes
+LIGER = "liger-kernel==0.8.5"
 
 
 @dataclass(frozen=True)
@@ -95,45 +100,41 @@ class Gemms:
             torch.addmm(self.dw, student.T, hidden, beta=float(at > 0), out=self.dw)
 
 
-def run_fresh(method: str, inputs: Inputs, divergence: str) -> Tensor:
-    inputs.hidden.grad = inputs.weight.grad = None
-    inputs.main_grad.zero_()
-    return METHODS[method](inputs, divergence)
-
-
 def measure_times(
-    positions: int, vocabulary: int, repeats: int
-) -> tuple[float, dict[tuple[str, str], float]]:
-    """Least CPU seconds of the GEMMs and of each (divergence, method), taken in turns."""
-    inputs = make_inputs(positions, vocabulary)
-    gemms, floor = Gemms(inputs), float("inf")
-    best: dict[tuple[str, str], float] = {}
-    for _ in range(repeats + 1):
-        floor = min(floor, gemms.seconds())
+    inputs: Inputs, gemms: Gemms, rounds: int
+) -> tuple[float, dict[tuple[str, str], tuple[float, float]]]:
+    """Least CPU seconds of the GEMMs; of each (divergence, method), taken in turns, the least
+    seconds and the median of their ratio to the round's GEMMs."""
+    floors: list[float] = []
+    taken: dict[tuple[str, str], list[float]] = {}
+    run_fresh("in_training", inputs, "jsd")  # what a run keeps, it has by its second step
+    for _ in range(rounds):
+        floors.append(gemms.seconds())
         for divergence in DIVERGENCES:
-            for method in methods_for(divergence):
+            for method in methods_for():
                 took = seconds_of(lambda m=method, d=divergence: run_fresh(m, inputs, d))
-                best[divergence, method] = min(best.get((divergence, method), took), took)
-    return floor, best
+                taken.setdefault((divergence, method), []).append(took)
+    ratios = {
+        pair: (min(times), statistics.median(t / f for t, f in zip(times, floors, strict=True)))
+        for pair, times in taken.items()
+    }
+    return min(floors), ratios
 
 
-def peak_mib(positions: int, vocabulary: int, divergence: str, method: str) -> float:
-    """In a process of its own, whose heap holds nothing that was freed before."""
+def peak_mib(inputs: Inputs, divergence: str, method: str) -> float:
+    """In a process of its own, which shares the inputs and has given back what was freed."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    arguments = (sender, positions, vocabulary, divergence, method)
-    child = context.Process(target=_send_peak, args=arguments)
+    child = context.Process(target=_send_peak, args=(sender, inputs, divergence, method))
     child.start()
     result = receiver.recv()
     child.join()
     return result
 
 
-def _send_peak(sender, positions: int, vocabulary: int, divergence: str, method: str) -> None:
-    torch.set_num_threads(1)
-    inputs = make_inputs(positions, vocabulary)
-    Gemms(inputs).run(positions)  # the BLAS's own work space stays
+def _send_peak(sender, inputs: Inputs, divergence: str, method: str) -> None:
     run_fresh(method, make_inputs(4, 64), divergence)
+    inputs.main_grad.zero_()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
     before = status_mib("VmRSS")
@@ -146,53 +147,66 @@ def status_mib(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
-def errors(positions: int, vocabulary: int, divergence: str, method: str) -> dict[str, float]:
-    """Against fp64 autograd: norms of differences over norms."""
-    if positions * vocabulary > ERRORS_UP_TO:
-        return {}
-    inputs = make_inputs(positions, vocabulary)
-    exact = Inputs(
-        inputs.hidden.detach().double().requires_grad_(),
-        inputs.weight.detach().double().requires_grad_(),
-        inputs.teacher_hidden.double(),
-        inputs.teacher_weight.double(),
-        inputs.token_weight.double(),
-        inputs.main_grad,
-        inputs.workspace,
-    )
-    loss, expected = run_fresh(method, inputs, divergence), full_logits(exact, divergence)
-    got = inputs.main_grad if inputs.weight.grad is None else inputs.weight.grad
-    return {
-        "value_error": _error(loss, expected),
-        "dh_error": _error(inputs.hidden.grad, exact.hidden.grad),
-        "dw_error": _error(got, exact.weight.grad),
-    }
-
-
-def _error(value: Tensor, expected: Tensor) -> float:
-    return float((value.detach().double() - expected.detach()).norm() / expected.detach().norm())
-
-
-def rows_for(positions: int, vocabulary: int, repeats: int) -> list[Row]:
+def rows_for(positions: int, vocabulary: int, rounds: int) -> list[Row]:
     size = positions, vocabulary
-    pairs = [(d, m) for d in DIVERGENCES for m in methods_for(d)]
-    peaks = {pair: peak_mib(*size, *pair) for pair in pairs}  # before this process's heap grows
-    floor, seconds = measure_times(*size, repeats)
+    inputs = make_inputs(*size)
+    gemms = Gemms(inputs)
+    gemms.run(positions)  # the BLAS's own work space stays, in the children too
+    pairs = [(d, m) for d in DIVERGENCES for m in methods_for()]
+    peaks = {pair: peak_mib(inputs, *pair) for pair in pairs}  # before this process's heap grows
+    floor, times = measure_times(inputs, gemms, rounds)
     rows = [Row(*size, "", "gemms", floor, 1.0, 0.0)]
     for pair in pairs:
-        told = errors(*size, *pair)
-        rows.append(Row(*size, *pair, seconds[pair], seconds[pair] / floor, peaks[pair], **told))
+        told = errors(inputs, *pair) if positions * vocabulary <= ERRORS_UP_TO else ()
+        rows.append(Row(*size, *pair, *times[pair], peaks[pair], *told))
     return rows
 
 
-def print_table(rows: list[Row]) -> None:
-    table = Table(title="Divergence over the vocabulary: one CPU thread, fp32, d 256 and 384")
-    names = list(asdict(rows[0]))
-    for name in names:
-        table.add_column(name)
+@dataclass(frozen=True)
+class Against:
+    """How many times ``one_pass`` is faster and smaller; ``in_training`` over the GEMMs."""
+
+    positions: int
+    vocabulary: int
+    divergence: str
+    in_training_over_gemms: float
+    one_pass_over_gemms: float
+    full_logits_time: float
+    full_logits_peak: float
+    saved_logits_time: float
+    saved_logits_peak: float
+    liger_time: float | None
+    liger_peak: float | None
+    doubled: float | None  # peak at twice the positions, less the larger dh, over the peak
+
+
+def compare(rows: list[Row]) -> list[Against]:
+    found = {(r.positions, r.vocabulary, r.divergence, r.method): r for r in rows}
+    result = []
+    for (positions, vocabulary, divergence, method), own in found.items():
+        if method != "one_pass":
+            continue
+        key = positions, vocabulary, divergence
+        others = (found.get((*key, name)) for name in ("full_logits", "saved_logits", "liger"))
+        ratios: list[float | None] = []
+        for other in others:
+            ratios.append(other.over_gemms / own.over_gemms if other else None)
+            ratios.append(other.peak_mib / own.peak_mib if other else None)
+        double, doubled = found.get((2 * positions, vocabulary, divergence, method)), None
+        if double is not None:
+            doubled = (double.peak_mib - positions * D_STUDENT * 4 / 2**20) / own.peak_mib
+        trained = found[*key, "in_training"].over_gemms
+        result.append(Against(*key, trained, own.over_gemms, *ratios, doubled))
+    return result
+
+
+def print_table(title: str, rows: list) -> None:
+    table = Table(title=title)
+    for name in asdict(rows[0]):
+        table.add_column(name.replace("_", " "))
     for row in rows:
         table.add_row(*(_cell(value) for value in asdict(row).values()))
-    Console(width=140).print(table)
+    Console(width=160).print(table)
 
 
 def _cell(value: object) -> str:
@@ -203,21 +217,38 @@ def _cell(value: object) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two sizes, fewer repeats")
+    parser.add_argument("--quick", action="store_true", help="two small sizes, fewer rounds")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    if importlib.util.find_spec("liger_kernel") is None:
+        print(
+            f"no row of Liger's: .tools/bin/uv pip install --no-deps --python .venv/bin/python "
+            f"{LIGER} installs it"
+        )
+    for method in methods_for():  # imports and first calls are no part of a time or a peak
+        run_fresh(method, make_inputs(4, 64), "jsd")
+    rows: list[Row] = []
     for size in QUICK_SIZES if arguments.quick else SIZES:
-        rows += rows_for(*size, repeats=4 if arguments.quick else 8)
-    print_table(rows)
+        rows += rows_for(*size)
+    against = compare(rows)
+    exact = [row for d in DIVERGENCES for spread in (2.0, 30.0) for row in error_rows(d, spread)]
+    exact += [tensor_parallel_row(d, ranks) for d in DIVERGENCES for ranks in (2, 4)]
+    print_table("Divergence over the vocabulary: one CPU thread, fp32, d 256 and 384", rows)
+    print_table("one_pass: times faster and smaller", against)
+    print_table("Errors: of fp64, and of several ranks against one", exact)
     if arguments.json:
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-        }
-        text = json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1)
+        machine = {"processor": _processor(), "torch": torch.__version__}
+        tables = {"rows": rows, "against": against, "exact": exact}
+        found = {name: [asdict(row) for row in table] for name, table in tables.items()}
+        text = json.dumps({"machine": machine, **found}, indent=1)
         arguments.json.write_text(text + "\n")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    named = (line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
 
 
 if __name__ == "__main__":

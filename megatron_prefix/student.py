@@ -84,9 +84,10 @@ class _Accumulator:
             diff = (pairs[:, 0] - pairs[:, 1]).abs()
             self.sampled += sampled.sum()
             self.diff += diff.where(sampled, 0.0).sum()
-            worst = diff.where(sampled, -1.0).argmax()
-            pair = pairs[worst].where(sampled[worst], 0.0)
-            self.worst = _further_apart(self.worst, pair)
+            # index_select: indexing with a tensor of no dimension would read it back.
+            worst = diff.where(sampled, -1.0).argmax().view(1)
+            pair, known = (each.index_select(0, worst)[0] for each in (pairs, sampled))
+            self.worst = _further_apart(self.worst, pair.where(known, 0.0))
 
     def watch(self, kl: Tensor, target: Targets | None, heads: dict[str, Tensor]) -> None:
         """The target is looked at now: it may be gone before the step ends. Heads live on."""

@@ -283,11 +283,12 @@ def _check_context(recipe: Recipe, hf: "HfModel", owner: str) -> None:
 
 
 def _check_precision(hf: "HfModel", model: ModelConfig, owner: str) -> None:
-    from megatron_prefix.mcore.fp8 import refuse_names
+    from megatron_prefix.mcore.fp8 import refuse_delayed, refuse_names
 
     if model.fp8.format == "off":
         return
     refuse_names(model.fp8, owner)
+    refuse_delayed(model, owner)
     if model.params_dtype != "bf16":
         raise ValueError(
             f"{owner}.fp8.format={model.fp8.format} needs {owner}.params_dtype=bf16, not "

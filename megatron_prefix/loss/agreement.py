@@ -32,9 +32,10 @@ class Agreement:
         self._facts, self._group = dict(facts), group
         self._refusal = None if refusal is None else str(refusal)
         digest = _REFUSED if refusal else _digest(self._facts)
-        self._own = torch.tensor([digest]).to(device, non_blocking=True)
+        # Filled on the device: a copy from the host could wait for it.
+        self._own = torch.full((1,), digest, dtype=torch.int64, device=device)
         self._everyone = self._own.new_empty(group.size())
-        handle = dist.all_gather_into_tensor(self._everyone, self._own, group=group, async_op=True)
+        handle = dist.all_gather_single(self._everyone, self._own, group=group, async_op=True)
         assert handle is not None
         self._handle = handle
         if device.type == "cuda":

@@ -108,7 +108,7 @@ class _Gather:
         assert group is not None
         self._own = own  # must live as long as the collective
         self._everyone = own.new_empty((group.size(), *own.shape))
-        handle = dist.all_gather_into_tensor(
+        handle = dist.all_gather_single(
             self._everyone.view(-1), own.view(-1), group=group, async_op=True
         )
         assert handle is not None

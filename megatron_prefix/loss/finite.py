@@ -21,7 +21,8 @@ class FiniteCheck:
             return cls(name, tuple(tensor.shape), torch.zeros(3, dtype=torch.float64))
         bad = ~torch.isfinite(flat)
         where = bad.view(torch.uint8).argmax()  # of equal elements the first
-        found = torch.stack([bad.sum().double(), where.double(), flat[where].double()])
+        # take: indexing with a tensor of no dimension would read it back.
+        found = torch.stack([bad.sum().double(), where.double(), flat.take(where).double()])
         return cls(name, tuple(tensor.shape), found)
 
     def problem(self) -> str | None:

@@ -32,7 +32,7 @@ def hidden_gradient_into(out: Tensor, logit_gradient: Tensor, weight: Tensor) ->
     elif weight.is_cuda:
         out.copy_(torch.mm(logit_gradient.to(weight.dtype), weight, out_dtype=torch.float32))
     else:
-        total = torch.zeros(out.shape, dtype=torch.float32)
+        total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
         for rows in _blocks(weight.shape[0]):
             total.addmm_(logit_gradient[:, rows], weight[rows].float())
         out.copy_(total)

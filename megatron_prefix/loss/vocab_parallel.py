@@ -332,7 +332,9 @@ class _GradientInForward(torch.autograd.Function):
             )
         hidden_gradient, weight_gradient = ctx.gradients
         ctx.gradients = None
-        if hidden_gradient is not None:
+        # A CPU need not walk over the gradients for a factor of 1; a GPU must not be waited for.
+        unit = grad_loss.device.type == "cpu" and grad_loss.item() == 1
+        if hidden_gradient is not None and not unit:
             hidden_gradient.mul_(grad_loss)
         if ctx.needs_unit_gradient:
             # No read-back: on a GPU this asserts on the device, without waiting for it.
@@ -342,5 +344,6 @@ class _GradientInForward(torch.autograd.Function):
             )
             weight_gradient = zeros_never_read(ctx.weight_like)
         elif weight_gradient is not None:
-            weight_gradient = weight_gradient.mul_(grad_loss).to(ctx.weight_like.dtype)
+            scaled = weight_gradient if unit else weight_gradient.mul_(grad_loss)
+            weight_gradient = scaled.to(ctx.weight_like.dtype)
         return hidden_gradient, weight_gradient, None

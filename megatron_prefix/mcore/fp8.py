@@ -5,11 +5,13 @@ Hopper, mxfp8 and nvfp4 need Blackwell.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from megatron_prefix.config import Fp8Config
+from megatron_prefix.config import Fp8Config, ModelConfig
+from megatron_prefix.mcore.hf_map.units import DecoderShape
 
 FORMATS = ("off", "e4m3", "hybrid")
 RECIPES = ("blockwise", "tensorwise", "delayed")
@@ -23,6 +25,12 @@ def fp8_settings(fp8: Fp8Config, owner: str) -> dict[str, Any]:
         return {}
     refuse_names(fp8, owner)
     refuse_machine(fp8, owner)
+    return fp8_fields(fp8)
+
+
+def fp8_fields(fp8: Fp8Config) -> dict[str, Any]:
+    """TransformerConfig fields of settings that were checked; those not named keep its defaults,
+    one layer at each end in bf16 among them."""
     return {
         "fp8": fp8.format,
         "fp8_recipe": fp8.recipe,
@@ -41,6 +49,51 @@ def refuse_names(fp8: Fp8Config, owner: str) -> None:
             f"{owner}.fp8.first_last_layers_bf16=true does not go with recipe 'delayed'; set it to "
             "false or take 'blockwise'"
         )
+
+
+def refuse_delayed(model: ModelConfig, owner: str) -> None:
+    """Delayed scaling's history is right on the ranks of one stage that also run backward.
+
+    Transformer Engine moves the scales on leaving its context only where gradients are enabled, so
+    a teacher would keep those it began with; and Megatron reduces amax over one process-wide group,
+    whose ranks must hold the same layers.
+    """
+    if model.fp8.format == "off" or model.fp8.recipe != "delayed":
+        return
+    if owner == "teacher":
+        raise ValueError(
+            "teacher.fp8.recipe='delayed' never moves its scales in a model that runs forward "
+            "only; take 'blockwise' or 'tensorwise'"
+        )
+    if model.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            f"{owner}.fp8.recipe='delayed' with {owner}.pipeline_model_parallel_size="
+            f"{model.pipeline_model_parallel_size} would mix the scales of unlike layers; take "
+            "'blockwise' or 'tensorwise', or one pipeline stage"
+        )
+
+
+def saved_activation_bytes(model: ModelConfig, shape: DecoderShape, layers: Sequence[int]) -> int:
+    """Bytes that FP8 keeps fewer for the backward, a packed token and rank, on the pipeline stage
+    where that is most: the inputs of a dense layer's four linears in one byte instead of two.
+
+    ``layers``: on each stage. Weights count for nothing, they stay in bf16 (``fp8_param=False``);
+    nor do experts' inputs, which depend on the routing, nor scales (4 bytes in 128 or fewer).
+    """
+    if model.fp8.format == "off" or model.recompute_granularity == "full":
+        return 0
+    tp = model.tensor_model_parallel_size
+    sharded = shape.num_attention_heads * shape.kv_channels
+    whole = shape.hidden_size
+    if shape.num_experts == 0:
+        sharded, whole = sharded + shape.ffn_hidden_size, 2 * whole
+    in_fp8 = list(layers)
+    if model.fp8.first_last_layers_bf16:
+        in_fp8[0] -= 1
+        in_fp8[-1] -= 1
+    if model.sequence_parallel:
+        whole //= tp
+    return max(0, *in_fp8) * (whole + sharded // tp)
 
 
 def refuse_machine(fp8: Fp8Config, owner: str) -> None:

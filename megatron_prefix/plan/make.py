@@ -1,7 +1,7 @@
 """What a recipe comes to: nothing is started and no weight is read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.layout import Layout, padded_vocab_size
@@ -28,6 +28,7 @@ class ModelPlan:
     expert_model_parallel_size: int
     layers_by_stage: tuple[int, ...]
     groups: dict[str, tuple[tuple[int, ...], ...]]  # tp, dp, pp: the global ranks of each group
+    fp8_bytes_saved: int = 0  # activations kept for the backward, a packed token and rank
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def make_plan(
     return Plan(
         recipe=run.recipe,
         world_size=run.world_size,
-        student=_plan_model(run.student),
+        student=replace(_plan_model(run.student), fp8_bytes_saved=_fp8_bytes_saved(run.student)),
         teacher=_plan_model(run.teacher),
         built=held is not None,
         ranks=plan_ranks(run, held),
@@ -69,6 +70,12 @@ def rank_groups(layout: Layout) -> dict[str, tuple[tuple[int, ...], ...]]:
         "dp": tuple(tuple(layout.rank(t, d, p) for d in dp) for p in pp for t in tp),
         "pp": tuple(tuple(layout.rank(t, d, p) for p in pp) for d in dp for t in tp),
     }
+
+
+def _fp8_bytes_saved(student: ValidModel) -> int:
+    from megatron_prefix.mcore.fp8 import saved_activation_bytes
+
+    return saved_activation_bytes(student.config, student.hf.shape, student.layers)
 
 
 def _plan_model(model: ValidModel) -> ModelPlan:

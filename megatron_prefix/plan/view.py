@@ -56,6 +56,9 @@ def _models(plan: Plan) -> Table:
         "data-parallel groups": [_groups(model, "dp") for model in both],
         "pipeline groups": [_groups(model, "pp") for model in both],
     }
+    if plan.student.fp8_bytes_saved:
+        saved = f"{plan.student.fp8_bytes_saved:,} bytes a token and rank"
+        rows["activations saved by FP8"] = [saved, "keeps none"]
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
