@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rich import get_console
 
 from megatron_prefix.conductor import Conductor, Evaluator, Prober, Staff
-from megatron_prefix.config import DataConfig, Recipe
+from megatron_prefix.config import Recipe
 from megatron_prefix.evaluate import EvalResult, evaluate, write_samples
 from megatron_prefix.jsonl import EVALUATION_FOLDER
 from megatron_prefix.mcore import fp8
@@ -29,11 +29,11 @@ from megatron_prefix.mcore.groups import (
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import DTYPES, MegatronModel, build_model
 from megatron_prefix.mcore.optimizer import make_trainable
+from megatron_prefix.mcore.stop_map import exchange_rows
 from megatron_prefix.mcore.weights import load_hf_weights
-from megatron_prefix.modes import needs_rollouts, needs_servers, needs_teacher, needs_written
+from megatron_prefix.modes import needs_servers, needs_teacher
 from megatron_prefix.placement import world_layout
-from megatron_prefix.prefix import Ledger, build_cut_off, build_policy, model_shape
-from megatron_prefix.prompts import PromptStream
+from megatron_prefix.prefix import Ledger, build_policy, model_shape
 from megatron_prefix.publisher import (
     NoPublisher,
     ServerPublisher,
@@ -44,15 +44,9 @@ from megatron_prefix.rollout.collector import Collector
 from megatron_prefix.rollout.protocol import ServerUnavailable
 from megatron_prefix.rollout.weights import WeightGroup
 from megatron_prefix.run_log import RunLog
-from megatron_prefix.sources import (
-    ModeSource,
-    RecordedSource,
-    ReplaySource,
-    RolloutSource,
-    ServerSource,
-    Supply,
-)
+from megatron_prefix.stop_tokens import agreed_stop_ids, teacher_mapping
 from megatron_prefix.student import Objective
+from megatron_prefix.supplies import build_source, prompt_stream
 from megatron_prefix.teacher import (
     ColocatedTeacher,
     Link,
@@ -62,11 +56,9 @@ from megatron_prefix.teacher import (
     load_teacher_head,
 )
 from megatron_prefix.teacher_loop import TeacherLoop
-from megatron_prefix.teacher_prompts import teacher_readers
-from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
+from megatron_prefix.tokenizers import load_tokenizer
 from megatron_prefix.trainer import Parts, Publisher, Trainer
 from megatron_prefix.types import Prompt, Rollout, TeacherHead
-from megatron_prefix.written import WrittenSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +91,7 @@ def assemble(
             Parts(
                 student=trainable,
                 teacher=_teacher(recipe, world, student.groups),
-                objective=Objective(recipe.loss, _teacher_head(recipe, student, world.device)),
+                objective=Objective(recipe.loss, _agreed_head(recipe, student, world.device)),
                 publisher=_publisher(recipe, student, endpoints, folder, stack),
                 checkpointer=Checkpointer(folder / "checkpoints", trainable, recipe.checkpoint),
                 conductor=_conductor(recipe, folder, endpoints, stop_requested, stack),
@@ -168,6 +160,17 @@ def _model(recipe: Recipe, owner: str, groups: ModelGroups) -> MegatronModel:
     return model
 
 
+def _agreed_head(
+    recipe: Recipe, student: MegatronModel, device: torch.device
+) -> TeacherHead | None:
+    """The teacher's head, with the student's stop tokens where the recipe maps its own to them."""
+    head, mapping = _teacher_head(recipe, student, device), teacher_mapping(recipe)
+    if head is not None and mapping:
+        teacher = read_hf_model(recipe.teacher.hf_path)
+        exchange_rows(head.weight, teacher, student.groups.tp_rank, mapping)
+    return head
+
+
 def _teacher_head(
     recipe: Recipe, student: MegatronModel, device: torch.device
 ) -> TeacherHead | None:
@@ -219,7 +222,7 @@ def _conductor(
     if dist.get_rank() != 0:
         return None
     tokenizer = load_tokenizer(recipe.student.hf_path)
-    stops = stop_token_ids(recipe.student.hf_path)
+    stops = agreed_stop_ids(recipe)
     student, teacher = (
         model_shape(read_hf_model(m.hf_path).config) for m in (recipe.student, recipe.teacher)
     )
@@ -227,7 +230,7 @@ def _conductor(
         recipe,
         Staff(
             policy=build_policy(recipe.prefix, recipe.train.steps),
-            source=_source(recipe, folder, endpoints, stops, tokenizer, stack),
+            source=build_source(recipe, folder, endpoints, stops, tokenizer, stack),
             ledger=Ledger(
                 student,
                 teacher,
@@ -245,35 +248,6 @@ def _conductor(
     )
     stack.callback(conductor.close)
     return conductor
-
-
-def _source(
-    recipe: Recipe,
-    folder: Path,
-    endpoints: Sequence[Endpoint],
-    stops: tuple[int, ...],
-    tokenizer: "PreTrainedTokenizerBase",
-    stack: contextlib.ExitStack,
-) -> RolloutSource:
-    if recipe.rollout.replay:
-        return ReplaySource(Path(recipe.rollout.replay))
-    supplies: dict[str, Supply] = {}
-    if needs_rollouts(recipe):
-        vocab_size = read_hf_model(recipe.student.hf_path).shape.vocab_size
-        cut_off = build_cut_off(recipe.prefix.cut_off, vocab_size)
-        collector = stack.enter_context(Collector(endpoints, recipe.rollout, stops, cut_off))
-        prompts = _prompts(recipe, recipe.data, tokenizer)
-        supplies["sampled"] = ServerSource(recipe, prompts, collector)
-    if needs_written(recipe):
-        supplies["written"] = WrittenSource(recipe, tokenizer, stops)
-    source = ModeSource(recipe, supplies)
-    return RecordedSource(source, folder / "rollouts") if recipe.rollout.record else source
-
-
-def _prompts(
-    recipe: Recipe, data: DataConfig, tokenizer: "PreTrainedTokenizerBase"
-) -> PromptStream:
-    return PromptStream(data, tokenizer, readers=teacher_readers(recipe, data, tokenizer))
 
 
 def _evaluator(
@@ -316,7 +290,7 @@ def _prober(
     single = replace(recipe.rollout, samples_per_prompt=1, over_sample=1.0)
     collector = stack.enter_context(Collector(endpoints, single, stops))
     data = replace(recipe.data, seed=recipe.data.seed + 1)
-    prompts = _prompts(recipe, data, tokenizer).take(recipe.log.probe_rollouts)
+    prompts = prompt_stream(recipe, data, tokenizer).take(recipe.log.probe_rollouts)
 
     def run(policy_version: int) -> list[Rollout]:
         length = recipe.prefix.max_length

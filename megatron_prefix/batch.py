@@ -108,12 +108,14 @@ def pack(
     lengths += _padding_lengths(plan.tokens - sum(lengths), longest)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.zeros(plan.tokens, np.int64)
-    positions, skipped = [], plan.loss_start
+    positions, ends, skipped = [], [], plan.loss_start
     for rollout, start in zip(chosen, starts[: len(chosen)], strict=True):
         sequence = (*rollout.prompt_ids, *rollout.prefix_ids)[:-1]
         ids[start : start + len(sequence)] = sequence
         first = start + len(rollout.prompt_ids) - 1
         positions.append(np.arange(first + skipped, first + len(rollout.prefix_ids)))
+        if rollout.finish_reason == "stop" and len(positions[-1]):
+            ends.append(sum(map(len, positions)) - 1)
     prefix_positions = _joined(positions, np.int64)
     weight = np.full(len(prefix_positions), 1.0 / plan.loss_tokens, np.float32)
 
@@ -126,6 +128,7 @@ def pack(
         cu_seqlens=tensor(starts.astype(np.int32)),
         max_seqlen=longest,
         prefix_positions=tensor(prefix_positions),
+        ends=tensor(np.asarray(ends, np.int64)),
         labels=tensor(_joined([r.prefix_ids[skipped:] for r in chosen], np.int64)),
         token_weight=tensor(weight),
         rollout_logprobs=tensor(

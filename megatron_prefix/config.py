@@ -7,7 +7,7 @@ sense; each field's comment says what it means then. Names that Megatron has are
 
 from dataclasses import dataclass, field
 
-from megatron_prefix.config_modes import ModeConfig
+from megatron_prefix.config_modes import ModeConfig, StopTokensConfig
 from megatron_prefix.config_modes import TeacherPromptConfig as TeacherPromptConfig
 from megatron_prefix.config_modes import WrittenConfig as WrittenConfig
 from megatron_prefix.config_prefix import AdaptiveConfig as AdaptiveConfig
@@ -218,6 +218,7 @@ class Recipe:
     teacher: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mode: ModeConfig = field(default_factory=ModeConfig)
+    stop_tokens: StopTokensConfig = field(default_factory=StopTokensConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -41,3 +41,13 @@ class ModeConfig:
     warmup_steps: int = 0  # steps as in sft before the mode begins
     written: WrittenConfig = field(default_factory=WrittenConfig)
     teacher_prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
+
+
+@dataclass(frozen=True)
+class StopTokensConfig:
+    """Which tokens end a turn. Empty: those of the student's folder, and teacher, chat template
+    and server must mean the same ones."""
+
+    ids: tuple[int, ...] = ()  # the student's turns end at these, whatever the folders say
+    # What the teacher writes in place of each of ids: the two change places in its distribution.
+    teacher_ids: tuple[int, ...] = ()

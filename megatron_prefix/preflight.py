@@ -36,11 +36,12 @@ def check_data_sets(recipe: Recipe) -> None:
     if needs_prompts(recipe):
         open_prompts(recipe)
     if needs_written(recipe) and not recipe.rollout.replay:
-        from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
+        from megatron_prefix.stop_tokens import agreed_stop_ids
+        from megatron_prefix.tokenizers import load_tokenizer
         from megatron_prefix.written import check_written
 
-        folder = recipe.student.hf_path
-        check_written(recipe, load_tokenizer(folder), stop_token_ids(folder))
+        tokenizer = load_tokenizer(recipe.student.hf_path)
+        check_written(recipe, tokenizer, agreed_stop_ids(recipe))
     if recipe.eval.path:
         from megatron_prefix.evaluate import load_eval_set
         from megatron_prefix.scorers import load_scorer

@@ -23,7 +23,7 @@ from megatron_prefix.loss import (
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.optimizer import TrainableStudent
 from megatron_prefix.mcore.schedule import OnPrefix, run_schedule
-from megatron_prefix.types import PrefixBatch, Targets, TeacherHead, TopKTargets
+from megatron_prefix.types import PrefixBatch, Targets, TeacherHead, TeacherTargets, TopKTargets
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ class PrefixSums:
     tokens: Tensor  # float64 [prefix_length]
     sampled: float  # tokens that a server sampled, among those counted
     logprob_diff: float  # sum of |server - trainer| over them
+    stops: float  # stop tokens that the teacher scored
+    stop_diff: float  # sum over them of the student's minus the teacher's log-probability
     worst: WorstToken
 
 
@@ -71,6 +73,7 @@ class _Accumulator:
         self.loss, self.diff, self.sampled = zeros(), zeros(), zeros()
         self.kl, self.tokens = zeros(prefix_length), zeros(prefix_length)
         self.worst = zeros(2)  # server, trainer
+        self.stops, self.stop_diff = zeros(), zeros()
         self._watched: list[_Watched] = []  # by microbatch
 
     @torch.no_grad()
@@ -88,6 +91,11 @@ class _Accumulator:
             worst = diff.where(sampled, -1.0).argmax().view(1)
             pair, known = (each.index_select(0, worst)[0] for each in (pairs, sampled))
             self.worst = _further_apart(self.worst, pair.where(known, 0.0))
+
+    def add_stops(self, student: Tensor, teacher: Tensor) -> None:
+        """Log-probabilities [E] of the stop tokens that ended rollouts."""
+        self.stops += len(student)
+        self.stop_diff += (student - teacher).double().sum()
 
     def watch(self, kl: Tensor, target: Targets | None, heads: dict[str, Tensor]) -> None:
         """The target is looked at now: it may be gone before the step ends. Heads live on."""
@@ -173,9 +181,30 @@ def _divergence(
         assert result.label_logprobs is not None
         seen.watch(result.kl, target, _heads(head, target, objective))
         seen.add(batch, result.loss.detach(), result.kl, result.label_logprobs)
+        if isinstance(target, TeacherTargets) and len(batch.ends):
+            theirs = _stop_logprobs(model, batch, target, objective)
+            seen.add_stops(result.label_logprobs[batch.ends], theirs)
         return result.loss
 
     return divergence
+
+
+@torch.no_grad()
+def _stop_logprobs(
+    model: MegatronModel, batch: PrefixBatch, target: TeacherTargets, objective: Objective
+) -> Tensor:
+    """The teacher's log-probabilities [E] of the stop tokens that ended rollouts."""
+    head, labels = objective.teacher_head, batch.labels[batch.ends]
+    assert head is not None
+    result = prefix_cross_entropy(
+        target.hidden[batch.ends],
+        head.weight,
+        labels,
+        torch.ones(len(labels), device=labels.device),
+        vocab_size=head.vocab_size,
+        tp_group=model.groups.pg.tp,
+    )
+    return -result.kl
 
 
 def _heads(head: Tensor, target: Targets | None, objective: Objective) -> dict[str, Tensor]:
@@ -228,7 +257,7 @@ def _further_apart(a: Tensor, b: Tensor) -> Tensor:
 
 def _reduce(seen: _Accumulator, *, counts: bool) -> PrefixSums:
     """Sums over the world; ranks that hold copies (other stages, other tp ranks) give zeros."""
-    scalars = torch.stack([seen.loss, seen.diff, seen.sampled])
+    scalars = torch.stack([seen.loss, seen.diff, seen.sampled, seen.stops, seen.stop_diff])
     sums = torch.cat([scalars, seen.kl, seen.tokens])
     if not counts:
         sums.zero_()
@@ -245,5 +274,7 @@ def _reduce(seen: _Accumulator, *, counts: bool) -> PrefixSums:
         tokens=positions[1],
         sampled=float(host[2]),
         logprob_diff=float(host[1]),
+        stops=float(host[3]),
+        stop_diff=float(host[4]),
         worst=WorstToken(server, trainer),
     )

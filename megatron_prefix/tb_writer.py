@@ -102,6 +102,8 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
         "flops/of_full_length": flops_ratio(metrics.flops, metrics.flops_full),
         "seconds/step": sum(metrics.seconds.values()),
     }
+    if metrics.stop_tokens:
+        values["loss/stop_logprob_diff"] = metrics.stop_logprob_diff
     return values | {f"seconds/{phase}": value for phase, value in metrics.seconds.items()}
 
 

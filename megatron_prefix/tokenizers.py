@@ -21,6 +21,7 @@ BYTE_CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+_NAME_STOP_IDS = ("generation_config.json", "config.json")  # the first that does counts
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -49,7 +50,7 @@ def load_tokenizer(hf_path: str) -> "PreTrainedTokenizerBase":
 
 
 def check_same_tokenizer(student_path: str, teacher_path: str) -> None:
-    """Raises ValueError where two folders' vocabularies or stop ids differ.
+    """Raises ValueError where two folders' vocabularies differ.
 
     The divergence compares the two distributions id by id, so an id must mean one token in both.
     """
@@ -64,14 +65,13 @@ def check_same_tokenizer(student_path: str, teacher_path: str) -> None:
                 f"distillation needs one vocabulary{_elsewhere(ours, teacher, 'teacher')}"
                 f"{_elsewhere(theirs, student, 'student')}"
             )
-    _check_same_stop_ids(student_path, teacher_path)
 
 
 def stop_token_ids(hf_path: str) -> tuple[int, ...]:
     """The ids that end a text, ascending: ``eos_token_id`` of generation_config.json, or else of
     config.json. Raises ValueError where neither names one."""
     folder = _folder(hf_path)
-    for name in ("generation_config.json", "config.json"):
+    for name in _NAME_STOP_IDS:
         found = _read_json(folder / name).get("eos_token_id")
         if found is not None:
             return _ids(found, folder / name)
@@ -83,8 +83,9 @@ def stop_token_ids(hf_path: str) -> tuple[int, ...]:
 def write_byte_tokenizer(folder: str | Path) -> None:
     """Writes a tokenizer of 264 ids: a byte's id is its value, eight specials follow.
 
-    It has a chat template and ends a turn with ``<end>``, its eos. Text of any language goes
-    through it unchanged, and no vocabulary has to be downloaded.
+    It has a chat template and ends a turn with ``<end>``, its eos; a model that lies in the folder
+    already is told so. Text of any language goes through it unchanged, and no vocabulary has to be
+    downloaded.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -102,6 +103,10 @@ def write_byte_tokenizer(folder: str | Path) -> None:
         chat_template=BYTE_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(str(folder))
+    end = len(vocab) + BYTE_SPECIALS.index("<end>")
+    for file in (Path(folder, name) for name in _NAME_STOP_IDS):
+        if file.is_file():
+            file.write_text(json.dumps(_read_json(file) | {"eos_token_id": end}, indent=2) + "\n")
 
 
 def _byte_symbols() -> list[str]:
@@ -110,15 +115,6 @@ def _byte_symbols() -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def _check_same_stop_ids(student_path: str, teacher_path: str) -> None:
-    student, teacher = stop_token_ids(student_path), stop_token_ids(teacher_path)
-    if student != teacher:
-        raise ValueError(
-            f"stop ids differ: {list(student)} in student.hf_path={student_path}, {list(teacher)} "
-            f"in teacher.hf_path={teacher_path}; make eos_token_id the same in both"
-        )
 
 
 def _token_of_id(hf_path: str) -> dict[int, str]:

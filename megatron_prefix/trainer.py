@@ -298,6 +298,8 @@ def step_metrics(
         policy_lag=sum(lags) / max(len(lags), 1),
         logprob_diff_max=sums.worst.difference,
         logprob_diff_mean=sums.logprob_diff / max(sums.sampled, 1.0),
+        stop_tokens=int(sums.stops),
+        stop_logprob_diff=sums.stop_diff / sums.stops if sums.stops else math.nan,
         supervised=order.supervised,
         written_fraction=1.0 - len(lags) / len(rollouts),
     )

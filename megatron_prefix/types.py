@@ -54,6 +54,7 @@ class PrefixBatch:
     labels: "torch.Tensor"  # int64 [N], the sampled tokens
     token_weight: "torch.Tensor"  # float32 [N]; sums to 1 over all microbatches of all ranks
     rollout_logprobs: "torch.Tensor"  # float32 [N], the server's; NaN where none sampled the token
+    ends: "torch.Tensor"  # int64 [E], indices into N of the stop tokens that ended a rollout
     prefix_offsets: "torch.Tensor"  # int64 [N], 0 for a rollout's first sampled token; a window
     # of the loss leaves the first ones out
 
@@ -143,6 +144,9 @@ class StepMetrics:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     effective_share: float = 1.0  # of the tokens in the loss; 1: all count alike
     cut_off_fraction: float = 0.0  # of rollouts that a per-rollout rule ended early
+    stop_tokens: int = 0  # that ended a rollout, in the loss, and were scored by the teacher
+    # Student's minus teacher's log-probability of them, mean; NaN where there was none.
+    stop_logprob_diff: float = math.nan
     supervised: bool = False  # loss and kl_by_position are cross-entropies
     written_fraction: float = 0.0  # of the rollouts
 

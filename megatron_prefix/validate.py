@@ -309,9 +309,11 @@ def _check_precision(hf: "HfModel", model: ModelConfig, owner: str) -> None:
 
 
 def _check_tokenizers(recipe: Recipe, smallest_vocab: int) -> None:
+    from megatron_prefix.stop_tokens import check_stop_tokens
     from megatron_prefix.tokenizers import check_same_tokenizer, load_tokenizer
 
     check_same_tokenizer(recipe.student.hf_path, recipe.teacher.hf_path)
+    check_stop_tokens(recipe)
     largest = max(load_tokenizer(recipe.student.hf_path).get_vocab().values())
     if largest >= smallest_vocab:
         raise ValueError(

@@ -37,14 +37,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report_arguments",
     )
     + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run")
-    + ("teacher_prompts", "write_answers"),
+    + ("teacher_prompts", "write_answers", "stop_tokens"),
     ("alarms", "prefix_checks", "token_weights"),
     ("mcore",),
     ("validate_data",),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "agreement", "reweigh", "publisher"),
     ("conductor", "trainer", "teacher_loop"),
-    ("assemble", "worker"),
+    ("supplies", "assemble", "worker"),
     ("agent",),
     ("launch_arguments", "launch", "launcher", "die_with_parent"),
     ("cli",),
@@ -61,7 +61,16 @@ EDGES = {
 ONLY = {"recipe": ("config",), "cluster": ("config", "modes"), "loss": ("loss",)}
 ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes"), "modes": ("config",)}
 # Importing these may bring Megatron along; importing any other must not.
-NEEDS_MEGATRON = ("mcore", "teacher", "student", "agreement", "publisher", "trainer", "assemble")
+NEEDS_MEGATRON = (
+    "mcore",
+    "supplies",
+    "teacher",
+    "student",
+    "agreement",
+    "publisher",
+    "trainer",
+    "assemble",
+)
 NEEDS_MEGATRON += (
     "reweigh",
     "teacher_loop",

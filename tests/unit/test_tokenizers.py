@@ -79,10 +79,15 @@ def test_two_unlike_tokenizers_differ_at_once(tmp_path: Path) -> None:
         check_same_tokenizer(student, str(tmp_path / "t"))
 
 
-def test_different_stop_ids_are_named(tmp_path: Path) -> None:
-    student, teacher = byte_folder(tmp_path / "s"), byte_folder(tmp_path / "t", eos=[261, 256])
-    with pytest.raises(ValueError, match=r"\[261\] in student.hf_path=.*\[256, 261\] in teacher"):
-        check_same_tokenizer(student, teacher)
+def test_a_model_in_the_folder_is_told_what_ends_a_turn(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2, "vocab_size": 264}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    write_byte_tokenizer(tmp_path)
+    assert stop_token_ids(str(tmp_path)) == (261,)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "eos_token_id": 261,
+        "vocab_size": 264,
+    }
 
 
 def test_stop_ids_come_from_config_json_where_generation_config_has_none(tmp_path: Path) -> None:

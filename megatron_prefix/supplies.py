@@ -1,0 +1,58 @@
+"""Puts together what rollouts come from: prompts, servers, written answers, a recording."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_prefix.config import DataConfig, Recipe
+from megatron_prefix.mcore.hf_map import read_hf_model
+from megatron_prefix.modes import needs_rollouts, needs_written
+from megatron_prefix.prefix import build_cut_off
+from megatron_prefix.prompts import PromptStream
+from megatron_prefix.rollout.client import Endpoint
+from megatron_prefix.rollout.collector import Collector
+from megatron_prefix.sources import (
+    ModeSource,
+    RecordedSource,
+    ReplaySource,
+    RolloutSource,
+    ServerSource,
+    Supply,
+)
+from megatron_prefix.teacher_prompts import teacher_readers
+from megatron_prefix.written import WrittenSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_source(
+    recipe: Recipe,
+    folder: Path,
+    endpoints: Sequence[Endpoint],
+    stops: tuple[int, ...],
+    tokenizer: "PreTrainedTokenizerBase",
+    stack: contextlib.ExitStack,
+) -> RolloutSource:
+    """What the recipe's mode takes each step's rollouts from; ``stack`` closes what it opens."""
+    if recipe.rollout.replay:
+        return ReplaySource(Path(recipe.rollout.replay))
+    supplies: dict[str, Supply] = {}
+    if needs_rollouts(recipe):
+        vocab_size = read_hf_model(recipe.student.hf_path).shape.vocab_size
+        cut_off = build_cut_off(recipe.prefix.cut_off, vocab_size)
+        collector = stack.enter_context(Collector(endpoints, recipe.rollout, stops, cut_off))
+        prompts = prompt_stream(recipe, recipe.data, tokenizer)
+        supplies["sampled"] = ServerSource(recipe, prompts, collector)
+    if needs_written(recipe):
+        supplies["written"] = WrittenSource(recipe, tokenizer, stops)
+    source = ModeSource(recipe, supplies)
+    return RecordedSource(source, folder / "rollouts") if recipe.rollout.record else source
+
+
+def prompt_stream(
+    recipe: Recipe, data: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> PromptStream:
+    """The prompts of ``data``, with the teacher's own where it reads others."""
+    return PromptStream(data, tokenizer, readers=teacher_readers(recipe, data, tokenizer))

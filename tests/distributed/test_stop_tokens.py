@@ -1,0 +1,79 @@
+"""Stop tokens in the teacher's distribution: their log-probabilities, and a mapping's exchange."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_prefix.mcore.stop_map import exchange_rows
+from megatron_prefix.student import PrefixSums
+from megatron_prefix.types import Rollout
+from tests.distributed.ranks import run_ranks
+from tests.distributed.world import Case, World, model_config, rollouts
+from tests.tiny_models import write_tiny_qwen3
+
+OURS, THEIRS = 5, 60  # over two ranks in two shards of the vocabulary
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    sizes = {"vocab_size": 62, "num_key_value_heads": 4}
+    student = write_tiny_qwen3(root / "student", num_hidden_layers=2, **sizes)
+    return student, write_tiny_qwen3(root / "teacher", hidden_size=96, seed=3, **sizes)
+
+
+def ended() -> list[Rollout]:
+    """Every second rollout ends with a stop token, the others at the prefix length."""
+    return [
+        replace(each, prefix_ids=(*each.prefix_ids[:-1], OURS), finish_reason="stop")
+        if index % 2
+        else each
+        for index, each in enumerate(rollouts())
+    ]
+
+
+def step(case: Case, world_size: int, mapped: bool) -> PrefixSums:
+    world = World.build(case, world_size)
+    head = world.objective.teacher_head
+    if mapped and head is not None:
+        teacher, student = world.teacher._model.hf, world.student.model
+        exchange_rows(head.weight, teacher, student.groups.tp_rank, {THEIRS: OURS})
+    return world.step(ended())
+
+
+def expected(folders: tuple[Path, Path], mapped: bool) -> tuple[float, float]:
+    """Mean KL over all tokens, and the sum over stop tokens of the difference; fp64."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    models = [load(folder, dtype=torch.float64) for folder in folders]
+    kl, tokens, stops = 0.0, 0, 0.0
+    for each in ended():
+        ids = torch.tensor([(*each.prompt_ids, *each.prefix_ids)[:-1]])
+        with torch.no_grad():
+            log_p, log_q = (
+                m(ids).logits[0, len(each.prompt_ids) - 1 :].log_softmax(-1) for m in models
+            )
+        if mapped:
+            log_q[:, [OURS, THEIRS]] = log_q[:, [THEIRS, OURS]]
+        kl += float((log_p.exp() * (log_p - log_q)).sum())
+        tokens += len(each.prefix_ids)
+        if each.finish_reason == "stop":
+            stops += float(log_p[-1, OURS] - log_q[-1, OURS])
+    return kl / tokens, stops
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["alike", "mapped"])
+@pytest.mark.parametrize(
+    ("world_size", "student"), [(1, (1, 1)), (2, (2, 1)), (2, (1, 1))], ids=["one", "tp2", "dp2"]
+)
+def test_stop_tokens_are_scored_as_transformers_scores_them(
+    folders: tuple[Path, Path], world_size: int, student: tuple[int, int], mapped: bool
+) -> None:
+    case = Case(model_config(folders[0], *student), model_config(folders[1]))
+    loss, difference = expected(folders, mapped)
+    for sums in run_ranks(world_size, step, case, world_size, mapped):
+        assert sums.stops == sum(each.finish_reason == "stop" for each in ended())
+        assert sums.stop_diff == pytest.approx(difference, rel=1e-5, abs=1e-5)
+        assert sums.loss == pytest.approx(loss, rel=1e-5)
