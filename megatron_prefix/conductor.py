@@ -33,8 +33,15 @@ from megatron_prefix.types import ProbeMetrics, Rollout, StepMetrics
 Decode = Callable[[Sequence[int]], str]
 
 
+class Answered(Evaluation, Protocol):
+    """An evaluation with what it costs."""
+
+    @property
+    def lengths(self) -> Sequence[tuple[int, int]]: ...  # prompt and sampled tokens, by answer
+
+
 class Evaluator(Protocol):
-    def __call__(self, step: int, policy_version: int) -> Evaluation: ...
+    def __call__(self, step: int, policy_version: int) -> Answered: ...
 
 
 # Full-length rollouts of the probes' prompts, with the weights of this policy version.
@@ -214,7 +221,7 @@ class Conductor:
             return
         result = self._staff.evaluate(step, policy_version)
         self._evaluated = step
-        self.log.evaluation(step, result)
+        self.log.evaluation(step, result, self._staff.ledger.measure_answers(result.lengths))
 
     def close(self) -> None:
         if self._log is not None:

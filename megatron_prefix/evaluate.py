@@ -62,6 +62,7 @@ class EvalResult:
     tokens: int  # sampled
     seconds: float  # of sampling and scoring
     samples: tuple[EvalSample, ...]
+    lengths: tuple[tuple[int, int], ...]  # prompt and sampled tokens of each answer
 
 
 def load_eval_set(
@@ -136,6 +137,7 @@ def evaluate(
         tokens=sum(sample.tokens for sample in samples),
         seconds=time.monotonic() - start,
         samples=samples,
+        lengths=tuple((len(r.prompt_ids), len(r.prefix_ids)) for r in rollouts),
     )
 
 

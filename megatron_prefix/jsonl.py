@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from megatron_prefix.types import Flops, ProbeMetrics, StepMetrics
+from megatron_prefix.types import Flops
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -44,8 +44,8 @@ def flops_record(flops: Flops) -> dict[str, float | None]:
     }
 
 
-def metrics_record(metrics: StepMetrics | ProbeMetrics) -> dict[str, Any]:
-    """Every field of ``metrics`` in JSON's types."""
+def metrics_record(metrics: object) -> dict[str, Any]:
+    """Every field of a dataclass of figures in JSON's types."""
     record: dict[str, Any] = {}
     for name, value in vars(metrics).items():
         if isinstance(value, np.ndarray):

@@ -40,7 +40,7 @@ class Pace:
 
 
 class ProgressView(Protocol):
-    def show(self, metrics: StepMetrics) -> None: ...
+    def show(self, metrics: StepMetrics, spent: str = "") -> None: ...
 
     def note(self, text: str) -> None:
         """Something to say besides, until the next note."""
@@ -74,11 +74,11 @@ class PlainLines:
     def note(self, text: str) -> None:
         self._note = text
 
-    def show(self, metrics: StepMetrics) -> None:
+    def show(self, metrics: StepMetrics, spent: str = "") -> None:
         self._pace.add(metrics)
         due = metrics.step % self._log_interval == 0 or metrics.step == self._total_steps
         if due or metrics.skipped:
-            what = describe(metrics, self._pace, self._note)
+            what = describe(metrics, self._pace, spent, self._note)
             line = f"step {metrics.step}/{self._total_steps} {what}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -111,9 +111,9 @@ class Bar:
     def note(self, text: str) -> None:
         self._note = text
 
-    def show(self, metrics: StepMetrics) -> None:
+    def show(self, metrics: StepMetrics, spent: str = "") -> None:
         self._pace.add(metrics)
-        status = describe(metrics, self._pace, self._note)
+        status = describe(metrics, self._pace, spent, self._note)
         self._progress.update(self._task, completed=metrics.step, status=status)
         if time.monotonic() - self._drawn > REDRAW_S:
             self._progress.refresh()
@@ -123,10 +123,10 @@ class Bar:
         self._progress.stop()
 
 
-def describe(metrics: StepMetrics, pace: Pace, note: str = "") -> str:
-    """Loss, KL, prefix length, tokens/s and the time left, for the bar and for a plain line."""
+def describe(metrics: StepMetrics, pace: Pace, *notes: str) -> str:
+    """Loss, KL, prefix length, notes, tokens/s and the time left, for the bar and a plain line."""
     kl = mean_kl(metrics.kl_by_position, metrics.tokens_by_position)
-    said = f"{note} " if note else ""
+    said = "".join(f"{note} " for note in notes if note)
     return (
         f"loss {metrics.loss:.4f} kl {kl:.4f} L {metrics.prefix_length} {said}"
         f"tok/s {pace.tokens_per_second:.0f} eta {duration(pace.seconds_left)}"

@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -12,8 +11,10 @@ from rich import get_console
 from rich.console import Console
 from rich.logging import RichHandler
 
-from megatron_prefix import jsonl
+from megatron_prefix import account, jsonl
+from megatron_prefix.account import Account
 from megatron_prefix.config import LogConfig
+from megatron_prefix.figure import unit_of
 from megatron_prefix.progress import progress_view
 from megatron_prefix.tb_writer import TensorBoardWriter
 from megatron_prefix.types import Flops, ProbeMetrics, StepMetrics
@@ -21,6 +22,7 @@ from megatron_prefix.types import Flops, ProbeMetrics, StepMetrics
 logger = logging.getLogger(__name__)
 
 PACKAGE = "megatron_prefix"
+LEDGER_INTERVAL_S = 10.0  # most seconds that the ledger's file lies behind a run of short steps
 RANK_FORMAT = "%(asctime)s rank %(rank)d %(levelname)s %(name)s: %(message)s"
 
 
@@ -46,34 +48,6 @@ class Evaluation(Protocol):
     def seconds(self) -> float: ...
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Sums over a run's steps."""
-
-    prefix_tokens: int = 0
-    prompt_tokens: int = 0
-    flops: Flops = field(default_factory=Flops)
-    flops_full: Flops = field(default_factory=Flops)
-    seconds: float = 0.0  # of the steps' phases, evaluations and start left out
-
-    def add(self, record: Mapping[str, Any]) -> "Totals":
-        """With one line of metrics.jsonl; a null (a value that was not finite) adds nothing."""
-        return Totals(
-            self.prefix_tokens + record["prefix_tokens"],
-            self.prompt_tokens + record["prompt_tokens"],
-            self.flops + Flops(**_zero_nulls(record["flops"])),
-            self.flops_full + Flops(**_zero_nulls(record["flops_full"])),
-            self.seconds + sum(_zero_nulls(record["seconds"]).values()),
-        )
-
-
-def sum_records(records: Iterable[Mapping[str, Any]]) -> Totals:
-    totals = Totals()
-    for record in records:
-        totals = totals.add(record)
-    return totals
-
-
 class RunLog:
     """Writes a run's folder; one process (rank 0) holds it.
 
@@ -97,7 +71,7 @@ class RunLog:
             moved = jsonl.keep_until(folder / name, resume_step)
             if moved:
                 logger.info("resuming after step %d: moved %d of %s", resume_step, moved, name)
-        self._totals = sum_records(jsonl.read_records(folder / jsonl.METRICS))
+        self._account, self._account_written = account.read_account(folder), 0.0
         self._metrics = jsonl.JsonLines(folder / jsonl.METRICS)
         self._evaluations = jsonl.JsonLines(folder / jsonl.EVALUATIONS)
         self._samples = jsonl.JsonLines(folder / jsonl.SAMPLES)
@@ -123,20 +97,26 @@ class RunLog:
         self.close()
 
     @property
-    def totals(self) -> Totals:
+    def account(self) -> Account:
         """Sums over the run from its first step on, the steps before a resume included."""
-        return self._totals
+        return self._account
+
+    def _enter(self, spent: Account, *, now: bool = False) -> None:
+        """Adds to the account, and renews its file now and then."""
+        self._account += spent
+        if now or time.monotonic() - self._account_written > LEDGER_INTERVAL_S:
+            account.write_account(self._account, self._folder)
+            self._account_written = time.monotonic()
 
     def step(self, metrics: StepMetrics) -> None:
         """One finished step, ``metrics.step`` counting from 1."""
         record = jsonl.metrics_record(metrics)
         self._metrics.write(record)
-        self._totals = self._totals.add(record)
+        self._enter(account.of_step(record))
         self._last_step = metrics.step
         if self._tensorboard:
-            total = self._totals
-            self._tensorboard.step(metrics, total.flops, total.flops_full, total.prefix_tokens)
-        self._view.show(metrics)
+            self._tensorboard.step(metrics, self._account)
+        self._view.show(metrics, spent_words(self._account))
 
     def wants_rollouts(self, step: int) -> bool:
         """Whether :meth:`rollouts` is due, so that texts are decoded only then."""
@@ -164,8 +144,9 @@ class RunLog:
                 step, prompt_texts[shown], prefix_texts[shown], details[shown]
             )
 
-    def evaluation(self, step: int, result: Evaluation) -> None:
-        """Accuracy on the held-out set with the weights after ``step`` (0: before training)."""
+    def evaluation(self, step: int, result: Evaluation, flops: Flops) -> None:
+        """Accuracy on the held-out set with the weights after ``step`` (0: before training), and
+        what the answers cost."""
         record = {
             "step": step,
             "accuracy": jsonl.number(result.accuracy),
@@ -174,8 +155,10 @@ class RunLog:
             "unparsable": result.unparsable,
             "tokens": result.tokens,
             "seconds": jsonl.number(result.seconds),
+            "flops": jsonl.number(flops.total),
         }
         self._evaluations.write(record)
+        self._enter(account.of_evaluation(record), now=True)
         if self._tensorboard:
             self._tensorboard.evaluation(step, result.accuracy)
         logger.info(
@@ -187,7 +170,9 @@ class RunLog:
     def probe(self, metrics: ProbeMetrics) -> None:
         """Full-length rollouts, scored and not trained on, with the weights after a step."""
         assert self._probes is not None, "log.probe_interval=0"
-        self._probes.write(jsonl.metrics_record(metrics))
+        record = jsonl.metrics_record(metrics)
+        self._probes.write(record)
+        self._enter(account.of_probe(record), now=True)
         self._view.note(f"tail {metrics.kl_tail:.4f} agree {metrics.agreement:.2f}")
         if self._tensorboard:
             self._tensorboard.probe(metrics)
@@ -222,6 +207,7 @@ class RunLog:
         if self._closed:
             return
         self._closed = True
+        self._enter(Account(), now=True)
         self._view.close()
         files = (self._metrics, self._evaluations, self._samples, self._events, self._probes)
         for file in files:
@@ -285,5 +271,7 @@ def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _zero_nulls(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: value or 0.0 for name, value in values.items()}
+def spent_words(spent: Account) -> str:
+    """FLOPs of all that was done so far, and training's as a share of full length."""
+    factor, prefix = unit_of(spent.total)
+    return f"{spent.total / factor:.3g} {prefix}FLOP {spent.ratio:.2f}x"

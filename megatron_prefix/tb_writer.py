@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_prefix.account import Account
 from megatron_prefix.config import LogConfig
 from megatron_prefix.kl_grid import KL_CEILING, KL_FLOOR, mean_kl, shrink, stack_rows
 from megatron_prefix.types import Flops, ProbeMetrics, StepMetrics
@@ -29,11 +30,11 @@ class TensorBoardWriter:
         self._log = log
         self._recent: deque[np.ndarray] = deque(maxlen=HEAT_MAP_STEPS)
 
-    def step(self, metrics: StepMetrics, total: Flops, total_full: Flops, tokens: int) -> None:
-        """``total``, ``total_full`` and ``tokens`` count the run from its first step on."""
+    def step(self, metrics: StepMetrics, spent: Account) -> None:
+        """``spent`` counts the run from its first step on."""
         self._recent.append(metrics.kl_by_position)
         if metrics.step % max(self._log.log_interval, 1) == 0:
-            values = scalars(metrics) | running_totals(total, total_full, tokens)
+            values = scalars(metrics) | running_totals(spent)
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, metrics.step)
         interval = self._log.kl_by_position_interval
@@ -107,12 +108,14 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
     return values | {f"seconds/{phase}": value for phase, value in metrics.seconds.items()}
 
 
-def running_totals(total: Flops, total_full: Flops, tokens: int) -> dict[str, float]:
+def running_totals(spent: Account) -> dict[str, float]:
     return {
-        "total/flops": total.total,
-        "total/flops_full_length": total_full.total,
-        "total/flops_of_full_length": flops_ratio(total, total_full),
-        "total/prefix_tokens": tokens,
+        "total/flops": spent.flops.total,
+        "total/flops_full_length": spent.flops_full.total,
+        "total/flops_of_full_length": spent.ratio,
+        "total/flops_probes": spent.probes,
+        "total/flops_evaluation": spent.evaluation,
+        "total/prefix_tokens": spent.prefix_tokens,
     }
 
 

@@ -58,7 +58,7 @@ def write_run(folder: Path, evaluated: dict[int, float], steps: int = 6) -> Path
             if step:
                 log.step(metrics(step, 2 + step, 1.0 / step))
             if step in evaluated:
-                log.evaluation(step, Answers(evaluated[step]))
+                log.evaluation(step, Answers(evaluated[step]), Flops(rollout=5e9))
     return folder
 
 
@@ -76,7 +76,7 @@ def write_whole_run(folder: Path, *, steps: int = 12, total: int = 12, words: st
                 run.step(metrics(step, 2 + step, 2.0 / step))
             if step % 4 == 0:
                 run.probe(probe(step))
-                run.evaluation(step, Answers(step / (steps + 1)))
+                run.evaluation(step, Answers(step / (steps + 1)), Flops(rollout=5e9))
                 write_samples(
                     folder / EVALUATION_FOLDER / f"step_{step:08d}.jsonl", answers(step, words)
                 )

@@ -100,6 +100,11 @@ class Ledger:
         passes = BACKWARD * gradients or 1
         return replace(total, student=total.student / BACKWARD * passes)
 
+    def measure_answers(self, lengths: Iterable[tuple[int, int]]) -> Flops:
+        """What evaluated answers cost, given as (prompt, sampled) tokens: the sampler's part."""
+        costs = (rollout_flops(self._student, self._teacher, *pair) for pair in lengths)
+        return Flops(rollout=sum(cost.rollout for cost in costs))
+
     def add(self, cost: StepCost) -> None:
         self._total += cost
 

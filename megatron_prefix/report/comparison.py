@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_prefix.account import PARTS, Account
 from megatron_prefix.figure import unit_of
 from megatron_prefix.pass_at_k import wilson_interval
 from megatron_prefix.report import picture
-from megatron_prefix.report.account import PARTS, Account, account_of
 from megatron_prefix.report.picture import INK, Picture
 from megatron_prefix.report.story import RunStory
 from megatron_prefix.run_history import RunHistory
@@ -137,11 +137,11 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 def cost_picture(stories: Sequence[RunStory]) -> Picture:
     """FLOPs by part, a bar a run, with the full-length counterfactual's length marked."""
-    accounts = [account_of(story) for story in stories]
+    accounts = [story.account for story in stories]
 
     def paint(figure: "Figure") -> None:
         axes = figure.subplots()
-        top = max(max(account.total, account.full) for account in accounts)
+        top = max(max(account.total, account.flops_full.total) for account in accounts)
         factor, prefix = unit_of(top)
         for row, account in enumerate(accounts):
             _draw_account(axes, row, account, factor)
@@ -170,11 +170,11 @@ def cost_picture(stories: Sequence[RunStory]) -> Picture:
 def _draw_account(axes: "Axes", row: int, account: Account, factor: float) -> None:
     left = 0.0
     for part in PARTS:
-        value = account.flops[part] / factor
+        value = account.by_part[part] / factor
         if np.isfinite(value) and value:
             axes.barh(row, value, left=left, height=0.56, color=picture.PART_COLOURS[part])
             left += value
-    full = account.full / factor
+    full = account.flops_full.total / factor
     axes.plot([full, full], [row - 0.36, row + 0.36], color=INK, lw=2)
     axes.annotate(
         f"{account.ratio:.2f}\u00d7", (max(left, full), row), (7, 0), textcoords="offset points",

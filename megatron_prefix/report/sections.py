@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prefix.account import PARTS
 from megatron_prefix.config import Recipe
 from megatron_prefix.pass_at_k import wilson_interval
 from megatron_prefix.progress import duration
-from megatron_prefix.report.account import PARTS, account_of
 from megatron_prefix.report.comparison import training_seconds
 from megatron_prefix.report.markup import Html, element, join, shorten, table, text
 from megatron_prefix.report.story import RunStory, flatten, is_alarm
@@ -30,7 +30,8 @@ def run_name(index: int, story: RunStory, several: bool) -> Html:
 
 def tiles(story: RunStory) -> Html:
     """A single run in five figures."""
-    history, account = story.history, account_of(story)
+    history, account = story.history, story.account
+    full = f"that had cost {si(account.flops_full.total)}FLOP"
     evaluated = [e for e in history.evaluations if math.isfinite(e.accuracy)]
     shown = []
     if evaluated:
@@ -40,8 +41,8 @@ def tiles(story: RunStory) -> Html:
         shown.append(("accuracy" if first is not last else "accuracy, once", value, more))
     total = f" of {story.total_steps}" if story.total_steps else ""
     shown += [
-        ("training", f"{si(account.training)}FLOP", "rollouts, teacher and student"),
-        ("of full length", ratio_words(account.ratio), f"that had cost {si(account.full)}FLOP"),
+        ("training", f"{si(account.flops.total)}FLOP", "rollouts, teacher and student"),
+        ("of full length", ratio_words(account.ratio), full),
         ("prefix tokens", f"{si_count(account.tokens['rollout'])}", "sampled and trained on"),
         ("steps", f"{story.steps}{total}", f"in {duration(training_seconds(history)[-1])} of work"),
     ]
@@ -83,7 +84,7 @@ def runs_table(stories: Sequence[RunStory]) -> Html:
 
 
 def _run_row(index: int, story: RunStory, several: bool) -> list[object]:
-    history, account = story.history, account_of(story)
+    history, account = story.history, story.account
     found = [e for e in history.evaluations if math.isfinite(e.accuracy) and e.n]
     accuracy: list[object] = [_NOTHING] * 4
     if found:
@@ -99,7 +100,7 @@ def _run_row(index: int, story: RunStory, several: bool) -> list[object]:
         policy_words(story.settings),
         f"{story.steps}{total}",
         *accuracy,
-        si(account.training),
+        si(account.flops.total),
         ratio_words(account.ratio),
         si_count(account.tokens["rollout"]),
         duration(training_seconds(history)[-1]),
@@ -120,10 +121,10 @@ def ledger_table(stories: Sequence[RunStory]) -> Html:
     headings = ("run", *PARTS, "all", "training at full length", "ratio")
     rows = []
     for index, story in enumerate(stories):
-        account = account_of(story)
-        cells = [_spent(account.flops[part], account.tokens.get(part)) for part in PARTS]
+        account = story.account
+        cells = [_spent(account.by_part[part], account.tokens.get(part)) for part in PARTS]
         everything = _spent(account.total, sum(account.tokens.values()))
-        ratio = [si(account.full), ratio_words(account.ratio)]
+        ratio = [si(account.flops_full.total), ratio_words(account.ratio)]
         rows.append([run_name(index, story, len(stories) > 1), *cells, everything, *ratio])
     return table(headings, rows, "lr")
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_prefix import jsonl
+from megatron_prefix.account import Account, read_account
 from megatron_prefix.recipe import RECORD_NAME
 from megatron_prefix.run_history import RunHistory, load_run
 
@@ -36,6 +37,7 @@ class RunStory:
     samples: tuple[Mapping[str, Any], ...]  # rollouts of training steps, as text
     answers: tuple[Answers, ...]  # of the first and the last evaluation; one where they are one
     offline: tuple[Mapping[str, Any], ...]  # summaries of `megatron-prefix eval`
+    account: Account
     notes: tuple[str, ...]  # what is missing, and what that means
 
     @property
@@ -103,6 +105,7 @@ def _story(folder: Path, label: str) -> RunStory:
         samples=tuple(jsonl.read_records(folder / jsonl.SAMPLES)),
         answers=tuple(_answers(folder / jsonl.EVALUATION_FOLDER)),
         offline=tuple(_offline(folder / "evals")),
+        account=read_account(folder),
         notes=(),
     )
     return RunStory(**{**vars(story), "notes": tuple(_notes(story))})

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from megatron_prefix import eval_run
 from megatron_prefix.evaluate import EvalSample, EvalSet
+from megatron_prefix.prefix import Ledger, model_shape
 from megatron_prefix.rollout.protocol import Sampling
 from megatron_prefix.rollout.server import Server
 from megatron_prefix.scorers import Generated
@@ -112,6 +113,12 @@ def test_evaluating_the_export_gives_the_runs_own_answers(tmp_path: Path) -> Non
     evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").open()]
     assert summary["accuracy"] == evaluations[-1]["accuracy"]
     assert summary["truncated"] == evaluations[-1]["truncated"]
+    shape = model_shape(json.loads((run / "hf" / "config.json").read_text()))
+    answered = [(sort_chain.PROMPT_LENGTH, answer["tokens"]) for answer in inside.values()]
+    cost = Ledger(shape, shape, 75).measure_answers(answered).total
+    assert evaluations[-1]["flops"] == cost
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert ledger["evaluation"] == sum(each["flops"] for each in evaluations)
     assert summary["interval"][0] < summary["accuracy"] < summary["interval"][1]
     again = command("eval", str(run), "--json")  # nothing is left to ask: no server starts
     assert json.loads(again.stdout)["accuracy"] == summary["accuracy"]

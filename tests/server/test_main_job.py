@@ -162,6 +162,22 @@ def test_the_prefix_length_follows_its_schedule_through_sampler_mask_and_log(
         )
 
 
+def test_the_ledger_of_a_resumed_run_is_the_sum_of_its_lines(
+    job: Job, resumed: subprocess.CompletedProcess[str]
+) -> None:
+    saved = job.folder / "checkpoints" / f"step_{STEPS:08d}" / "run_state.json"
+    ledger = json.loads(saved.read_text())["conductor"]["ledger"]
+    written = json.loads((job.folder / "ledger.json").read_text())
+    for part in ("rollout", "teacher", "student"):
+        summed = sum(record["flops"][part] for record in job.records())
+        assert summed == ledger[part] == written["flops"][part] > 0
+        full = sum(record["flops_full"][part] for record in job.records())
+        assert full == ledger[f"full_{part}"] == written["flops_full"][part]
+    assert written["ratio"] == pytest.approx(
+        sum(written["flops"].values()) / sum(written["flops_full"].values())
+    )
+
+
 def test_replayed_without_interruption_it_is_the_same_run_to_the_last_bit(
     job: Job, resumed: subprocess.CompletedProcess[str]
 ) -> None:

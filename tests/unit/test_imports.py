@@ -39,6 +39,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run")
     + ("teacher_prompts", "write_answers", "stop_tokens"),
     ("alarms", "prefix_checks", "token_weights"),
+    ("alarms", "prefix_checks"),
+    +("jsonl", "account", "kl_grid", "progress", "tb_writer", "run_log", "run_history", "figure")
+    + ("report", "report_arguments")
+    + ("sources", "evaluate", "pass_at_k", "eval_run"),
     ("mcore",),
     ("validate_data",),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),

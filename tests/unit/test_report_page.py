@@ -12,7 +12,6 @@ from PIL import Image
 from megatron_prefix.cli import main
 from megatron_prefix.jsonl import read_records
 from megatron_prefix.report import comparison, markup, sections, texts
-from megatron_prefix.report.account import account_of
 from megatron_prefix.report.page import write_report
 from megatron_prefix.report.story import load_stories
 from tests.run_folders import write_run, write_whole_run
@@ -146,15 +145,6 @@ def test_a_single_run_shows_what_it_set_and_two_what_they_differ_in(tmp_path: Pa
     both = Tree(sections.recipe_table(load_stories([first, second]))).text
     assert re.search(r"train\.steps\s+12\s+99", both)
     assert "run.name" not in both
-
-
-def test_the_account_adds_up(tmp_path: Path) -> None:
-    account = account_of(load_stories([write_whole_run(tmp_path / "run")])[0])
-    assert account.flops["rollout"] == 12e9 and account.flops["student"] == 36e9
-    assert account.flops["probes"] == 4 * 4e9
-    assert account.training == 72e9 and account.ratio == 0.5
-    assert account.tokens == {"rollout": sum(8 * (1 + s) for s in range(1, 13)),
-                              "probes": 4 * 160, "evaluation": 4 * 300}  # fmt: skip
 
 
 def test_problems_that_training_changed_come_first(tmp_path: Path) -> None:

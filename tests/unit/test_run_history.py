@@ -20,6 +20,7 @@ from megatron_prefix.kl_grid import shrink
 from megatron_prefix.report.tables import phase_table, si, summary_table
 from megatron_prefix.run_history import load_run, summarise, write_summary
 from megatron_prefix.run_log import RunLog
+from megatron_prefix.types import Flops
 from tests.run_folders import Answers, metrics, write_run
 
 
@@ -37,7 +38,7 @@ def test_a_history_holds_the_steps_in_order(tmp_path: Path) -> None:
 def test_a_step_evaluated_twice_counts_with_its_last_result(tmp_path: Path) -> None:
     write_run(tmp_path, {0: 0.1, 6: 0.5})
     with RunLog(tmp_path, LogConfig(tensorboard=False), 6, resume_step=6) as log:
-        log.evaluation(6, Answers(0.75))
+        log.evaluation(6, Answers(0.75), Flops())
     accuracies = [evaluation.accuracy for evaluation in load_run(tmp_path).evaluations]
     assert accuracies == [0.1, 0.75]
 

@@ -116,16 +116,16 @@ def test_significant_digits_hold_over_all_magnitudes() -> None:
 
 def test_a_resume_counts_no_step_twice(tmp_path: Path) -> None:
     with open_log(tmp_path) as run_log:
-        run_log.evaluation(0, Answers(0.1))
+        run_log.evaluation(0, Answers(0.1), Flops(rollout=7e6))
         for step in range(1, 6):
             run_log.step(metrics(step))
             run_log.rollouts(step, ["p"], ["x"], [{"finish": "stop"}])
-        run_log.evaluation(5, Answers(0.2))
+        run_log.evaluation(5, Answers(0.2), Flops(rollout=7e6))
     with open_log(tmp_path, resume_step=3) as run_log:
-        assert run_log.totals.prefix_tokens == 30
+        assert run_log.account.prefix_tokens == 30
         run_log.step(metrics(4))
-        assert run_log.totals.flops.total == pytest.approx(4 * 6e6)
-        assert run_log.totals.seconds == pytest.approx(4 * 0.4)
+        assert run_log.account.flops.total == pytest.approx(4 * 6e6)
+        assert run_log.account.seconds == pytest.approx(4 * 0.4)
     assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
     assert steps_in(tmp_path / "metrics.discarded.jsonl") == [4, 5]
     assert steps_in(tmp_path / "samples.jsonl") == [1, 2, 3]
@@ -155,10 +155,11 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 def test_evaluations_and_events(tmp_path: Path) -> None:
     with open_log(tmp_path) as run_log:
         run_log.step(metrics(1))
-        run_log.evaluation(1, Answers(0.25))
+        run_log.evaluation(1, Answers(0.25), Flops(rollout=7e6))
         run_log.event("save", "checkpoint of step 1", seconds=float("nan"), bytes=12)
     evaluation = first_in(tmp_path / "evaluations.jsonl")
     expected = {"step": 1, "accuracy": 0.25, "n": 50, "truncated": 2, "unparsable": 3}
+    expected["flops"] = 7e6
     expected |= {"tokens": 400, "seconds": 1.5}
     assert evaluation == expected
     event = first_in(tmp_path / "events.jsonl")
@@ -192,7 +193,9 @@ def test_plain_lines_at_the_log_interval_and_at_the_end(tmp_path: Path) -> None:
     lines = text.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["3/10", "4/10", "8/10", "10/10"]
     assert lines[0].endswith("SKIPPED: not finite")
-    assert lines[1].startswith("step 4/10 loss 0.2500 kl 0.3667 L 4 tok/s 25 eta 0:02")
+    assert lines[1].startswith(
+        "step 4/10 loss 0.2500 kl 0.3667 L 4 24 MFLOP 0.25x tok/s 25 eta 0:02"
+    )
 
 
 def test_a_terminal_gets_a_bar_from_the_resumed_step_on(tmp_path: Path) -> None:
@@ -234,12 +237,13 @@ def test_tensorboard_holds_scalars_image_and_text(tmp_path: Path) -> None:
         for step in (1, 2):
             run_log.step(metrics(step))
         run_log.rollouts(2, ["prompt"], ["prefix"], [{"finish": "cut"}])
-        run_log.evaluation(2, Answers(0.5))
+        run_log.evaluation(2, Answers(0.5), Flops(rollout=7e6))
     events = read_tensorboard(tmp_path / "tensorboard")
     tags = events.Tags()
     wanted = {"loss/loss", "loss/kl", "optimizer/grad_norm", "optimizer/lr", "prefix/length",
               "prefix/cut_fraction", "rollout/policy_lag", "total/prefix_tokens", "flops/rollout",
               "flops/teacher", "flops/student", "total/flops_of_full_length", "seconds/rollout",
+              "total/flops_probes",
               "evaluation/accuracy"}  # fmt: skip
     assert wanted <= set(tags["scalars"])
     ratios = [event.value for event in events.Scalars("total/flops_of_full_length")]
