@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_prefix.advise_arguments import EXAMPLES as _ADVISE_EXAMPLES
+from megatron_prefix.advise_arguments import add_advise_arguments
 from megatron_prefix.config import Recipe
 from megatron_prefix.eval_arguments import EXAMPLES as _EVAL_EXAMPLES
 from megatron_prefix.eval_arguments import add_eval_arguments
@@ -59,6 +61,7 @@ recipe that does not fit is refused, with the smallest change that would: exit c
 """,
     "eval": _EVAL_EXAMPLES,
     "report": _REPORT_EXAMPLES,
+    "advise": _ADVISE_EXAMPLES,
     "launch": _LAUNCH_EXAMPLES,
     "prepare": """\
 examples:
@@ -133,6 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_eval_arguments(judge)
     report = _command(commands, "report", "one page out of one run or several", _report)
     add_report_arguments(report)
+    add_advise_arguments(
+        _command(commands, "advise", "the prefix that a pilot of full rollouts asks for", _advise)
+    )
     doctor = _command(commands, "doctor", "what this machine has, can run, and lacks", _doctor)
     doctor.add_argument("--json", action="store_true", help="the findings as JSON")
     return parser
@@ -252,6 +258,12 @@ def _report(arguments: argparse.Namespace) -> int:
     runs = [Path(run) for run in arguments.runs]
     print(write_report(runs, output_of(runs, arguments.output)))
     return DONE
+
+
+def _advise(arguments: argparse.Namespace) -> int:
+    from megatron_prefix.advise_job import run_advise
+
+    return run_advise(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
     ("recipe", "cluster", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
+    + ("account", "pilot", "advise", "advise_arguments")
     + (
         "jsonl",
         "kl_grid",
@@ -39,10 +40,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run")
     + ("teacher_prompts", "write_answers", "stop_tokens"),
     ("alarms", "prefix_checks", "token_weights"),
-    ("alarms", "prefix_checks"),
-    +("jsonl", "account", "kl_grid", "progress", "tb_writer", "run_log", "run_history", "figure")
-    + ("report", "report_arguments")
-    + ("sources", "evaluate", "pass_at_k", "eval_run"),
     ("mcore",),
     ("validate_data",),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
@@ -51,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("supplies", "assemble", "worker"),
     ("agent",),
     ("launch_arguments", "launch", "launcher", "die_with_parent"),
+    ("advise_job",),
     ("cli",),
 )
 # What may import these packages of others.
