@@ -8,40 +8,51 @@ Megatron ranks, greedy answers to 500 held-out prompts through the server at the
 the order of the prompts and the sampling; the checkpoints stay. FLOPs and tokens are those of
 training, by the run's own ledger. Rates are from 0 to 1; execution is over valid plans.
 
-Finished cells are kept in the cache and not run again, and a stopped one goes on where it was.
-``--quick`` is student A with one seed.
+``off_policy`` (forward KL) and ``sft`` learn from the teacher's own answers to as many prompts,
+sampled once; their FLOPs hold the teacher's sampling. Finished cells are kept in the cache, a
+JSON file each, and not run again; a stopped one goes on where it was. ``--quick`` is student A with
+one seed.
 """
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
-import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-from megatron_prefix.config import Recipe
-from megatron_prefix.jsonl import EVALUATION_FOLDER, read_records
+from benchmarks._one_server import one_server
+from benchmarks._policy_rows import Row, goals_table, summary_table
+from benchmarks._quality import quality_of
+from benchmarks._teacher_answers import answers_file, write_answers, writing_flops
+from megatron_prefix.jsonl import EVALUATION_FOLDER, METRICS, read_records
 from megatron_prefix.recipe import fingerprint, load_recipe
-from megatron_prefix.rollout.server import Server, server_pool
 from megatron_prefix.run_history import load_run, summarise
 from megatron_prefix.tasks import sort_chain
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.py"
-WARMUP_STEPS, SHORT, FULL = 10, 9, sort_chain.RESPONSE_LENGTH
+WARMUP_STEPS, BATCH, SHORT, FULL = 10, 32, 9, sort_chain.RESPONSE_LENGTH
 _FULL = ("prefix.policy=fixed", f"prefix.min_length={FULL}")
 _PROBED = "log.probe_interval=10"
 _ADAPTIVE, _ON_TAIL = ("prefix.policy=adaptive", _PROBED), ("shrink", "grow", "hold")
 _CUT = ("prefix.cut_off.rule=surprisal", "prefix.cut_off.window=8", "prefix.cut_off.min_tokens=9")
+# fmt: off
 POLICIES: dict[str, tuple[str, ...]] = {
     "full": _FULL,
     "fixed": ("prefix.policy=fixed",),
@@ -52,6 +63,10 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "adaptive": ("prefix.policy=adaptive", "prefix.adaptive.factor=1.5"),
     "anchored": ("prefix.policy=anchored", "prefix.anchored.every=8"),
     "late": ("prefix.policy=late", "prefix.late.full_after=0.8"),
+    "off_policy": ("prefix.policy=fixed", f"prefix.min_length={FULL}", "mode.name=off_policy",
+                   "loss.divergence=forward_kl"),
+    "sft": ("prefix.policy=fixed", f"prefix.min_length={FULL}", "mode.name=sft"),
+    "anchored_12": ("prefix.policy=anchored", "prefix.min_length=7", "prefix.anchored.every=12"),
     "marginal": ("prefix.policy=marginal", "prefix.min_length=4"),
     **{f"adaptive_{to}": (*_ADAPTIVE, f"prefix.adaptive.on_tail={to}") for to in _ON_TAIL},
     "audited": ("prefix.policy=audited", _PROBED),
@@ -59,7 +74,19 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "cut": (*_FULL, *_CUT),
     "window": ("prefix.policy=window", f"prefix.window.start={FULL - SHORT}"),
 }
-DEFAULT = ("full", "fixed", "linear", "adaptive", "anchored", "late", "marginal")
+# fmt: on
+DEFAULT = (
+    "full",
+    "fixed",
+    "linear",
+    "adaptive",
+    "anchored",
+    "late",
+    "marginal",
+    "off_policy",
+    "sft",
+)
+WRITTEN = ("off_policy", "sft")  # learn from the teacher's answers
 STUDENTS = ("A", "B")
 
 
@@ -78,30 +105,16 @@ class Cell:
         return f"{self.policy}-{self.student}-seed{self.seed}-lr{self.lr:g}-{self.steps}steps"
 
     @property
+    def is_written(self) -> bool:
+        return self.policy in WRITTEN
+
+    @property
+    def rollouts(self) -> int:
+        return self.steps * BATCH
+
+    @property
     def student_folder(self) -> Path:
         return sort_chain.model_folder(f"student_{self.student.lower()}")
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Shares of the held-out prompts, but for execution: of those with a valid plan."""
-
-    accuracy: float
-    plan: float
-    execution: float | None  # None: no plan was valid
-
-
-@dataclass(frozen=True)
-class Row:
-    policy: str
-    student: str
-    seed: int
-    lr: float
-    accuracy: float
-    plan: float
-    execution: float | None
-    flops: float
-    tokens: int  # sampled prefix tokens
 
 
 def overrides(cell: Cell, cache: Path) -> list[str]:
@@ -114,9 +127,11 @@ def overrides(cell: Cell, cache: Path) -> list[str]:
         f"data.seed={cell.seed}",
         f"train.seed={cell.seed}",
         f"train.steps={cell.steps}",
+        f"train.global_batch_size={BATCH}",
         f"prefix.min_length={SHORT}",
         f"prefix.max_length={FULL}",
         *POLICIES[cell.policy],
+        *([f"mode.written.path={answers_file(cache, cell.rollouts)}"] if cell.is_written else []),
         f"optimizer.lr={cell.lr}",
         f"optimizer.min_lr={0.1 * cell.lr}",
         f"optimizer.lr_warmup_steps={min(WARMUP_STEPS, cell.steps // 2)}",
@@ -137,23 +152,6 @@ def folder_of(cell: Cell, cache: Path) -> Path:
     return cache / f"{cell.name}-{digest[:10]}"
 
 
-def quality_of(answers: Path) -> Quality:
-    """Scores an evaluation's samples against the held-out problems they answer."""
-    problems = sort_chain.make_problems(sort_chain.NUM_HELD_OUT, sort_chain.HELD_OUT_SEED)
-    scored = []
-    for record in read_records(answers):
-        problem = problems[record["row"]]
-        assert problem.prompt == record["prompt"], f"{answers}: row {record['row']}"
-        end = "$" if record["finish_reason"] == "stop" else ""
-        scored.append(sort_chain.score(problem, record["generated"] + end))
-    executed = [score.execution for score in scored if score.valid_plan]
-    return Quality(
-        accuracy=statistics.fmean(score.accuracy for score in scored),
-        plan=statistics.fmean(score.plan for score in scored),
-        execution=statistics.fmean(executed) if executed else None,
-    )
-
-
 def row_of(cell: Cell, folder: Path) -> Row:
     """The row of a finished run."""
     summary = summarise(load_run(folder))
@@ -165,9 +163,18 @@ def row_of(cell: Cell, folder: Path) -> Row:
         cell.seed,
         cell.lr,
         **asdict(quality),
-        flops=summary.flops,
+        flops=summary.flops + (writing_flops(cell.rollouts) if cell.is_written else 0.0),
         tokens=summary.tokens_sampled,
     )
+
+
+def kept_row(cell: Cell, folder: Path) -> Row:
+    """The row out of the file that the cell left, or out of its run's folder, and left now."""
+    kept = folder.with_name(f"{folder.name}.json")
+    if not kept.is_file():
+        row = row_of(cell, folder)
+        kept.write_text(json.dumps(asdict(row), indent=2, allow_nan=False) + "\n")
+    return Row(**json.loads(kept.read_text()))
 
 
 def answers_after(folder: Path, step: int) -> Path:
@@ -176,15 +183,21 @@ def answers_after(folder: Path, step: int) -> Path:
 
 def is_finished(cell: Cell, folder: Path) -> bool:
     """The evaluation after the last step is the last thing that a run writes of what is read."""
-    return answers_after(folder, cell.steps).is_file()
+    left = folder.with_name(f"{folder.name}.json")
+    return left.is_file() or answers_after(folder, cell.steps).is_file()
 
 
 class RunFailed(RuntimeError):
     """A cell's run ended with an exit code; the message names its log."""
 
 
-def run_cell(cell: Cell, folder: Path, cache: Path, server: list[str]) -> None:
-    """Runs the cell's training to its end; the console's lines go beside ``folder``."""
+def run_cell(
+    cell: Cell, folder: Path, cache: Path, server: list[str], tick: Callable[[int], None]
+) -> None:
+    """Runs the cell's training to its end; the console's lines go beside ``folder``.
+
+    ``tick`` is called with the steps that are done, now and then.
+    """
     log = folder.with_name(f"{folder.name}.log")
     words = [*overrides(cell, cache), f"run.output_dir={cache}", f"run.name={folder.name}", *server]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -197,7 +210,11 @@ def run_cell(cell: Cell, folder: Path, cache: Path, server: list[str]) -> None:
             stderr=subprocess.STDOUT,
         )
         try:
-            code = process.wait()
+            code = None
+            while code is None:
+                tick(steps_in(folder))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=1.0)
         except KeyboardInterrupt:  # the terminal told it as well: it saves
             process.wait()
             raise
@@ -206,26 +223,8 @@ def run_cell(cell: Cell, folder: Path, cache: Path, server: list[str]) -> None:
         raise RunFailed(f"{cell.name} ended with exit code {code}; log: {log}; {' '.join(last)}")
 
 
-@contextlib.contextmanager
-def one_server(recipe: Recipe, logs: Path) -> Iterator[list[str]]:
-    """A server that several runs use one after another: each publishes its weights first."""
-    with (
-        tempfile.TemporaryDirectory(prefix="prefix-policies-") as scratch,
-        server_pool(
-            recipe.student.hf_path,
-            recipe.rollout,
-            params_dtype=recipe.student.params_dtype,
-            log_folder=logs,
-        ) as servers,
-    ):
-        yield server_settings(servers, Path(scratch, "key"))
-
-
-def server_settings(servers: Sequence[Server], key_file: Path) -> list[str]:
-    key_file.touch(mode=0o600)
-    key_file.write_text(servers[0].endpoint.api_key)
-    urls = ",".join(server.url for server in servers)
-    return [f"rollout.server_urls=[{urls}]", f"rollout.api_key_file={key_file}"]
+def steps_in(folder: Path) -> int:
+    return sum(1 for _ in read_records(folder / METRICS))
 
 
 def run_missing(cells: Sequence[Cell], cache: Path, console: Console) -> None:
@@ -236,43 +235,28 @@ def run_missing(cells: Sequence[Cell], cache: Path, console: Console) -> None:
         missing = [(cell, folder) for cell, folder in pairs if not is_finished(cell, folder)]
         if not missing:
             continue
+        if any(cell.is_written for cell, _ in missing):
+            first = load_recipe(str(RECIPE), overrides=overrides(missing[0][0], cache))
+            write_answers(first, cache, missing[0][0].rollouts)
         recipe = load_recipe(str(RECIPE), overrides=overrides(missing[0][0], cache))
-        with one_server(recipe, cache / "logs") as server:
-            for number, (cell, folder) in enumerate(missing, start=1):
-                console.print(f"student {student}: run {number} of {len(missing)}: {cell.name}")
-                run_cell(cell, folder, cache, server)
+        with one_server(recipe, cache / "logs") as server, _bar(console) as bar:
+            total = sum(cell.steps for cell, _ in missing)
+            task = bar.add_task(f"student {student}", total=total)
+            for number, (cell, folder) in enumerate(missing):
+                if not console.is_terminal:
+                    console.print(f"student {student}: {number + 1} of {len(missing)}: {cell.name}")
+                done = functools.partial(_show, bar, task, cell.name, number * cell.steps)
+                run_cell(cell, folder, cache, server, done)
+                kept_row(cell, folder)
 
 
-def summary_table(rows: Iterable[Row], steps: int) -> Table:
-    """One line a policy, student and learning rate: means over seeds, the spread of accuracy."""
-    groups: dict[tuple[str, float, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.student, row.lr, row.policy), []).append(row)
-    table = Table(title=f"SORT-CHAIN, {steps} steps of 32, 500 held-out prompts")
-    for name in ("student", "lr", "policy", "seeds", "accuracy %", "plan %", "execution %"):
-        table.add_column(name, justify="left" if name in ("student", "policy") else "right")
-    for name in ("GFLOP", "of full's", "k tokens"):
-        table.add_column(name, justify="right")
-    for (student, lr, policy), found in groups.items():
-        flops = statistics.fmean(row.flops for row in found)
-        full = [row.flops for row in groups.get((student, lr, "full"), [])]
-        table.add_row(
-            student,
-            f"{lr:g}",
-            policy,
-            str(len(found)),
-            "/".join(f"{100 * row.accuracy:.1f}" for row in found),
-            percent([row.plan for row in found]),
-            percent([row.execution for row in found if row.execution is not None]),
-            f"{flops / 1e9:.0f}",
-            f"{flops / statistics.fmean(full):.2f}" if full else "-",
-            f"{statistics.fmean(row.tokens for row in found) / 1e3:.0f}",
-        )
-    return table
+def _show(bar: Progress, task: TaskID, name: str, before: int, steps: int) -> None:
+    bar.update(task, completed=before + steps, description=name)
 
 
-def percent(values: Sequence[float]) -> str:
-    return f"{100 * statistics.fmean(values):.1f}" if values else "-"
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -330,8 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         print(f"prefix_policies: error: {error}", file=sys.stderr)
         return 1
-    rows = [row_of(cell, folder_of(cell, cache)) for cell in cells]
+    rows = [kept_row(cell, folder_of(cell, cache)) for cell in cells]
     console.print(summary_table(rows, arguments.steps))
+    console.print(goals_table(rows))
     for student in arguments.students:
         first = next(cell for cell in cells if cell.student == student)
         before = quality_of(answers_after(folder_of(first, cache), 0))

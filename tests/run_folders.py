@@ -99,6 +99,7 @@ def probe(step: int, length: int = 20) -> ProbeMetrics:
         finished=0,
         rollouts=8,
         flops=Flops(1e9, 2e9, 1e9),
+        agreement=0.9 - 0.05 * step,
     )
 
 

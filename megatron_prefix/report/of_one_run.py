@@ -115,6 +115,7 @@ def probes_picture(story: RunStory, number: int) -> Picture:
         left.set_xlabel("step")
         left.set_ylabel("mean KL, nats a token")
         left.set_title("Probes")
+        _draw_agreement(left, story.probes)
         picture.legend_beside_title(left)
         _draw_positions(right, _spread(story.probes))
 
@@ -124,8 +125,24 @@ def probes_picture(story: RunStory, number: int) -> Picture:
         (11, 3.9),
         words=f"the KL of {story.label}'s probes within the prefix and beyond it",
         caption="A tail whose KL rises while the prefix's falls is being lost: lengthen the prefix,"
-        " or take full-length steps now and then (prefix.policy=anchored).",
+        " or take full-length steps now and then (prefix.policy=anchored). Gradients: cosine of the"
+        " prefix's with the full rollouts'.",
     )
+
+
+def _draw_agreement(axes: "Axes", probes: Sequence[Mapping[str, Any]]) -> None:
+    """The cosine of prefix and full gradients on an axis of its own, where it was measured."""
+    values = [_real(probe.get("agreement")) for probe in probes]
+    if not np.isfinite(values).any():
+        return
+    style = picture.run_style(2)
+    cosine = axes.twinx()
+    cosine.plot([probe["step"] for probe in probes], values, lw=1.4, ms=5, **style)
+    cosine.set_ylim(min(0.0, float(np.nanmin(values))) - 0.05, 1.05)
+    cosine.set_ylabel("cosine of gradients")
+    cosine.spines["right"].set_visible(True)
+    cosine.grid(visible=False)
+    axes.plot([], [], label="gradients", **style)  # for the legend of the other axis
 
 
 def _draw_positions(axes: "Axes", probes: Sequence[Mapping[str, Any]]) -> None:

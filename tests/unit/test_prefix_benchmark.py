@@ -1,13 +1,16 @@
 """The prefix benchmark but for its runs: cells, what a cell hangs on, rows out of a run folder."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from benchmarks import prefix_policies as benchmark
+from benchmarks._policy_rows import verdicts
+from benchmarks._quality import Quality
+from benchmarks._teacher_answers import writing_flops
 from megatron_prefix.evaluate import EvalSample, write_samples
 from megatron_prefix.prefix import build_policy, loss_start
 from megatron_prefix.recipe import load_recipe
@@ -32,6 +35,7 @@ def test_every_policy_is_a_sound_recipe(policy: str, tmp_path: Path) -> None:
     assert max(lengths) <= 75 and recipe.optimizer.min_lr == pytest.approx(1e-4)
     expected = {"full": (75, 75), "fixed": (9, 9), "fixed_37": (37, 37), "window": (75, 75)}
     expected |= {f"full_{rule}": (75, 75) for rule in ("discrepancy", "change_point")}
+    expected |= {"anchored_12": (7, 75), "off_policy": (75, 75), "sft": (75, 75)}
     expected |= {"cut": (75, 75), "audited": (9, 9), "marginal": (75, 75)}
     grown = (9, 9) if policy.startswith("adaptive") else (9, 75)  # that moves with the KL alone
     assert (min(lengths), max(lengths)) == expected.get(policy, grown)
@@ -43,9 +47,9 @@ def test_quick_is_one_student_with_one_seed_and_words_win() -> None:
     def cells(*words: str) -> list[benchmark.Cell]:
         return benchmark.cells_of(benchmark.parse(words))
 
-    assert len(cells()) == 7 * 2 * 3
+    assert len(cells()) == 9 * 2 * 3
     quick = cells("--quick")
-    assert len(quick) == 7
+    assert len(quick) == 9
     assert {(cell.student, cell.seed) for cell in quick} == {("A", 0)}
     some = cells("--quick", "--students", "B", "--policies", "full,late", "--lr", "1e-3,2e-3")
     assert {(cell.policy, cell.student, cell.lr) for cell in some} == {
@@ -97,7 +101,7 @@ def test_quality_is_the_tasks_own_score(tmp_path: Path) -> None:
     assert quality.plan == pytest.approx(2 / 3)
     assert quality.execution == pytest.approx(2 / 3)  # the second executes its wrong plan
     write_samples(tmp_path / "none.jsonl", [answer(0, first, "abc")])
-    assert benchmark.quality_of(tmp_path / "none.jsonl") == benchmark.Quality(0.0, 0.0, None)
+    assert benchmark.quality_of(tmp_path / "none.jsonl") == Quality(0.0, 0.0, None)
 
 
 def test_answers_to_other_problems_are_no_evaluation_of_these(tmp_path: Path) -> None:
@@ -127,3 +131,56 @@ def test_a_row_is_read_from_the_run_folder(tmp_path: Path) -> None:
     console.print(benchmark.summary_table([full, row, replace(row, seed=1)], 2))
     shown = console.export_text()
     assert "25.0/25.0" in shown and " 0.50 " in shown
+
+
+def row(policy: str, accuracy: float, flops: float, **other: object) -> benchmark.Row:
+    values = {"student": "A", "seed": 0, "lr": 1e-3, "plan": 0.9, "execution": 1.0, "tokens": 100}
+    return benchmark.Row(policy=policy, accuracy=accuracy, flops=flops, **(values | other))
+
+
+def told(*rows: benchmark.Row) -> dict[str, tuple[str, str]]:
+    return {goal: (measured, verdict) for goal, measured, verdict in verdicts(rows)}
+
+
+def test_goals_are_told_as_they_are() -> None:
+    full = [row("full", accuracy, 100.0, seed=i) for i, accuracy in enumerate((0.6, 0.95, 0.9))]
+    found = told(*full, row("anchored", 0.88, 33.0), row("adaptive", 0.86, 58.0))
+    assert found["A: full reaches 80%"] == ("90.0%", "met")  # the median
+    assert found["A: anchored within 3 points of full at 0.40x"] == ("-2.0 points, 0.33x", "met")
+    assert found["A: adaptive within 3 points of full at 0.60x"][1] == "MISSED"
+    assert found["A: late reaches 85% at 0.45x"] == ("", "not measured")
+    late = told(*full, row("late", 0.9, 46.0), row("fixed", 0.324, 23.0, plan=0.99))
+    assert late["A: late reaches 85% at 0.45x"] == ("90.0%, 0.46x", "MISSED")
+    fixed = late["A: fixed at 9 has plan 88% or more and accuracy 20% or less"]
+    assert fixed == ("plan 99.0%, accuracy 32.4%", "MISSED")
+
+
+def test_the_policy_beyond_counts_with_its_best_rate_and_on_b_at_equal_flops() -> None:
+    full = [row("full", 0.90, 100.0), row("full", 0.97, 100.0, lr=2e-3)]
+    short = [row("anchored_12", 0.96, 27.0), row("anchored_12", 0.93, 27.0, lr=2e-3)]
+    goal = "A: anchored_12 within 1 point of full at 0.30x, both tuned over lr"
+    assert told(*full, *short)[goal] == ("-1.0 points, 0.27x", "met")
+    on_b = [row("full", 0.67, 100.0, student="B"), row("anchored_12", 0.6, 30.0, student="B")]
+    of_b = "B: anchored_12 within 3 points of full at equal FLOPs"
+    assert told(*on_b)[of_b] == ("-7.0 points, 0.30x", "not measured")
+    longer = [on_b[0], row("anchored_12", 0.6, 95.0, student="B")]
+    assert told(*longer)[of_b] == ("-7.0 points, 0.95x", "MISSED")
+
+
+def test_a_kept_row_needs_no_folder(tmp_path: Path) -> None:
+    folder = benchmark.folder_of(CELL, tmp_path)
+    assert not benchmark.is_finished(CELL, folder)
+    kept = row("anchored", 0.5, 1.0, execution=None)
+    folder.with_name(f"{folder.name}.json").write_text(json.dumps(asdict(kept)))
+    assert benchmark.is_finished(CELL, folder)
+    assert benchmark.kept_row(CELL, folder) == kept
+
+
+def test_written_policies_read_the_teachers_answers_and_pay_for_them(tmp_path: Path) -> None:
+    cell = replace(CELL, policy="sft")
+    words = benchmark.overrides(cell, tmp_path)
+    recipe = load_recipe(str(benchmark.RECIPE), overrides=words)
+    assert recipe.mode.name == "sft"
+    assert recipe.mode.written.path == str(tmp_path / "data" / "teacher_6400.jsonl")
+    assert cell.rollouts == 6400 == recipe.train.steps * recipe.train.global_batch_size
+    assert writing_flops(10) == pytest.approx(10 * writing_flops(1)) and writing_flops(1) > 1e7
