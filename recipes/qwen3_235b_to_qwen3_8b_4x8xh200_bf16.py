@@ -1,6 +1,6 @@
-"""Qwen3-235B-A22B into Qwen3-8B on four machines of eight H200, in bf16, servers beside them.
+"""Qwen3-235B-A22B into Qwen3-8B on four machines of eight H200, in bf16.
 
-Over 32 cards the teacher's experts are shared eight ways in each of four pipeline stages. By
+The teacher's experts are shared sixteen ways; servers have a fifth machine. The layout is by
 ``megatron-prefix plan``, not by a run. Fetch the folders first: ``hf download Qwen/Qwen3-8B
 --local-dir models/Qwen3-8B`` and the same for Qwen3-235B-A22B.
 """
@@ -26,7 +26,7 @@ def cluster() -> Cluster:
 
 def recipe() -> Recipe:
     return Recipe(
-        run=RunConfig(name="qwen3_235b_to_qwen3_8b", gpu_memory_gib=140.0),
+        run=RunConfig(name="qwen3_235b_to_qwen3_8b", gpu_memory_gib=139.0),
         student=ModelConfig(
             hf_path="models/Qwen3-8B",
             tensor_model_parallel_size=4,

@@ -1,7 +1,8 @@
 """Qwen3-32B into Qwen3-8B on one machine of eight H100 80 GB, in bf16.
 
-The layout is by arithmetic, not by measurement: over tensor parallel 8, a rank holds 17 GiB of the
-student with its optimizer and 8 GiB of the teacher; the server takes 40% of each card beside them.
+The layout is by ``megatron-prefix plan``, not by a run: over tensor parallel 8, a rank holds 17 GiB
+of the student with its optimizer and 8 GiB of the teacher; the server takes 40% of each card beside
+them. On H200 (``run.gpu_memory_gib=139``) there is room for twice the microbatch.
 Fetch the folders first: ``hf download Qwen/Qwen3-8B --local-dir models/Qwen3-8B`` and the same for
 Qwen3-32B, or point ``student.hf_path`` and ``teacher.hf_path`` at them.
 """
@@ -22,7 +23,7 @@ from megatron_prefix.config import (
 
 def recipe() -> Recipe:
     return Recipe(
-        run=RunConfig(name="qwen3_32b_to_qwen3_8b", gpu_memory_gib=80.0),
+        run=RunConfig(name="qwen3_32b_to_qwen3_8b", gpu_memory_gib=79.0),
         student=ModelConfig(
             hf_path="models/Qwen3-8B",
             tensor_model_parallel_size=8,

@@ -32,6 +32,32 @@ class Microbatch:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Columns of latent attention (MLA): ranks whole on every rank, heads over its own."""
+
+    query_rank: int
+    key_rank: int
+    rope: int
+    query: float  # of all heads, with the rotated part; keys as many
+    key_value: float  # what the key-value latent is projected to
+    value: float
+
+    @classmethod
+    def of(cls, model: ValidModel) -> "Latent":
+        settings = model.hf.settings
+        heads = model.hf.shape.num_attention_heads / model.layout.tp
+        nope, rope = settings["qk_head_dim"], settings["qk_pos_emb_head_dim"]
+        return cls(
+            query_rank=settings["q_lora_rank"] or 0,
+            key_rank=settings["kv_lora_rank"],
+            rope=rope,
+            query=heads * (nope + rope),
+            key_value=heads * (nope + settings["v_head_dim"]),
+            value=heads * settings["v_head_dim"],
+        )
+
+
+@dataclass(frozen=True)
 class Widths:
     """Columns of one rank, and bytes of an element."""
 
@@ -46,6 +72,7 @@ class Widths:
     expert: float  # columns of one expert
     always: float  # columns of the shared experts
     qk_norm: bool
+    latent: "Latent | None"
     element: int
 
     @classmethod
@@ -66,6 +93,7 @@ class Widths:
             expert=shape.moe_ffn_hidden_size / layout.expert_tp,
             always=shape.shared_ffn_hidden_size / layout.tp,
             qk_norm=bool(model.hf.settings.get("qk_layernorm")),
+            latent=Latent.of(model) if model.hf.latent_attention else None,
             element=DTYPE_BYTES[config.params_dtype],
         )
 
@@ -121,6 +149,8 @@ def _norm(widths: Widths, fused: bool) -> float:
 
 
 def _attention(widths: Widths, fused: bool) -> float:
+    if widths.latent:
+        return _latent_attention(widths, widths.latent, fused)
     q, k, e = widths.query, widths.key, widths.element
     stored = e * (q + 2 * k) + e * (2 * q + k) + FP32 * widths.heads
     if fused:
@@ -129,6 +159,18 @@ def _attention(widths: Widths, fused: bool) -> float:
     if widths.qk_norm:  # fp32 copies; the key itself is a view where it is fp32 already
         stored += 2 * FP32 * q + (1 if e == FP32 else 2) * FP32 * k
     return stored
+
+
+def _latent_attention(widths: Widths, latent: Latent, fused: bool) -> float:
+    """The norms of both latents, then attention over heads of unlike widths: torch's kernel wants
+    values as wide as queries."""
+    e, ranks = widths.element, latent.query_rank + latent.key_rank
+    shared = FP32 * widths.heads + e * latent.value
+    if fused:
+        return shared + e * (2 * ranks + latent.rope + 2 * latent.query + latent.key_value)
+    # The key-value latent's input to its norm is a view where it is fp32 already.
+    norms = 2 * FP32 * ranks + (e * latent.rope if e == FP32 else 0)
+    return shared + norms + e * (ranks + 4 * latent.query + 4 * latent.rope)
 
 
 def _feed_forward(widths: Widths, sparse: bool, fused: bool) -> float:

@@ -21,7 +21,12 @@ from megatron_prefix.validate import ValidModel, check_model, read_model
 from tests.distributed.live_bytes import LiveBytes
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import CPU, build, model_config
-from tests.tiny_models import write_tiny_llama, write_tiny_qwen3, write_tiny_qwen3_moe
+from tests.tiny_models import (
+    write_tiny_deepseek_v2,
+    write_tiny_llama,
+    write_tiny_qwen3,
+    write_tiny_qwen3_moe,
+)
 
 PROMPT, PREFIX, SEQUENCES, MICROBATCHES = 64, 65, 4, 4
 SIZES = {
@@ -32,6 +37,20 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "vocab_size": 512,
+}
+LATENT = {
+    "num_key_value_heads": 8,
+    "first_k_dense_replace": 2,
+    "moe_intermediate_size": 192,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+EXTRA: dict[Any, dict[str, int]] = {
+    write_tiny_qwen3_moe: {"moe_intermediate_size": 384},
+    write_tiny_deepseek_v2: LATENT,
 }
 WITHIN = 0.1
 
@@ -81,13 +100,14 @@ def estimate(config: ModelConfig, stage: int, world: int) -> float:
         (write_tiny_qwen3, {"pp": 2}, 2),
         (write_tiny_qwen3_moe, {}, 1),
         (write_tiny_qwen3_moe, {"expert_model_parallel_size": 2}, 2),
+        (write_tiny_deepseek_v2, {}, 1),
+        (write_tiny_deepseek_v2, {"params_dtype": "bf16"}, 1),
     ],
 )
 def test_estimate_is_close_to_the_bytes_that_live(
     write: Callable[..., Path], settings: dict[str, Any], world: int, tmp_path: Path
 ) -> None:
-    experts = {"moe_intermediate_size": 384} if write is write_tiny_qwen3_moe else {}
-    folder = write(tmp_path, **SIZES, **experts)
+    folder = write(tmp_path, **SIZES | EXTRA.get(write, {}))
     parallel = {name: value for name, value in settings.items() if name != "params_dtype"}
     config = model_config(folder, **parallel)
     config = replace(config, params_dtype=settings.get("params_dtype", "fp32"))
@@ -97,7 +117,10 @@ def test_estimate_is_close_to_the_bytes_that_live(
         ranks = [rank for rank in range(world) if layout.coordinates(rank)[2] == stage]
         # Experts see unlike numbers of tokens; the plan speaks of the mean.
         mean = sum(measured[rank] for rank in ranks) / len(ranks)
-        assert estimate(config, stage, world) == pytest.approx(mean, rel=WITHIN)
+        share = estimate(config, stage, world) / mean
+        # docs/plan.md quotes these lines: pytest -rP shows them.
+        print(f"estimate/measured {share:.3f}: {write.__name__} {settings} stage {stage}")
+        assert share == pytest.approx(1, rel=WITHIN)
 
 
 def test_fewer_microbatches_are_in_flight_towards_the_end() -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from megatron_prefix.config import (
     DataConfig,
+    Fp8Config,
     ModelConfig,
     OptimizerConfig,
     PrefixConfig,
@@ -213,3 +214,32 @@ def test_ranks_of_the_same_stages_share_a_column(recipe: Recipe) -> None:
     print_plan(plan, Console(file=text, width=100))
     assert "0-11" in text.getvalue() and "12-23" in text.getvalue()
     assert len(json.loads(plan_json(plan))["ranks"]) == 24
+
+
+def test_a_separate_teacher_is_a_kind_of_rank_of_its_own(recipe: Recipe) -> None:
+    teacher = replace(recipe.teacher, placement="separate", pipeline_model_parallel_size=2)
+    student = replace(recipe.student, tensor_model_parallel_size=2)
+    ranks = make_plan(validate(replace(recipe, student=student, teacher=teacher))).ranks
+    together = make_plan(laid_out(recipe, (2, 1), (1, 2))).ranks
+    assert len(ranks) == 4
+    assert [rank.student_at for rank in ranks] == [(0, 0, 0), (1, 0, 0), (), ()]
+    assert [rank.teacher_at for rank in ranks] == [(), (), (0, 0, 0), (0, 0, 1)]
+    for alone, shared in zip(ranks[:2], together, strict=True):
+        assert alone.student_weights == shared.student_weights
+        assert alone.teacher_head == shared.teacher_head
+        assert (alone.teacher_weights, alone.teacher_activations) == (0, 0)
+    for alone, shared in zip(ranks[2:], together, strict=True):
+        assert alone.teacher_weights == shared.teacher_weights
+        assert alone.student_parameters == alone.activations == alone.kl_workspace == 0
+    # Two on their way and one in use, of four sequences each, in place of a step's eight.
+    assert ranks[0].teacher_hidden == 3 * 4 * 75 * 64 * 2 < together[0].teacher_hidden
+    assert (ranks[2].teacher_hidden, ranks[3].teacher_hidden) == (0, ranks[0].teacher_hidden)
+
+
+def test_fp8_keeps_copies_of_weights(recipe: Recipe) -> None:
+    plain = make_plan(laid_out(recipe, (1, 1), (1, 1))).ranks[0]
+    fp8 = Fp8Config(format="hybrid", recipe="tensorwise")
+    narrow = replace(recipe, teacher=replace(recipe.teacher, fp8=fp8))
+    rank = make_plan(laid_out(narrow, (1, 1), (1, 1))).ranks[0]
+    assert rank.fp8_weights == rank.teacher_weights // 2 and plain.fp8_weights == 0
+    assert rank.total == plain.total + rank.fp8_weights

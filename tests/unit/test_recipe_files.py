@@ -40,7 +40,12 @@ def test_every_shipped_recipe_can_be_planned_and_fits(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("shapes", "parameters"),
-    [("Qwen3-8B", 8.19e9), ("Qwen3-32B", 32.76e9), ("Qwen3-235B-A22B", 235.09e9)],
+    [
+        ("Qwen3-8B", 8.19e9),
+        ("Qwen3-32B", 32.76e9),
+        ("Qwen3-235B-A22B", 235.09e9),
+        ("DeepSeek-R1", 671.03e9),
+    ],
 )
 def test_shapes_come_to_the_published_parameters(shapes: str, parameters: float) -> None:
     hf = ModelSizes()(f"models/{shapes}", "teacher")
