@@ -34,6 +34,7 @@ from megatron_prefix.mcore.weights import load_hf_weights
 from megatron_prefix.modes import needs_servers, needs_teacher
 from megatron_prefix.placement import world_layout
 from megatron_prefix.prefix import Ledger, build_policy, model_shape
+from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.publisher import (
     NoPublisher,
     ServerPublisher,
@@ -226,11 +227,13 @@ def _conductor(
     student, teacher = (
         model_shape(read_hf_model(m.hf_path).config) for m in (recipe.student, recipe.teacher)
     )
+    recall = Recall(recipe.prefix.recall) if recipe.prefix.recall.threshold else None
     conductor = Conductor(
         recipe,
         Staff(
             policy=build_policy(recipe.prefix, recipe.train.steps),
-            source=build_source(recipe, folder, endpoints, stops, tokenizer, stack),
+            source=build_source(recipe, folder, endpoints, stops, tokenizer, recall, stack),
+            recall=recall,
             ledger=Ledger(
                 student,
                 teacher,

@@ -26,6 +26,7 @@ from megatron_prefix.prefix import (
     loss_start,
     observe_probe,
 )
+from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.run_log import Evaluation, RunLog
 from megatron_prefix.sources import RolloutSource
 from megatron_prefix.types import ProbeMetrics, Rollout, StepMetrics
@@ -60,6 +61,7 @@ class Staff:
     evaluate: Evaluator | None
     probe: Prober | None
     stop_requested: Callable[[], bool]
+    recall: Recall | None = None  # caps for prompts that come again; the source's too
 
 
 class Conductor:
@@ -82,6 +84,8 @@ class Conductor:
         self._staff.source.load_state_dict(state["source"])
         self._staff.ledger.load_state_dict(state["ledger"])
         self._evaluated = state["evaluated"]
+        if self._staff.recall:
+            self._staff.recall.load_state_dict(state.get("recall", {}))
         self._log = self._staff.open_log(step)
         self._log.event("resume", f"resumed after step {step}")
 
@@ -92,6 +96,7 @@ class Conductor:
             "source": self._staff.source.state_dict(),
             "ledger": self._staff.ledger.state_dict(),
             "evaluated": self._evaluated,
+            "recall": self._staff.recall.state_dict() if self._staff.recall else {},
         }
 
     def order(self, step: int, policy_version: int) -> Order:
@@ -155,6 +160,13 @@ class Conductor:
                 prompt_length=metrics.prompt_tokens / len(order.rollouts),
             )
         )
+
+    def recall(self, order: Order, kl: Sequence[np.ndarray]) -> None:
+        """``kl``: of each rollout's tokens in the loss. Written text says nothing of sampling."""
+        assert self._staff.recall is not None
+        sampled = [pair for pair in zip(order.rollouts, kl, strict=True) if not pair[0].written]
+        rollouts, values = [pair[0] for pair in sampled], [pair[1] for pair in sampled]
+        self._staff.recall.observe(rollouts, values, order.loss_start)
 
     def _log_texts(self, step: int, rollouts: Sequence[Rollout]) -> None:
         shown = rollouts[: self._recipe.log.sample_rollouts]

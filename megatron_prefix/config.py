@@ -19,6 +19,7 @@ from megatron_prefix.config_prefix import LateConfig as LateConfig
 from megatron_prefix.config_prefix import LinearConfig as LinearConfig
 from megatron_prefix.config_prefix import MarginalConfig as MarginalConfig
 from megatron_prefix.config_prefix import PrefixConfig
+from megatron_prefix.config_prefix import RecallConfig as RecallConfig
 from megatron_prefix.config_prefix import StepsConfig as StepsConfig
 from megatron_prefix.config_prefix import WindowConfig as WindowConfig
 

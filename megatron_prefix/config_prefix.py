@@ -99,6 +99,17 @@ class MarginalConfig:
 
 
 @dataclass(frozen=True)
+class RecallConfig:
+    """Caps for prompts that come again, from the KL of their last rollouts: ``slack`` times the
+    tokens after which the mean KL of ``window`` of them was at most ``threshold``."""
+
+    threshold: float = 0.0  # nats a token; 0: no caps
+    window: int = 16  # tokens
+    min_tokens: int = 32  # least that a cap is predicted from
+    slack: float = 1.25
+
+
+@dataclass(frozen=True)
 class PrefixConfig:
     """The prefix policy. ``prefix/`` holds one file a policy; lengths are in tokens."""
 
@@ -117,4 +128,5 @@ class PrefixConfig:
     audited: AuditedConfig = field(default_factory=AuditedConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
     cut_off: CutOffConfig = field(default_factory=CutOffConfig)
+    recall: RecallConfig = field(default_factory=RecallConfig)
     options: dict[str, float] = field(default_factory=dict)  # for a user's own policy

@@ -2,6 +2,7 @@
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.prefix import build_cut_off, build_policy, loss_start
+from megatron_prefix.prefix.recall import check as check_recall
 
 
 def check_prefix(recipe: Recipe) -> None:
@@ -11,6 +12,7 @@ def check_prefix(recipe: Recipe) -> None:
         policy.length(step)
         loss_start(policy, step)
     build_cut_off(recipe.prefix.cut_off, vocab_size=2)  # its settings need no model's
+    check_recall(recipe.prefix.recall)
     probed = recipe.log.probe_interval and recipe.log.probe_agreement
     if recipe.prefix.policy == "audited" and not probed:
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.modes import written_count
+from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.prompts import PromptStream
 from megatron_prefix.rollout.collector import Collector
 from megatron_prefix.rollout.records import load_rollouts, save_rollouts
@@ -38,8 +39,15 @@ class Supply(Protocol):
 class ServerSource:
     """Fresh rollouts from the servers."""
 
-    def __init__(self, recipe: Recipe, prompts: PromptStream, collector: Collector) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: PromptStream,
+        collector: Collector,
+        recall: Recall | None = None,
+    ) -> None:
         self._prompts, self._collector, self._rollout = prompts, collector, recipe.rollout
+        self._recall = recall
 
     def take(self, count: int, prefix_length: int, policy_version: int) -> list[Rollout]:
         # Over-sampled requests beyond the wanted ones are aborted as stragglers.
@@ -50,6 +58,7 @@ class ServerSource:
             max_new_tokens=prefix_length,
             policy_version=policy_version,
             wanted=count,
+            cap=self._recall.cap if self._recall else None,
         )
         return collected.rollouts
 

@@ -66,7 +66,9 @@ class PrefixSums:
 class _Accumulator:
     """Gathers what the microbatches show, without a device synchronisation."""
 
-    def __init__(self, prefix_length: int, device: torch.device) -> None:
+    def __init__(
+        self, prefix_length: int, device: torch.device, token_kl: list[Tensor] | None = None
+    ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -74,11 +76,14 @@ class _Accumulator:
         self.kl, self.tokens = zeros(prefix_length), zeros(prefix_length)
         self.worst = zeros(2)  # server, trainer
         self.stops, self.stop_diff = zeros(), zeros()
+        self._token_kl = token_kl
         self._watched: list[_Watched] = []  # by microbatch
 
     @torch.no_grad()
     def add(self, batch: PrefixBatch, loss: Tensor, kl: Tensor, logprobs: Tensor) -> None:
         self.loss += loss
+        if self._token_kl is not None:
+            self._token_kl.append(kl.detach())
         self.kl.index_add_(0, batch.prefix_offsets, kl.double())
         self.tokens.index_add_(0, batch.prefix_offsets, torch.ones_like(kl, dtype=torch.float64))
         if kl.numel():
@@ -131,14 +136,16 @@ def forward_backward(
     targets: Iterable[Targets] | None,
     objective: Objective,
     prefix_length: int,
+    token_kl: list[Tensor] | None = None,
 ) -> PrefixSums:
     """Gradients of this rank's microbatches, reduced over data-parallel ranks, in ``main_grad``.
 
     ``targets`` and the objective's head are given on the last stage alone; None on all of them:
-    the loss is the cross-entropy to the prefixes' own tokens. Collective.
+    the loss is the cross-entropy to the prefixes' own tokens. ``token_kl``: is filled with each
+    microbatch's KL [N]. Collective.
     """
     model = student.model
-    seen = _Accumulator(prefix_length, batches[0].input_ids.device)
+    seen = _Accumulator(prefix_length, batches[0].input_ids.device, token_kl)
     divergence = _divergence(model, targets, objective, seen)
     student.zero_grad()
     run_schedule(model, student.ddp, batches, divergence, forward_only=False)

@@ -9,6 +9,7 @@ from megatron_prefix.config import DataConfig, Recipe
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.modes import needs_rollouts, needs_written
 from megatron_prefix.prefix import build_cut_off
+from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.prompts import PromptStream
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.collector import Collector
@@ -33,6 +34,7 @@ def build_source(
     endpoints: Sequence[Endpoint],
     stops: tuple[int, ...],
     tokenizer: "PreTrainedTokenizerBase",
+    recall: Recall | None,
     stack: contextlib.ExitStack,
 ) -> RolloutSource:
     """What the recipe's mode takes each step's rollouts from; ``stack`` closes what it opens."""
@@ -44,7 +46,7 @@ def build_source(
         cut_off = build_cut_off(recipe.prefix.cut_off, vocab_size)
         collector = stack.enter_context(Collector(endpoints, recipe.rollout, stops, cut_off))
         prompts = prompt_stream(recipe, recipe.data, tokenizer)
-        supplies["sampled"] = ServerSource(recipe, prompts, collector)
+        supplies["sampled"] = ServerSource(recipe, prompts, collector, recall)
     if needs_written(recipe):
         supplies["written"] = WrittenSource(recipe, tokenizer, stops)
     source = ModeSource(recipe, supplies)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_prefix.agreement import Audit, audit_gradients
 from megatron_prefix.batch import MicrobatchPlan, as_teacher_reads, pack
@@ -23,6 +24,7 @@ from megatron_prefix.phases import Phases
 from megatron_prefix.reweigh import Weighted, reweigh
 from megatron_prefix.student import Objective, PrefixSums, forward_backward, score
 from megatron_prefix.teacher import Teacher
+from megatron_prefix.token_kl import by_rollout
 from megatron_prefix.types import PrefixBatch, StepMetrics, Targets
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ class Trainer:
         with phases.phase("teacher"):
             targets = None if order.supervised else self._targets(order, plan)
             weighted = self._weighted(self._own_batches(order, plan), targets)
+        recalled: list[Tensor] | None = [] if self._recipe.prefix.recall.threshold else None
         with phases.phase("student"):
             sums = forward_backward(
                 parts.student,
@@ -110,7 +113,9 @@ class Trainer:
                 weighted.targets,
                 parts.objective,
                 order.prefix_length,
+                recalled,
             )
+            self._recall(order, plan, recalled)
         lr = parts.student.lr
         with phases.phase("optimizer"):
             update = self._update(sums)
@@ -118,6 +123,15 @@ class Trainer:
             self._sync(update)
         self._step += 1
         return self._report(order, sums, weighted, update, lr, phases)
+
+    def _recall(self, order: Order, plan: MicrobatchPlan, own: list[Tensor] | None) -> None:
+        if own is None or order.supervised:
+            return
+        kl = by_rollout(
+            self._parts.student.model.groups, plan, order.rollouts, own, self._parts.device
+        )
+        if self._parts.conductor:
+            self._parts.conductor.recall(order, kl)
 
     def _sync(self, update: UpdateResult) -> None:
         """The servers hold the newest weights whenever they are asked, and may lag until then."""

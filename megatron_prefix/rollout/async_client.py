@@ -39,10 +39,11 @@ class AsyncGenerator:
     async def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
+        sampling: Sampling | Sequence[Sampling],
         request_ids: Callable[[], Sequence[str]] = tuple,
     ) -> list[Generation]:
-        """As ``SglangClient.generate``. ``request_ids`` is asked for each attempt: the server may
+        """As ``SglangClient.generate``, with one ``sampling`` for all or one for each prompt.
+        ``request_ids`` is asked for each attempt: the server may
         still know those of the last one."""
         answer = await self._post(
             "/generate", lambda: protocol.generate_body(prompts, sampling, request_ids())

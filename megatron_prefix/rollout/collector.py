@@ -7,8 +7,8 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -37,7 +37,7 @@ class CollectStats:
     tokens: int  # sampled tokens of the rollouts that were returned
     tokens_sampled: int  # of all: what generation cost
     seconds: float
-    cut: int = 0  # by a per-rollout rule
+    cut: int = 0  # of those returned, by a per-rollout rule
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class _Job:
 
     prompt: Prompt
     server: int
+    cap: int  # tokens that it may have, at most those of the step
 
 
 @dataclass
@@ -104,6 +105,7 @@ class Collector:
         max_new_tokens: int,
         policy_version: int,
         wanted: int = 0,
+        cap: Callable[[Sequence[int], int], int] | None = None,
     ) -> Collected:
         """Sample ``rollout.samples_per_prompt`` prefixes of each prompt, of at most L tokens.
 
@@ -111,6 +113,7 @@ class Collector:
         the first W usable ones in prompt order are returned: those that finished, and aborted
         ones of at least ``rollout.keep_aborted_above`` x L tokens. Taking them in prompt order
         rather than by arrival keeps short rollouts from being preferred among those that made it.
+        ``cap(prompt_ids, L)``: fewer tokens for some prompts; rollouts that meet that are "cut".
         Fewer come back only where someone else aborts requests.
 
         Raises NoRollouts where none is usable, UnexpectedAnswer where a server's weights are
@@ -118,14 +121,14 @@ class Collector:
         """
         started_at = time.monotonic()
         sampling = Sampling(max_new_tokens, self._rollout.temperature, self._stop_token_ids)
-        jobs = self._assign(prompts)
+        jobs = self._assign(prompts, max_new_tokens, cap)
         wanted = wanted or len(jobs)
         assert 0 < wanted <= len(jobs), f"{wanted} rollouts wanted of {len(jobs)} started"
         one_by_one = wanted < len(jobs) or self._cut_off is not None
         asked = self._with_quorum if one_by_one else self._batched
         generations = self._runner.run(asked(jobs, sampling, wanted))
         self._check_versions(jobs, generations, policy_version)
-        rollouts = _usable(jobs, generations, self._rollout.keep_aborted_above * max_new_tokens)
+        rollouts = _usable(jobs, generations, max_new_tokens, self._rollout.keep_aborted_above)
         if not rollouts:
             raise NoRollouts(
                 f"none of {len(jobs)} rollouts is usable: all were aborted or empty; does another "
@@ -134,12 +137,17 @@ class Collector:
         stats = _statistics(generations, rollouts, wanted, time.monotonic() - started_at)
         return Collected(rollouts[:wanted], stats)
 
-    def _assign(self, prompts: Sequence[Prompt]) -> list[_Job]:
+    def _assign(
+        self,
+        prompts: Sequence[Prompt],
+        length: int,
+        cap: Callable[[Sequence[int], int], int] | None,
+    ) -> list[_Job]:
         """Neighbouring prompts to one server, the samples of a prompt together: the server's
         prefix cache then computes a prompt once."""
         servers, count = len(self._servers), len(prompts)
         return [
-            _Job(prompt, place * servers // count)
+            _Job(prompt, place * servers // count, cap(prompt.input_ids, length) if cap else length)
             for place, prompt in enumerate(prompts)
             for _ in range(self._rollout.samples_per_prompt)
         ]
@@ -149,11 +157,17 @@ class Collector:
     ) -> list[Generation]:
         """One request a server. Jobs are sorted by server, so the answers join in their order."""
         batches = [
-            (self._servers[server], [job.prompt.input_ids for job in group])
+            (self._servers[server], list(group))
             for server, group in itertools.groupby(jobs, key=lambda job: job.server)
         ]
         tasks = [
-            asyncio.create_task(server.generate(prompts, sampling)) for server, prompts in batches
+            asyncio.create_task(
+                server.generate(
+                    [job.prompt.input_ids for job in group],
+                    [replace(sampling, max_new_tokens=job.cap) for job in group],
+                )
+            )
+            for server, group in batches
         ]
         answers = await _all_or_none(tasks)
         return [generation for answer in answers for generation in answer]
@@ -181,7 +195,7 @@ class Collector:
             request.request_id = next(self._request_ids)
             return request.request_id
 
-        prompt = job.prompt.input_ids
+        prompt, sampling = job.prompt.input_ids, replace(sampling, max_new_tokens=job.cap)
         if self._cut_off is not None:
             return await request.server.stream(prompt, sampling, self._cut_off, fresh_id)
         answers = await request.server.generate([prompt], sampling, lambda: [fresh_id()])
@@ -237,7 +251,7 @@ async def _cancel[T](tasks: Sequence[asyncio.Task[T]]) -> None:
 
 
 def _usable(
-    jobs: Sequence[_Job], generations: Sequence[Generation], tokens_to_keep: float
+    jobs: Sequence[_Job], generations: Sequence[Generation], length: int, share_to_keep: float
 ) -> list[Rollout]:
     """The rollouts that may be trained on: finished ones, aborted ones that are long enough."""
     return [
@@ -245,15 +259,21 @@ def _usable(
             prompt_ids=job.prompt.input_ids,
             prefix_ids=generation.token_ids,
             rollout_logprobs=generation.logprobs,
-            finish_reason=generation.finish_reason,
+            finish_reason="cut"
+            if _met_its_cap(job, generation, length)
+            else generation.finish_reason,
             policy_version=generation.policy_version,
             prompt_index=job.prompt.index,
             teacher_prompt_ids=job.prompt.teacher_ids,
         )
         for job, generation in zip(jobs, generations, strict=True)
         if _finished(generation)
-        or (generation.token_ids and len(generation.token_ids) >= tokens_to_keep)
+        or (generation.token_ids and len(generation.token_ids) >= share_to_keep * length)
     ]
+
+
+def _met_its_cap(job: _Job, generation: Generation, length: int) -> bool:
+    return generation.finish_reason == "length" and job.cap < length
 
 
 def _statistics(
@@ -266,6 +286,6 @@ def _statistics(
         surplus=max(0, len(usable) - wanted),
         tokens=sum(len(rollout.prefix_ids) for rollout in usable[:wanted]),
         tokens_sampled=sum(len(one.token_ids) + one.discarded for one in generations),
-        cut=sum(generation.finish_reason == "cut" for generation in generations),
+        cut=sum(rollout.finish_reason == "cut" for rollout in usable[:wanted]),
         seconds=seconds,
     )

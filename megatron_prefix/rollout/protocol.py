@@ -83,12 +83,16 @@ def stream_body(
 
 
 def generate_body(
-    prompts: Sequence[Sequence[int]], sampling: Sampling, request_ids: Sequence[str] = ()
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling],
+    request_ids: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The body of ``/generate`` for B prompts; ``request_ids`` [B] let them be aborted."""
     body: dict[str, Any] = {
         "input_ids": [list(prompt) for prompt in prompts],
-        "sampling_params": sampling.parameters(),
+        "sampling_params": sampling.parameters()
+        if isinstance(sampling, Sampling)
+        else [one.parameters() for one in sampling],
         "return_logprob": True,
         "logprob_start_len": -1,
     }

@@ -3,12 +3,15 @@ and without a trace in the training."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from megatron_prefix.agreement import Audit, audit_gradients
 from megatron_prefix.batch import pack, plan_microbatches
+from megatron_prefix.student import PrefixSums, forward_backward
+from megatron_prefix.token_kl import by_rollout
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
     CPU,
@@ -94,6 +97,37 @@ def test_agreement_is_the_whole_models_cosine_in_every_layout(
     assert 0.1 < expected < 0.99
     for seen in run_ranks(world_size, agreement, case, world_size):
         assert seen == pytest.approx(expected, abs=2e-5)
+
+
+def token_kl(case: Case, world_size: int) -> tuple[list[np.ndarray], PrefixSums]:
+    world = World.build(case, world_size)
+    sampled, groups = rollouts(), world.student.model.groups
+    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8, loss_start=2)
+    mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
+    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    targets, own = world.teacher.targets(sampled, plan), list[torch.Tensor]()
+    sums = forward_backward(world.student, batches, targets, world.objective, LONGEST_PREFIX, own)
+    return by_rollout(groups, plan, sampled, own, CPU), sums
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [((1, 1), (1, 1)), ((2, 1), (1, 2)), ((1, 2), (2, 1))],
+    ids=["dp2", "tp2, teacher pp2", "pp2, teacher tp2"],
+)
+def test_each_rollouts_own_kl_is_known_on_every_rank(
+    folders: tuple[Path, Path], student: tuple[int, int], teacher: tuple[int, int]
+) -> None:
+    case = Case(model_config(folders[0], *student), model_config(folders[1], *teacher))
+    for kl, sums in run_ranks(2, token_kl, case, 2):
+        by_position = np.zeros(LONGEST_PREFIX)
+        for values, rollout in zip(kl, rollouts(), strict=True):
+            assert len(values) == max(len(rollout.prefix_ids) - 2, 0)
+            by_position[2 : 2 + len(values)] += values
+        np.testing.assert_allclose(by_position, sums.kl.numpy(), rtol=1e-5, atol=1e-6)
+    ((one, _),) = run_ranks(1, token_kl, Case(*map(model_config, folders)), 1)
+    for values, expected in zip(kl, one, strict=True):
+        np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -1,7 +1,7 @@
 """Cut-offs on a real server: what it really samples, and that a cut prefix is the policy's own."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import httpx
 import pytest
@@ -113,6 +113,28 @@ def test_the_entropy_rule_knows_the_entropy_from_above(
         few = SampledToken(0.0, tuple(logprobs[0].sort(descending=True)[0][:20].tolist()))
         assert entropy_bound(few, VOCABULARY) >= float(entropy[0]) - 1e-5
     assert collected.stats.cut > 0
+
+
+def test_a_prompts_own_cap_is_met_exactly_and_told_as_a_cut(
+    server: Server, whole: list[Generation], sampled: Callable[[], int]
+) -> None:
+    caps = [5, LENGTH, 40, 1, LENGTH, 17]
+
+    def cap(prompt_ids: Sequence[int], length: int) -> int:
+        assert length == LENGTH
+        return caps[[prompt.input_ids for prompt in PROMPTS].index(tuple(prompt_ids))]
+
+    before = sampled()
+    with Collector([server.endpoint], GREEDY, ()) as collector:
+        collected = collector.collect(
+            PROMPTS, max_new_tokens=LENGTH, policy_version=NEWEST, cap=cap
+        )
+    for rollout, one, most in zip(collected.rollouts, whole, caps, strict=True):
+        assert rollout.prefix_ids == one.token_ids[:most]
+        cut = most < len(one.token_ids)
+        assert rollout.finish_reason == ("cut" if cut else one.finish_reason)
+    assert collected.stats.cut == 4
+    assert sampled() - before == sum(len(rollout.prefix_ids) for rollout in collected.rollouts)
 
 
 def test_stragglers_and_cuts_go_together(server: Server, settled: CutOffConfig) -> None:

@@ -1,6 +1,8 @@
 """Rank 0's decisions: windows, and steps whose rollouts hold nothing to train on."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from megatron_prefix.config import (
     LogConfig,
     ModeConfig,
     PrefixConfig,
+    RecallConfig,
     Recipe,
     TrainConfig,
     WindowConfig,
@@ -19,6 +22,7 @@ from megatron_prefix.config import (
 from megatron_prefix.jsonl import read_records
 from megatron_prefix.phases import Phases
 from megatron_prefix.prefix import Ledger, ModelShape, build_policy
+from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.run_log import RunLog
 from megatron_prefix.types import Rollout, StepMetrics
 
@@ -57,6 +61,7 @@ def conductor(
     warmup_steps: int = 0,
     *,
     agreement: bool = True,
+    recall: Recall | None = None,
 ) -> Conductor:
     train, mode = TrainConfig(steps=4, max_skipped_steps=3), ModeConfig(warmup_steps=warmup_steps)
     log = LogConfig(tensorboard=False, probe_interval=2, probe_agreement=agreement)
@@ -70,6 +75,7 @@ def conductor(
         evaluate=None,
         probe=lambda policy_version: source.sample(0, prefix.max_length, policy_version),
         stop_requested=lambda: False,
+        recall=recall,
     )
     return Conductor(recipe, staff)
 
@@ -189,6 +195,25 @@ def test_a_probe_moves_the_policy_and_its_state(tmp_path: Path) -> None:
     assert under_test.state_dict()["policy"] == {"length": 6}
     assert under_test.order(0, 0).prefix_length == 9  # what a recording of longer rollouts needs
     under_test.close()
+
+
+def test_caps_are_recalled_and_kept(tmp_path: Path) -> None:
+    whole = PrefixConfig("fixed", 9, 9)
+    settings = RecallConfig(threshold=0.1, window=2, min_tokens=2, slack=1.0)
+    under_test, other = (
+        conductor(tmp_path / name, whole, Listed([rollouts(9)]), recall=recall)
+        for name, recall in (("one", Recall(settings)), ("other", Recall(settings)))
+    )
+    order = under_test.order(0, 0)
+    written = replace(order, rollouts=(*order.rollouts, replace(order.rollouts[0], written=True)))
+    quiet = np.array([1.0, 1, 0.05, 0.05, 1, 1, 1, 1, 1])
+    under_test.recall(written, [quiet, np.zeros(9)])
+    state = json.loads(json.dumps(under_test.state_dict()))
+    assert list(state["recall"].values()) == [4]
+    other.resume(1, state | {"source": {}})
+    assert other.state_dict()["recall"] == state["recall"]
+    under_test.close()
+    other.close()
 
 
 def test_a_lost_tail_is_an_alarm_and_a_met_prefix_length_is_none(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mcore",),
     ("validate_data",),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
-    ("teacher", "student", "agreement", "reweigh", "publisher"),
+    ("teacher", "student", "agreement", "token_kl", "reweigh", "publisher"),
     ("conductor", "trainer", "teacher_loop"),
     ("supplies", "assemble", "worker"),
     ("agent",),
@@ -74,6 +74,7 @@ NEEDS_MEGATRON = (
     "assemble",
 )
 NEEDS_MEGATRON += (
+    "token_kl",
     "reweigh",
     "teacher_loop",
 )

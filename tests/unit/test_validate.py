@@ -36,7 +36,7 @@ TEXTS_OF_THE_USER = (
     "prefix.policy rollout.replay rollout.api_key_file "
     "eval.path eval.split eval.prompt_column eval.answer_column eval.scorer"
 ).split()
-CHECKED_ELSEWHERE = tuple(f"prefix.{name}." for name in (*POLICIES, "cut_off"))
+CHECKED_ELSEWHERE = tuple(f"prefix.{name}." for name in (*POLICIES, "cut_off", "recall"))
 
 
 @pytest.fixture(scope="module")
