@@ -29,6 +29,7 @@ from megatron_prefix.mcore.groups import (
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import DTYPES, MegatronModel, build_model
 from megatron_prefix.mcore.optimizer import make_trainable
+from megatron_prefix.mcore.saved_weights import load_saved_weights
 from megatron_prefix.mcore.stop_map import exchange_rows
 from megatron_prefix.mcore.weights import load_hf_weights
 from megatron_prefix.modes import needs_servers, needs_teacher
@@ -157,7 +158,10 @@ def _model(recipe: Recipe, owner: str, groups: ModelGroups) -> MegatronModel:
     config = getattr(recipe, owner)
     hf = read_hf_model(config.hf_path)
     model = build_model(config, hf, groups, owner=owner, with_head=owner == "student")
-    load_hf_weights(model)
+    if owner == "student" and recipe.checkpoint.load:
+        load_saved_weights(model, recipe.checkpoint.load)
+    else:
+        load_hf_weights(model)
     return model
 
 

@@ -158,6 +158,10 @@ class TrainConfig:
 class CheckpointConfig:
     """Megatron's distributed checkpoints under the run folder."""
 
+    # Where the run has none of its own: the student's first weights, out of a folder that
+    # tools/convert_hf_to_megatron.py wrote, or out of another run's checkpoints (the newest).
+    # student.hf_path still gives config and tokenizer; empty: its weights too.
+    load: str = ""
     save_interval: int = 0  # steps; 0: only at the end and on a signal
     async_save: bool = True
     keep_last: int = 2  # 0: keep all

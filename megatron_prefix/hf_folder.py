@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("F32", "BF16", "F16")
+DTYPES = ("F32", "BF16", "F16", "F8_E4M3")
+SCALE = "_scale_inv"  # behind the name of an FP8 weight: its scales, one a block of 128 x 128
+BLOCK = 128
 _INDEX = "model.safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 _SIZES = (
@@ -33,6 +35,7 @@ class TensorEntry:
     dtype: str  # safetensors' name, like BF16
     shape: tuple[int, ...]
     file: Path
+    start: int  # of its bytes in the file
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,9 @@ class HfFolder:
 def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
     """Config and tensor table of ``hf_path``; ``owner`` ("student", "teacher") is for messages.
 
-    ValueError for a folder that is missing, without weights, incomplete, truncated, quantised or
-    pickled. Whether the tensors are the architecture's is for :func:`check_tensors`.
+    ValueError for a folder that is missing, without weights, incomplete, truncated, pickled, or
+    quantised in another way than DeepSeek's FP8; a student must not be quantised at all. Whether
+    the tensors are the architecture's is for :func:`check_tensors`.
     """
     if not hf_path:
         raise ValueError(f"{owner}.hf_path is not set; give the folder of a checkpoint")
@@ -56,7 +60,7 @@ def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
             f"{where} is no folder; a model of the hub is fetched with "
             f"`hf download {hf_path} --local-dir FOLDER`"
         )
-    config = _read_config(path, where)
+    config = _read_config(path, where, owner)
     tensors: dict[str, TensorEntry] = {}
     for file in _weight_files(path, where):
         tensors |= read_header(file)
@@ -66,6 +70,7 @@ def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
                 f"{where}: tensor {name} is {entry.dtype}; only {', '.join(DTYPES)} can be "
                 "trained, so give the checkpoint before quantisation"
             )
+    _check_scales(tensors, where)
     return HfFolder(path, config, tensors)
 
 
@@ -82,7 +87,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         entries = {
-            name: TensorEntry(entry["dtype"], tuple(entry["shape"]), file)
+            name: TensorEntry(
+                entry["dtype"], tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0]
+            )
             for name, entry in header.items()
         }
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -120,19 +127,47 @@ def check_tensors(
     for name in folder.tensors:
         tied_head = name == "lm_head.weight" and folder.config.get("tie_word_embeddings")
         known = name in expected or name.startswith(skipped) or name.endswith(REDUNDANT)
-        if not known and not tied_head:
+        if not known and not tied_head and not is_scale(folder.tensors, name):
             raise ValueError(
                 f"{where}: tensor {name} has no place in a "
                 f"{folder.config['architectures'][0]}; give a checkpoint without it"
             )
 
 
-def _read_config(path: Path, where: str) -> dict[str, Any]:
+def is_scale(tensors: Mapping[str, TensorEntry], name: str) -> bool:
+    """Whether ``name`` holds the scales of an FP8 weight of the folder."""
+    weight = tensors.get(name.removesuffix(SCALE))
+    return name.endswith(SCALE) and weight is not None and weight.dtype == "F8_E4M3"
+
+
+def _check_scales(tensors: Mapping[str, TensorEntry], where: str) -> None:
+    for name, entry in tensors.items():
+        if entry.dtype != "F8_E4M3":
+            continue
+        wanted = tuple(-(-size // BLOCK) for size in entry.shape)
+        scale = tensors.get(name + SCALE)
+        if scale is None or scale.dtype != "F32" or scale.shape != wanted:
+            found = f"{scale.dtype} {list(scale.shape)}" if scale else "missing"
+            raise ValueError(
+                f"{where}: {name + SCALE} is {found}, not F32 {list(wanted)}; only FP8 with blocks "
+                "of 128 x 128 is read, so give the checkpoint before quantisation"
+            )
+
+
+def _read_config(path: Path, where: str, owner: str) -> dict[str, Any]:
     config = _read_json(path / "config.json", where)
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures):
         raise ValueError(f"{where}: config.json names no architecture; add `architectures`")
-    if config.get("quantization_config"):
+    quantization = config.get("quantization_config") or {}
+    known = quantization.get("quant_method") == "fp8"
+    known = known and quantization.get("weight_block_size") == [BLOCK, BLOCK]
+    if known and owner == "student":
+        raise ValueError(
+            f"{where} is in FP8, and a student trains in bf16 or fp32; dequantise it with "
+            "tools/convert_hf_to_megatron.py and tools/convert_megatron_to_hf.py"
+        )
+    if quantization and not known:
         raise ValueError(
             f"{where} is quantised (quantization_config in config.json); give the checkpoint "
             "before quantisation"

@@ -76,7 +76,15 @@ def validate(
     _check_batch(recipe, layouts)
     if not sizes_only:
         _check_tokenizers(recipe, min(m.hf.shape.vocab_size for m in (student, teacher)))
+        _check_first_weights(recipe, student.hf)
     return ValidRun(recipe, world_size, student, teacher)
+
+
+def _check_first_weights(recipe: Recipe, student: "HfModel") -> None:
+    if recipe.checkpoint.load:
+        from megatron_prefix.mcore.steps import check_saved_weights
+
+        check_saved_weights(student, recipe.checkpoint.load)
 
 
 def _models(recipe: Recipe) -> dict[str, ModelConfig]:

@@ -1,8 +1,9 @@
 """Turns a Hugging Face folder into a Megatron distributed checkpoint of its weights.
 
 OUTPUT gets step_00000000/ (the checkpoint, with a SHA-256 manifest) and hf/ (config, tokenizer).
-It loads into any layout. Every tensor is looked at first; the result is read back and compared with
-the source bit for bit before it takes its place.
+It loads into any layout. FP8 weights with blocks of 128 x 128 (DeepSeek's) are dequantised. One
+tensor is in memory at a time; every one is looked at, and what was written is read back and
+compared bit for bit before OUTPUT takes its place.
 """
 
 import argparse
@@ -10,22 +11,16 @@ import sys
 from pathlib import Path
 
 from megatron_prefix.mcore.cpu import adapt_to_cpu
+from megatron_prefix.mcore.tool import add_output_arguments, run_tool, tool_parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--hf-model", type=Path, required=True, help="config.json, safetensors")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--dtype", choices=["bf16", "fp32"], help="of the weights (default: the model's own)"
     )
-    parser.add_argument(
-        "--ranks", type=int, default=1, help="processes that share the layers, and the memory"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT once whole")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    add_output_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -33,29 +28,25 @@ def work(args: argparse.Namespace) -> int:
     adapt_to_cpu()  # before any import of Megatron
     from megatron_prefix.mcore.convert import Conversion, hf_to_megatron
     from megatron_prefix.mcore.progress_bar import byte_progress
-    from megatron_prefix.mcore.source import check_values, open_source, parameters, params_dtype
-    from megatron_prefix.mcore.tool import check_output, check_ranks, gib
+    from megatron_prefix.mcore.source import open_source, parameters, params_dtype
+    from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, gib
 
+    check_ranks(args.ranks)
     check_output(args.output, overwrite=args.overwrite)
     folder, hf = open_source(args.hf_model)
-    check_ranks(args.ranks, hf.shape.num_layers)
-    dtype = args.dtype or params_dtype(folder)
-    size = parameters(hf) * (4 if dtype == "fp32" else 2)
-    total = sum(file.stat().st_size for file in {e.file for e in folder.tensors.values()})
-    with byte_progress("checking", total) as advance:
-        check_values(folder, advance)
-    what = f"{hf.config['architectures'][0]}, {parameters(hf):,} parameters, {gib(size)} in {dtype}"
-    if args.dry_run:
-        print(f"would write {args.output}: {what}")
-        return 0
-    hf_to_megatron(Conversion(args.hf_model, args.output, dtype, args.ranks))
-    print(f"wrote {args.output}: {what}")
+    dtype = args.dtype or params_dtype(folder, hf)
+    job = Conversion(hf, args.output, dtype, args.ranks)
+    what = f"{hf.config['architectures'][0]}, {parameters(hf):,} parameters, "
+    what += f"{gib(job.bytes)} in {dtype}"
+    check_room(args.output, 0 if args.dry_run else job.bytes)
+    label = "checking" if args.dry_run else "converting"
+    with byte_progress(label, job.bytes) as advance:
+        hf_to_megatron(job, advance, dry_run=args.dry_run)
+    print(f"{'would write' if args.dry_run else 'wrote'} {args.output}: {what}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    from megatron_prefix.mcore.tool import run_tool
-
     args = parse_args(argv)
     return run_tool("convert_hf_to_megatron", lambda: work(args))
 

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
 from megatron_prefix.hf_folder import HfFolder, read_hf_folder
+from megatron_prefix.mcore.dist_keys import VOCABULARY
 from megatron_prefix.mcore.hf_map import FAMILIES, read_hf_model
 from megatron_prefix.mcore.source import tensor_problems
+from megatron_prefix.mcore.steps import SavedTensor, find_step, saved_tensors, saved_weights
 
 RECORD = "recipe.yaml"  # a run's resolved recipe
-NOT_WEIGHTS = ("optimizer.", "optimizer/", "rng", "scheduler")
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @dataclass(frozen=True)
@@ -28,58 +27,36 @@ class MegatronContents:
 
     path: Path
     run_state: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]]  # of the weights, whole
-    dtypes: Mapping[str, torch.dtype]
+    weights: Mapping[str, SavedTensor]
     optimizer_tensors: int
 
     @property
     def params_dtype(self) -> str:
         """bf16 | fp32, of the embedding."""
-        return "fp32" if self.dtypes[VOCABULARY[0]] == torch.float32 else "bf16"
+        return "fp32" if self.weights[VOCABULARY[0]].dtype == torch.float32 else "bf16"
 
     @property
     def parameters(self) -> int:
         """Weights with the vocabulary's padding."""
-        return sum(prod(shape) for shape in self.shapes.values())
+        return sum(prod(tensor.shape) for tensor in self.weights.values())
 
 
 def read_step(path: Path) -> MegatronContents:
     """ValueError for a folder that holds no whole checkpoint of a step."""
     try:
-        metadata = dist_checkpointing.load_tensors_metadata(str(path))
         run_state = json.loads((path / "run_state.json").read_text())
-    except (CheckpointingException, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         words = " ".join(str(error).split())
         raise ValueError(f"{path} is no whole Megatron checkpoint: {words}") from error
-    weights = {key: t for key, t in metadata.items() if not key.startswith(NOT_WEIGHTS)}
+    weights, tensors = saved_weights(path), saved_tensors(path)
     if VOCABULARY[0] not in weights:
         raise ValueError(f"{path} holds no {VOCABULARY[0]}; give a checkpoint of a GPT model")
     return MegatronContents(
         path=path,
         run_state=run_state,
-        shapes={key: tuple(t.global_shape) for key, t in weights.items()},
-        dtypes={key: t.dtype for key, t in weights.items()},
-        optimizer_tensors=len(metadata) - len(weights),
+        weights=weights,
+        optimizer_tensors=len(tensors) - len(weights),
     )
-
-
-def find_step(checkpoint: Path, step: int | None) -> Path:
-    """The folder of one step: ``checkpoint`` itself, or of a run's checkpoints the newest or the
-    one asked for."""
-    if not checkpoint.is_dir():
-        raise ValueError(f"--checkpoint {checkpoint} is no folder")
-    if (checkpoint / "run_state.json").is_file():
-        return checkpoint
-    there = sorted(f for f in checkpoint.glob("step_*") if f.is_dir() and f.suffix != ".partial")
-    if not there:
-        raise ValueError(f"--checkpoint {checkpoint} holds no step_* folder; give a run's one")
-    if step is None:
-        return there[-1]
-    wanted = checkpoint / f"step_{step:08d}"
-    if wanted not in there:
-        names = ", ".join(str(int(f.name.removeprefix("step_"))) for f in there)
-        raise ValueError(f"--step {step} is not in {checkpoint}; there: {names}")
-    return wanted
 
 
 def find_hf_model(step: Path) -> Path:
@@ -143,8 +120,10 @@ def _describe_megatron(step: Path, checksums: bool) -> dict[str, Any]:
         "policy_version": saved.run_state.get("policy_version"),
         "layout": dict(zip(("tp", "dp", "pp"), layout[:3], strict=True)) if layout else None,
         "parameters": saved.parameters,
-        "tensors": len(saved.shapes),
-        "precision": dict(Counter(str(d).removeprefix("torch.") for d in saved.dtypes.values())),
+        "tensors": len(saved.weights),
+        "precision": dict(
+            Counter(str(t.dtype).removeprefix("torch.") for t in saved.weights.values())
+        ),
         "optimizer_tensors": saved.optimizer_tensors,
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),

@@ -1,189 +1,303 @@
-"""Whole checkpoints from Hugging Face to Megatron's distributed format, and back.
+"""Whole checkpoints from Hugging Face to Megatron's distributed format, and back, streamed.
 
-The functions with ``_on_rank`` run on each rank of a small world of their own (``ranks.py``): one
-rank holds the whole model in host memory, N pipeline ranks an N-th each.
+No model is built and no process group is made: a unit of the family's map (``hf_map/units.py``) is
+read, turned and written, then the next. A process holds one unit at a time, a few times over.
+Output goes into files of at most SHARD_BYTES, which several processes share.
 """
 
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
+from torch import Tensor
 
-from megatron_prefix.config import ModelConfig
-from megatron_prefix.layout import model_layout
-from megatron_prefix.mcore.contents import MegatronContents, read_step
-from megatron_prefix.mcore.export import copy_companions, export_hf
-from megatron_prefix.mcore.folders import PARTIAL, finish_folder, start_folder
-from megatron_prefix.mcore.groups import build_groups, initialize_megatron
-from megatron_prefix.mcore.hf_map import read_hf_model
-from megatron_prefix.mcore.model import DTYPES, MegatronModel, build_model
-from megatron_prefix.mcore.progress_bar import byte_progress
-from megatron_prefix.mcore.ranks import run_on_ranks
-from megatron_prefix.mcore.weights import HfReader, hf_buckets, load_hf_weights, named_units
+from megatron_prefix.hf_folder import SCALE
+from megatron_prefix.mcore.contents import MegatronContents
+from megatron_prefix.mcore.dist_files import DistFile, DistReader, Written, write_table
+from megatron_prefix.mcore.dist_keys import VOCABULARY, Place, place_of
+from megatron_prefix.mcore.export import INDEX, SHARD_BYTES, copy_companions, exported_config
+from megatron_prefix.mcore.folders import new_folder
+from megatron_prefix.mcore.forks import OnBytes, run_forked
+from megatron_prefix.mcore.fp8_blocks import (
+    E4M3,
+    block_grid,
+    quantization_config,
+    quantize_blocks,
+)
+from megatron_prefix.mcore.hf_map import HfModel
+from megatron_prefix.mcore.hf_map.units import Unit
+from megatron_prefix.mcore.steps import refuse_other_model
+from megatron_prefix.mcore.tensor_files import HfReader, write_tensors
 
 STEP_FOLDER = "step_00000000"
 HF_FOLDER = "hf"  # config and tokenizer, beside the steps
-VERIFY_BYTES = 2**30
+PIECE_BYTES = 2**28  # of a large unit that is written at once
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": E4M3}
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
 class Conversion:
     """What to convert, and how."""
 
-    hf_model: Path  # gives config and tokenizer; to Megatron, the weights too
+    hf: HfModel  # gives config and tokenizer; to Megatron, the weights too
     output: Path
-    dtype: str  # bf16 | fp32
-    pipeline_ranks: int = 1
-    step_folder: Path = Path()  # from Megatron: the checkpoint of one step
+    dtype: str  # bf16 | fp32; from Megatron, fp8 too
+    ranks: int = 1
+    shard_bytes: int = SHARD_BYTES
+
+    def dtype_of(self, unit: Unit) -> torch.dtype:
+        """A router's bias stays in fp32; of FP8 only what ``quantized`` says is."""
+        if unit.fp32_buffer:
+            return torch.float32
+        dtype = DTYPES[self.dtype]
+        return torch.bfloat16 if dtype == E4M3 and not quantized(unit, self.hf) else dtype
+
+    def files(self) -> list[list[Unit]]:
+        """The units of each file, in the model's order."""
+        files: list[list[Unit]] = []
+        filled = 0
+        for unit in self.hf.units:
+            size = torch.Size(unit.shape).numel() * self.dtype_of(unit).itemsize
+            if not files or filled + size > self.shard_bytes:
+                files.append([])
+                filled = 0
+            files[-1].append(unit)
+            filled += size
+        return files
 
     @property
-    def model_config(self) -> ModelConfig:
-        return ModelConfig(
-            hf_path=str(self.hf_model),
-            params_dtype=self.dtype,
-            pipeline_model_parallel_size=self.pipeline_ranks,
-        )
+    def bytes(self) -> int:
+        """Of what is written, without FP8's scales."""
+        units = self.hf.units
+        return sum(torch.Size(u.shape).numel() * self.dtype_of(u).itemsize for u in units)
 
 
-def hf_to_megatron(job: Conversion) -> None:
-    """Write ``job.output``/step_00000000, weights alone, and ``job.output``/hf."""
-    run_on_ranks(job.pipeline_ranks, _to_megatron_on_rank, job)
+def quantized(unit: Unit, hf: HfModel) -> bool:
+    """Whether FP8 weights have this unit in FP8: linear layers of the trunk, but no router."""
+    inside = 0 <= unit.layer < hf.shape.num_layers
+    return inside and len(unit.shape) == 2 and "router" not in unit.megatron_name
 
 
-def megatron_to_hf(job: Conversion, *, dry_run: bool = False) -> None:
-    """Write ``job.output`` out of ``job.step_folder``, whichever layout that was saved in. With
-    ``dry_run`` only see that the step holds the model, and only finite values."""
-    run_on_ranks(job.pipeline_ranks, _to_hf_on_rank, job, dry_run)
+@dataclass
+class _Share:
+    """What one process wrote and found."""
+
+    written: list[Written] = field(default_factory=list)
+    sums: dict[str, str] = field(default_factory=dict)  # SHA-256 by file
+    common: Any = None
+    not_finite: list[str] = field(default_factory=list)
 
 
-def _to_megatron_on_rank(job: Conversion) -> None:
-    model = empty_model(job.model_config, job.pipeline_ranks)
-    load_hf_weights(model)
-    step = job.output.with_name(job.output.name + PARTIAL) / STEP_FOLDER
-    if dist.get_rank() == 0:
-        partial = start_folder(job.output)
-        step.mkdir()
-        state = {"step": 0, "weights_only": True, "policy_version": 0, "layout": layout_of(model)}
-        (step / "run_state.json").write_text(json.dumps(state, indent=1))
-        _write_hf_folder(job, partial / HF_FOLDER)
-    dist.barrier()
-    save_weights(model, step)
-    verify_integrity_manifest(str(step))
-    _verify_against_source(model, step)
-    if dist.get_rank() == 0:
-        finish_folder(job.output)
+def hf_to_megatron(job: Conversion, on_bytes: OnBytes, *, dry_run: bool = False) -> None:
+    """Write ``job.output``/step_00000000, weights alone, and ``job.output``/hf.
 
-
-def _write_hf_folder(job: Conversion, folder: Path) -> None:
-    folder.mkdir()
-    config = (job.hf_model / "config.json").read_text(encoding="utf-8")
-    (folder / "config.json").write_text(config, encoding="utf-8")
-    copy_companions(job.hf_model, folder)
-
-
-def _to_hf_on_rank(job: Conversion, dry_run: bool) -> None:
-    model = empty_model(job.model_config, job.pipeline_ranks)
-    load_weights(model, job.step_folder)
-    _refuse_not_finite(model, job.step_folder)
-    if dry_run:
-        return
-    dtype = DTYPES[job.dtype]
-    total = sum(torch.Size(s).numel() for u in model.hf.units for s in u.hf_shapes)
-    with byte_progress("writing", total * dtype.itemsize, show=dist.get_rank() == 0) as advance:
-        export_hf(model, job.output, dtype, on_bytes=advance, verify=True)
-
-
-def _refuse_not_finite(model: MegatronModel, step: Path) -> None:
-    """Collective: every rank raises, with the names of all ranks."""
-    mine = [
-        name
-        for unit, parameter in named_units(model)
-        if not parameter.isfinite().all()
-        for name in unit.hf_names
-    ]
-    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, mine)
-    if names := sorted({name for rank in found for name in rank}):
-        raise ValueError(f"{step}: values that are not finite in {', '.join(names)}")
-
-
-def empty_model(config: ModelConfig, world_size: int) -> MegatronModel:
-    """A model on this rank, weights not loaded. Collective."""
-    initialize_megatron(0)
-    groups = build_groups(model_layout(config, world_size))
-    hf = read_hf_model(config.hf_path)
-    return build_model(config, hf, groups, owner="model", with_head=True)
-
-
-def layout_of(model: MegatronModel) -> list[int]:
-    """As in the run_state.json of a run: tp, dp, pp."""
-    layout = model.groups.layout
-    return [layout.tp, layout.dp, layout.pp]
-
-
-def save_weights(model: MegatronModel, step: Path) -> None:
-    """Save the weights as a run's checkpoint holds them, with a manifest. Collective."""
-    dist_checkpointing.save({"model": _sharded(model)}, str(step), verify_integrity=True)
-
-
-def load_weights(model: MegatronModel, step: Path) -> None:
-    """Fill ``model`` from a run's checkpoint or a converted one, of any layout. Collective.
-
-    ValueError names all tensors that are missing there or have another shape.
+    ValueError names every tensor with values that are not finite; nothing is left then. Each block
+    is read back and compared before the folder takes its place. With ``dry_run`` only look.
+    ``on_bytes`` is told of the sizes in ``job.dtype``.
     """
-    sharded = _sharded(model)
-    _refuse_other_model(sharded, read_step(step), step)
-    state = dist_checkpointing.load({"model": sharded}, str(step))
-    model.module.load_state_dict(state["model"])
-
-
-def _sharded(model: MegatronModel) -> dict[str, Any]:
-    return model.module.sharded_state_dict(metadata={"dp_cp_group": model.groups.pg.dp_cp})
-
-
-def _refuse_other_model(sharded: dict[str, Any], saved: MegatronContents, step: Path) -> None:
-    wrong = []
-    for tensor in _tensors(sharded):
-        there = saved.shapes.get(tensor.key)
-        wanted = tuple(tensor.global_shape)
-        if there is None:
-            wrong.append(f"{tensor.key} is missing")
-        elif there != wanted and not tensor.allow_shape_mismatch:
-            wrong.append(f"{tensor.key} has shape {list(there)}, not {list(wanted)}")
-    if wrong:
-        raise ValueError(
-            f"{step} does not hold the model of --hf-model: {'; '.join(sorted(set(wrong)))}"
+    if dry_run:
+        _run(job, lambda number, share, told: _read_all(job, number, share, told), on_bytes)
+        return
+    with new_folder(job.output) as partial:
+        step = partial / STEP_FOLDER
+        step.mkdir()
+        shares = _run(
+            job, lambda number, share, told: _write_dist(job, step, number, share, told), on_bytes
         )
+        _finish_step(step, shares)
+        folder = partial / HF_FOLDER
+        folder.mkdir()
+        config = exported_config(job.hf.config, DTYPES[job.dtype])
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        copy_companions(job.hf.path, folder)
 
 
-def _tensors(sharded: dict[str, Any]) -> list[ShardedTensor]:
-    found: list[ShardedTensor] = []
-    for value in nested_values(sharded):
-        if isinstance(value, ShardedTensorFactory):
-            found += _tensors({"built": value.build()})
-        elif isinstance(value, ShardedTensor):
-            found.append(value)
-    return found
+def megatron_to_hf(
+    job: Conversion, saved: MegatronContents, on_bytes: OnBytes, *, dry_run: bool = False
+) -> None:
+    """Write ``job.output`` out of a step's folder, whichever layout that was saved in.
+
+    ValueError names every tensor that is missing there, unknown or of another shape, and every one
+    with values that are not finite; nothing is left then. With ``dry_run`` only look.
+    """
+    refuse_other_model(job.hf, saved.path, saved.weights)
+    source = DistReader(saved.path)
+    if dry_run:
+        _run(job, lambda number, share, told: _load_all(job, source, number, share, told), on_bytes)
+        return
+    with new_folder(job.output) as partial:
+        _run(
+            job,
+            lambda number, share, told: _write_hf(job, source, partial, number, share, told),
+            on_bytes,
+        )
+        _finish_hf(job, partial)
 
 
-@torch.no_grad()
-def _verify_against_source(model: MegatronModel, step: Path) -> None:
-    """Load what was saved into the emptied model and compare it with the source bit for bit."""
-    for parameter in model.module.parameters():
-        parameter.zero_()
-    load_weights(model, step)
-    reader, dtype = HfReader(model.hf.path), model.config.params_dtype
-    total = sum(torch.Size(s).numel() for u in model.hf.units for s in u.hf_shapes)
-    with byte_progress("verifying", total * dtype.itemsize, show=dist.get_rank() == 0) as advance:
-        for bucket in hf_buckets(model, VERIFY_BYTES, dtype):
-            for name, tensor in bucket:
-                if not torch.equal(reader.tensor(name).to(tensor.dtype), tensor.cpu()):
-                    raise RuntimeError(f"{step}: {name} reads back otherwise than it was written")
-                advance(tensor.nbytes)
+FileWork = Callable[[int, _Share, OnBytes], None]  # the file's number
+
+
+def _run(job: Conversion, work: FileWork, on_bytes: OnBytes) -> list[_Share]:
+    """Every file by one of ``job.ranks`` processes."""
+    count = len(job.files())
+
+    def share_of(rank: int, told: OnBytes) -> _Share:
+        share = _Share()
+        for number in range(rank, count, job.ranks):
+            work(number, share, told)
+        return share
+
+    shares = run_forked(job.ranks, share_of, on_bytes)
+    if names := sorted({name for share in shares for name in share.not_finite}):
+        raise ValueError(f"values that are not finite in {len(names)} tensors: {', '.join(names)}")
+    return shares
+
+
+def _packed(
+    job: Conversion, source: HfReader, units: Sequence[Unit], share: _Share
+) -> Iterator[tuple[Unit, Tensor]]:
+    """Each unit as Megatron has it, with the vocabulary's padding."""
+    for unit in units:
+        tensors = [source.tensor(name) for name in unit.hf_names]
+        for name, tensor in zip(unit.hf_names, tensors, strict=True):
+            _look_at(name, tensor, share)
+        packed = unit.pack(tensors).to(job.dtype_of(unit))
+        rows = place_of(unit, job.hf).size[-packed.dim()] - packed.shape[0]
+        if rows:
+            packed = torch.nn.functional.pad(packed, (0, 0, 0, rows))
+        yield unit, packed
+
+
+def _look_at(name: str, tensor: Tensor, share: _Share) -> None:
+    # One number says no quickly; where it says yes, the sum may just have been too large.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        share.not_finite.append(name)
+
+
+def _read_all(job: Conversion, number: int, share: _Share, on_bytes: OnBytes) -> None:
+    for _, packed in _packed(job, HfReader(job.hf.path), job.files()[number], share):
+        on_bytes(packed.nbytes)
+
+
+def _write_dist(job: Conversion, step: Path, number: int, share: _Share, on_bytes: OnBytes) -> None:
+    name = f"__{number}_0.distcp"
+    file = DistFile(step / name)
+    if number == 0:
+        share.common = file.add_common()
+    for unit, packed in _packed(job, HfReader(job.hf.path), job.files()[number], share):
+        if share.not_finite:  # nothing will be kept; go on for the other names
+            continue
+        place = place_of(unit, job.hf)
+        rows = max(1, PIECE_BYTES * packed.shape[0] // packed.nbytes)
+        for start in range(0, packed.shape[0], rows):
+            stop = min(start + rows, packed.shape[0])
+            file.add(place.rows(packed.dim(), start, stop), packed[start:stop])
+        on_bytes(packed.nbytes)
+    share.sums[name] = file.close()
+    share.written += file.written
+
+
+def _finish_step(step: Path, shares: Sequence[_Share]) -> None:
+    """The table, the run's state and the manifest."""
+    common = next(share.common for share in shares if share.common is not None)
+    write_table(step, [block for share in shares for block in share.written], common)
+    state = {"step": 0, "weights_only": True, "policy_version": 0, "layout": [1, 1, 1]}
+    (step / "run_state.json").write_text(json.dumps(state, indent=1))
+    sums = {name: value for share in shares for name, value in share.sums.items()}
+    for file in step.iterdir():
+        if file.name not in sums:
+            sums[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest = {"algorithm": "sha256", "files": dict(sorted(sums.items()))}
+    (step / INTEGRITY_FNAME).write_text(json.dumps(manifest, indent=2))
+
+
+def _unpacked(
+    job: Conversion, source: DistReader, units: Sequence[Unit], share: _Share
+) -> Iterator[tuple[str, Tensor]]:
+    """Each unit's tensors as Hugging Face has them, FP8's scales behind their weights."""
+    for unit in units:
+        place, dtype = place_of(unit, job.hf), job.dtype_of(unit)
+        if unit.megatron_name in VOCABULARY:
+            whole = source.shape(place.key)
+            assert whole is not None
+            place = Place(place.key, whole, place.offset, unit.shape)
+        parameter = source.read(place).view(unit.shape)
+        for name, tensor in zip(unit.hf_names, unit.unpack(parameter), strict=True):
+            _look_at(name, tensor, share)
+            if dtype == E4M3:
+                weight, scale = quantize_blocks(tensor)
+                yield name, weight
+                yield name + SCALE, scale
+            else:
+                yield name, tensor.to(dtype)
+
+
+def _load_all(
+    job: Conversion, source: DistReader, number: int, share: _Share, on_bytes: OnBytes
+) -> None:
+    for _, tensor in _unpacked(job, source, job.files()[number], share):
+        on_bytes(tensor.nbytes)
+
+
+def _write_hf(
+    job: Conversion,
+    source: DistReader,
+    folder: Path,
+    number: int,
+    share: _Share,
+    on_bytes: OnBytes,
+) -> None:
+    files = job.files()
+    tensors = _unpacked(job, source, files[number], share)
+    write_tensors(
+        folder / _file_name(number, len(files)), _shapes(job, files[number]), tensors, on_bytes
+    )
+
+
+def _file_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _shapes(job: Conversion, units: Sequence[Unit]) -> Shapes:
+    shapes: Shapes = {}
+    for unit in units:
+        dtype = job.dtype_of(unit)
+        for name, shape in zip(unit.hf_names, unit.hf_shapes, strict=True):
+            shapes[name] = (tuple(shape), dtype)
+            if dtype == E4M3:
+                shapes[name + SCALE] = (block_grid(shape), torch.float32)
+    return shapes
+
+
+def _finish_hf(job: Conversion, folder: Path) -> None:
+    """The index, the config and what goes along."""
+    files = job.files()
+    shapes = [_shapes(job, units) for units in files]
+    total = sum(
+        torch.Size(shape).numel() * dtype.itemsize
+        for of_file in shapes
+        for shape, dtype in of_file.values()
+    )
+    names = {
+        name: _file_name(number, len(files)) for number, of in enumerate(shapes) for name in of
+    }
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+    stored = torch.bfloat16 if job.dtype == "fp8" else DTYPES[job.dtype]
+    config = exported_config(job.hf.config, stored)
+    if job.dtype == "fp8":
+        whole = [
+            name.removesuffix(".weight")
+            for unit in job.hf.units
+            if "router.weight" in unit.megatron_name
+            for name in unit.hf_names
+        ]
+        config["quantization_config"] = quantization_config(["lm_head", *whole])
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    copy_companions(job.hf.path, folder)

@@ -101,6 +101,7 @@ def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, 
     """The config.json of what is written: its precision, and no layers that are skipped."""
     exported = {**config, "dtype": str(dtype).removeprefix("torch.")}
     exported.pop("torch_dtype", None)
+    exported.pop("quantization_config", None)
     if "num_nextn_predict_layers" in exported:
         exported["num_nextn_predict_layers"] = 0
     return exported

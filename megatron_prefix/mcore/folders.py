@@ -1,6 +1,8 @@
 """Output folders that are whole or not there: written beside their place and renamed into it."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL, OLD = ".partial", ".old"
@@ -35,3 +37,16 @@ def leftovers(final: Path) -> list[str]:
     """Names beside ``final`` that a killed writer left."""
     beside = (final.with_name(final.name + end) for end in (PARTIAL, OLD))
     return [path.name for path in beside if path.exists()]
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which takes ``final``'s place at the end. After an error it is
+    removed, which gives a full disk back."""
+    partial = start_folder(final)
+    try:
+        yield partial
+        finish_folder(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

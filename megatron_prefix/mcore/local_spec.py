@@ -5,6 +5,7 @@ very batch that Transformer Engine takes: THD, T packed tokens with ``cu_seqlens
 Legend: T packed tokens, B sequences, S the longest of them, h heads, d head size.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 
@@ -100,9 +102,25 @@ def local_block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBloc
     for layer in spec.layer_specs:
         submodules = layer.submodules
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+        submodules.sharded_state_dict_keys_map = _checkpoint_keys(config, submodules.mlp)
         attention = submodules.self_attention.submodules
         attention.core_attention = PackedAttention
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, name, IdentityOp) not in (IdentityOp, None):
                 setattr(attention, name, RMSNorm)
     return spec
+
+
+def _checkpoint_keys(config: TransformerConfig, mlp: Any) -> dict[str, str]:
+    """Transformer Engine's names of norms, which are its linear layers' own (``dist_keys.py``)."""
+    latent = config.multi_latent_attention
+    names = ("q", "kv") if latent else ()
+    keys = {
+        f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_"
+        for x in names
+    }
+    if not latent:
+        keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    if not (isinstance(mlp, partial) and mlp.func is MoELayer):
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return keys

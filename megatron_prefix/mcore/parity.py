@@ -17,9 +17,9 @@ from torch import Tensor
 from megatron_prefix.batch import pack, plan_microbatches, sequence_length
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.layout import model_layout
-from megatron_prefix.mcore.convert import empty_model
+from megatron_prefix.mcore.groups import build_groups, initialize_megatron
 from megatron_prefix.mcore.hf_map import HfModel, read_hf_model
-from megatron_prefix.mcore.model import DTYPES, MegatronModel
+from megatron_prefix.mcore.model import DTYPES, MegatronModel, build_model
 from megatron_prefix.mcore.ranks import run_on_ranks
 from megatron_prefix.mcore.schedule import run_schedule
 from megatron_prefix.mcore.weights import load_hf_weights
@@ -135,7 +135,10 @@ def _on_rank(
     config: ModelConfig, world_size: int, rollouts: list[Rollout]
 ) -> tuple[list[Tensor], Tensor | None]:
     """Outputs [T or T/tp, H] of this stage's layers, and on the last stage logits [N, V/tp]."""
-    model = empty_model(config, world_size)
+    initialize_megatron(0)
+    groups = build_groups(model_layout(config, world_size))
+    hf = read_hf_model(config.hf_path)
+    model = build_model(config, hf, groups, owner="model", with_head=True)
     load_hf_weights(model)
     model.module.eval()
     outputs: list[Tensor] = []

@@ -1,12 +1,17 @@
 """A Hugging Face folder that is looked through before anything is made of it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
-from safetensors import safe_open
-
-from megatron_prefix.hf_folder import REDUNDANT, HfFolder, check_sizes, read_hf_folder
+from megatron_prefix.hf_folder import (
+    REDUNDANT,
+    SCALE,
+    HfFolder,
+    check_sizes,
+    is_scale,
+    read_hf_folder,
+)
 from megatron_prefix.mcore.hf_map import FAMILIES, HfModel, read_hf_model
 
 
@@ -46,9 +51,14 @@ def parameters(hf: HfModel) -> int:
     return sum(prod(shape) for unit in hf.units for shape in unit.hf_shapes)
 
 
-def params_dtype(folder: HfFolder) -> str:
-    """fp32 where any tensor is, else bf16 (fp16 has no place in Megatron's bf16 training)."""
-    kinds = {entry.dtype for entry in folder.tensors.values()}
+def params_dtype(folder: HfFolder, hf: HfModel) -> str:
+    """fp32 where any parameter is, else bf16 (fp16 has no place in Megatron's bf16 training)."""
+    always = {name for unit in hf.units if unit.fp32_buffer for name in unit.hf_names}
+    kinds = {
+        entry.dtype
+        for name, entry in folder.tensors.items()
+        if name not in always and not name.endswith(SCALE)
+    }
     if "F16" in kinds:
         raise ValueError(f"{folder.path} is in fp16; choose --dtype fp32 or bf16")
     return "fp32" if "F32" in kinds else "bf16"
@@ -63,7 +73,7 @@ def tensor_problems(folder: HfFolder, hf: HfModel) -> list[str]:
             found.append(f"{name} has shape {list(entry.shape)}, not {list(expected[name])}")
         tied_head = name == "lm_head.weight" and hf.shape.tied
         known = name in expected or name.startswith(hf.skipped) or name.endswith(REDUNDANT)
-        if not known and not tied_head:
+        if not known and not tied_head and not is_scale(folder.tensors, name):
             found.append(f"{name} has no place in a {folder.config['architectures'][0]}")
     return found
 
@@ -75,20 +85,6 @@ def expected_shapes(hf: HfModel) -> dict[str, tuple[int, ...]]:
         for unit in hf.units
         for name, shape in zip(unit.hf_names, unit.hf_shapes, strict=True)
     }
-
-
-def check_values(folder: HfFolder, on_bytes: Callable[[int], object]) -> None:
-    """Read every tensor, one in memory at a time; ValueError names all that are not finite.
-    ``on_bytes`` is told of each tensor's size."""
-    bad = []
-    for file in sorted({entry.file for entry in folder.tensors.values()}):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  a safe_open is no dictionary
-                tensor = opened.get_tensor(name)
-                if tensor.is_floating_point() and not tensor.isfinite().all():
-                    bad.append(f"{name} holds values that are not finite")
-                on_bytes(tensor.nbytes)
-    _refuse(folder.path, bad)
 
 
 def _refuse(path: Path, problems: Iterable[str]) -> None:

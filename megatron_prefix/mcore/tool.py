@@ -1,20 +1,44 @@
-"""What the conversion scripts share: errors in one line, output that is not lost by mistake."""
+"""What the conversion scripts share: arguments, errors in one line, output that is not lost."""
 
+import argparse
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_prefix.exit_codes import BAD_INPUT
 from megatron_prefix.mcore.folders import leftovers
+
+FAILED = 1
+BAD_INPUT = 2
 
 
 def run_tool(name: str, work: Callable[[], int]) -> int:
-    """The exit code of ``work``; a ValueError is the user's and is said in one line."""
+    """The exit code of ``work``; a ValueError is the user's and is said in one line, as is what a
+    disk refuses."""
     try:
         return work()
     except ValueError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as error:
+        print(f"{name}: error: {error}; nothing of the output was replaced", file=sys.stderr)
+        return FAILED
+
+
+def tool_parser(description: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every script has that writes a folder."""
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that share the files (default: 1)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT once whole")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -28,10 +52,20 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--output {output} is there already; name another or add --overwrite")
 
 
+def check_room(output: Path, size: int) -> None:
+    """ValueError where the disk of ``output`` has no room for ``size`` bytes more."""
+    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise ValueError(
+            f"--output {output} needs {gib(size)} and its disk has {gib(free)} free; name another"
+        )
+
+
 def gib(size: float) -> str:
     return f"{size / 2**30:,.3f} GiB"
 
 
-def check_ranks(ranks: int, num_layers: int) -> None:
-    if not 1 <= ranks <= num_layers:
-        raise ValueError(f"--ranks {ranks} must be from 1 to {num_layers}, the layers to share")
+def check_ranks(ranks: int) -> None:
+    if ranks < 1:
+        raise ValueError(f"--ranks {ranks} must be 1 or more")

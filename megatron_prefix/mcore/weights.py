@@ -4,18 +4,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
+from megatron_prefix.mcore.dist_keys import VOCABULARY
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.hf_map.units import Unit
 from megatron_prefix.mcore.model import MegatronModel
+from megatron_prefix.mcore.tensor_files import HfReader
 
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Transformer Engine fuses a norm into the linear layer behind it and names its weight there.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -26,37 +25,6 @@ FUSED_NORMS = {
 # An expert's parameter as SequentialMLP names it, and as Transformer Engine's grouped linear does.
 LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<index>\d+)\.(?P<name>.+)")
 GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<name>linear_fc[12]\.weight)(?P<index>\d+)")
-
-
-class HfReader:
-    """Tensors of a safetensors folder by name, one at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._files = _tensor_files(path)
-        self._open: dict[Path, safe_open] = {}
-
-    def tensor(self, name: str) -> Tensor:
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        return self._open[file].get_tensor(name)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start:stop`` of a matrix, clipped to those it has."""
-        file = self._files[name]
-        with safe_open(file, framework="pt") as opened:
-            view = opened.get_slice(name)
-            stop = min(stop, view.get_shape()[0])
-            return view[min(start, stop) : stop]
-
-
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """The file of each tensor, from the files themselves (an index may be stale)."""
-    files: dict[str, Path] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            files |= dict.fromkeys(opened.keys(), file)
-    return files
 
 
 def shard(full: Tensor, unit: Unit, tp: int, rank: int) -> Tensor:

@@ -43,10 +43,10 @@ def elements(unit: "Unit") -> int:
 
 def layer_sizes(hf: "HfModel") -> dict[int, LayerSizes]:
     """By layer; -1 and num_layers hold what is before the first and after the last, the
-    vocabulary's tables aside: their padding depends on the layout."""
+    vocabulary's tables aside: their padding depends on the layout, and routers' biases: buffers."""
     sizes: dict[int, LayerSizes] = {}
     for unit in hf.units:
-        if unit.megatron_name not in VOCABULARY:
+        if unit.megatron_name not in VOCABULARY and not unit.fp32_buffer:
             sizes[unit.layer] = sizes.get(unit.layer, LayerSizes()).plus(unit)
     return sizes
 

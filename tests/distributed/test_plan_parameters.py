@@ -34,6 +34,8 @@ from megatron_prefix.validate import ValidRun, validate
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import model_config
 from tests.tiny_models import (
+    write_tiny_deepseek_v2,
+    write_tiny_deepseek_v3,
     write_tiny_llama,
     write_tiny_mixtral,
     write_tiny_qwen3,
@@ -144,6 +146,15 @@ def test_plan_of_experts_equals_what_is_allocated(settings: dict, tmp_path: Path
     experts = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
     student = model_config(tmp_path / "student", **settings, **experts)
     check_plan(recipe_of(tmp_path, student, model_config(tmp_path / "teacher", **experts)))
+
+
+def test_plan_of_latent_attention_equals_what_is_allocated(tmp_path: Path) -> None:
+    write_tiny_deepseek_v3(tmp_path / "student", vocab_size=265)
+    write_tiny_deepseek_v2(tmp_path / "teacher", vocab_size=272, q_lora_rank=None)
+    layout = {"tp": 2, "sequence_parallel": True}
+    layout |= {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    student = model_config(tmp_path / "student", **layout)
+    check_plan(recipe_of(tmp_path, student, model_config(tmp_path / "teacher", pp=2)))
 
 
 def recipe_of(folder: Path, student: ModelConfig, teacher: ModelConfig, world: int = 0) -> Recipe:

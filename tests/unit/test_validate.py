@@ -33,7 +33,7 @@ TEXTS_OF_THE_USER = (
     "data.prompt_column data.system_prompt mode.written.path mode.written.name "
     "mode.written.split mode.written.prompt_column mode.written.answer_column "
     "mode.teacher_prompt.template mode.teacher_prompt.system_prompt "
-    "prefix.policy rollout.replay rollout.api_key_file "
+    "prefix.policy rollout.replay rollout.api_key_file checkpoint.load "
     "eval.path eval.split eval.prompt_column eval.answer_column eval.scorer"
 ).split()
 CHECKED_ELSEWHERE = tuple(f"prefix.{name}." for name in (*POLICIES, "cut_off", "recall"))
@@ -103,6 +103,7 @@ def test_a_sound_recipe_is_laid_out(recipe: Recipe) -> None:
         ("student.hf_path=nowhere", "student.hf_path=nowhere is no folder"),
         ("teacher.hf_path=", "teacher.hf_path is not set"),
         ("student.fp8.format=e5m2", "student.fp8.format='e5m2'"),
+        ("checkpoint.load=nowhere", "checkpoint.load=nowhere is no folder"),
         ("data.path=", "data.path is not set"),
         ("data.path=no/such.jsonl", "data.path=no/such.jsonl does not exist"),
         ("data.overlong=cut", "data.overlong='cut' is not one of drop, error"),

@@ -35,6 +35,11 @@ class Unit:
     pack: Pack = lambda tensors: tensors[0]
     unpack: Unpack = lambda tensor: (tensor,)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole parameter's: packing joins rows."""
+        return sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:]
+
 
 @dataclass(frozen=True)
 class DecoderShape:

@@ -1,0 +1,66 @@
+"""Work shared between forked processes on this machine, without a process group."""
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+OnBytes = Callable[[int], object]
+Work = Callable[[int, OnBytes], Any]
+
+
+def run_forked(count: int, work: Work, on_bytes: OnBytes) -> list[Any]:
+    """``work(rank, on_bytes)`` in ``count`` processes; the picklable results by rank.
+
+    One is run right here. A ValueError or an OSError of a process is raised here in its own words;
+    any other error ends its process with a traceback, and is a RuntimeError here, as where one was
+    killed. The others are ended then.
+    """
+    if count == 1:
+        return [work(0, on_bytes)]
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
+    processes = [
+        context.Process(target=_child, args=(rank, work, pipes[rank][1]), daemon=True)
+        for rank in range(count)
+    ]
+    for process, (_, sender) in zip(processes, pipes, strict=True):
+        process.start()
+        sender.close()  # so that the pipe ends with its process
+    try:
+        return _collect([receiver for receiver, _ in pipes], on_bytes)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _collect(receivers: list[Connection], on_bytes: OnBytes) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(receivers):
+        waiting = [r for rank, r in enumerate(receivers) if rank not in results]
+        for ready in wait(waiting):
+            rank = receivers.index(ready)  # type: ignore[arg-type]
+            try:
+                kind, value = receivers[rank].recv()
+            except EOFError as error:
+                died = f"process {rank} of {len(receivers)} died; what it said is above"
+                raise RuntimeError(died) from error
+            if kind == "bytes":
+                on_bytes(value)
+            elif kind == "done":
+                results[rank] = value
+            else:
+                raise value
+    return [results[rank] for rank in range(len(receivers))]
+
+
+def _child(rank: int, work: Work, sender: Connection) -> None:
+    import torch
+
+    # A fork does not inherit OpenMP's threads, and would wait for them for ever.
+    torch.set_num_threads(1)
+    try:
+        sender.send(("done", work(rank, lambda size: sender.send(("bytes", size)))))
+    except (ValueError, OSError) as error:
+        sender.send(("error", error))

@@ -1,0 +1,137 @@
+"""Conversions that go wrong half way: the old output stays, nothing half made takes its place."""
+
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prefix.mcore.dist_files import DistFile
+from megatron_prefix.mcore.folders import finish_folder, start_folder
+from megatron_prefix.mcore.forks import run_forked
+from megatron_prefix.mcore.tool import check_room
+from megatron_prefix.tokenizers import write_byte_tokenizer
+from tests.distributed.test_convert import check_refused, run_tool, to_hf, to_megatron
+from tests.tiny_models import write_tiny_qwen3
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = write_tiny_qwen3(tmp_path / "model", vocab_size=265)
+    write_byte_tokenizer(folder)
+    return folder
+
+
+def test_a_process_that_dies_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    def work(rank: int, on_bytes: object) -> int:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rank
+
+    with pytest.raises(RuntimeError, match="process 1 of 2 died"):
+        run_forked(2, work, lambda size: None)
+
+
+def in_a_fork(work: Callable[[], int]) -> int:
+    """The exit code of a process of its own; negative: the signal that ended it."""
+    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(work()))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def with_room_for(size: int, work: Callable[[], int]) -> int:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then answers with an error
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return work()
+
+
+@pytest.mark.parametrize("name", ["convert_hf_to_megatron", "convert_megatron_to_hf"])
+def test_a_write_that_the_disk_refuses_leaves_the_old_output(
+    name: str, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    megatron, output = tmp_path / "megatron", tmp_path / "out"
+    assert to_megatron(model, megatron) == 0
+    source = ["--hf-model", model] if name.endswith("megatron") else ["--checkpoint", megatron]
+    arguments = (*source, "--output", output, "--overwrite")
+    assert run_tool(name, *arguments) == 0
+    old = sorted(path.name for path in output.iterdir())
+    code = in_a_fork(lambda: with_room_for(100_000, lambda: run_tool(name, *arguments)))
+    assert code == 1
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert said.endswith("File too large; nothing of the output was replaced")
+    assert sorted(path.name for path in output.iterdir()) == old
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_output_that_no_disk_holds_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs 1,048,576.000 GiB and its disk has"):
+        check_room(tmp_path / "out", 2**50)
+
+
+def test_a_flipped_bit_is_found(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert to_megatron(model, tmp_path / "megatron") == 0
+    file = next((tmp_path / "megatron" / "step_00000000").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    check_refused(capfd, to_hf(tmp_path / "megatron", tmp_path / "out"), "does not verify", "hash")
+    check_refused(capfd, run_tool("inspect_checkpoint", tmp_path / "megatron"), "does not verify")
+
+
+def test_output_is_replaced_only_where_asked(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("old")
+    check_refused(capfd, to_megatron(model, output), "is there already", "--overwrite")
+    assert (output / "precious").read_text() == "old"
+    assert to_megatron(model, output, "--overwrite") == 0
+    assert sorted(path.name for path in output.iterdir()) == ["hf", "step_00000000"]
+
+
+def test_a_kill_half_way_leaves_the_old_output(
+    model: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    assert to_megatron(model, output) == 0
+    old = (output / "step_00000000" / "integrity.json").read_bytes()
+    add = DistFile.add
+
+    def half_way(self: DistFile, *block: Any) -> None:
+        add(self, *block)
+        if len(self.written) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(DistFile, "add", half_way)
+    assert in_a_fork(lambda: to_megatron(model, output, "--overwrite")) == -signal.SIGKILL
+    monkeypatch.undo()
+    assert (tmp_path / "out.partial" / "step_00000000").exists()
+    assert (output / "step_00000000" / "integrity.json").read_bytes() == old
+    assert to_hf(output, tmp_path / "back") == 0
+    capfd.readouterr()
+    assert to_megatron(model, output, "--overwrite") == 0
+    assert "found out.partial of a run that did not end" in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "model", "out"]
+
+
+def test_a_folder_moved_aside_is_put_back(tmp_path: Path) -> None:
+    """A kill between the two renames leaves the old folder under its other name."""
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "old").touch()
+    partial = start_folder(tmp_path / "out")
+    assert (tmp_path / "out" / "old").exists()
+    (partial / "new").touch()
+    finish_folder(tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
