@@ -18,8 +18,9 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_prefix.exit_codes import FAILED
+from megatron_prefix.exit_codes import FAILED, HUNG
 from megatron_prefix.rollout.addresses import own_address
+from megatron_prefix.watchdog import hang_report
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -46,10 +47,10 @@ def main() -> int:
         )
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(
-            f"megatron-prefix: error: rank {rank} ended with exit code {failure.exitcode}",
-            file=sys.stderr,
-        )
+        words = f"rank {rank} ended with exit code {failure.exitcode}"
+        if failure.exitcode == HUNG:
+            words = hang_report(arguments.record.parent)
+        print(f"megatron-prefix: error: {words}", file=sys.stderr)
         return FAILED
     return max(codes.values())
 

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -41,10 +40,9 @@ from megatron_prefix.publisher import (
     ServerPublisher,
     backend_for,
 )
-from megatron_prefix.rollout.client import Endpoint, SglangClient
+from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.collector import Collector
-from megatron_prefix.rollout.protocol import ServerUnavailable
-from megatron_prefix.rollout.weights import WeightGroup
+from megatron_prefix.rollout.fleet import Fleet
 from megatron_prefix.run_log import RunLog
 from megatron_prefix.stop_tokens import agreed_stop_ids, teacher_mapping
 from megatron_prefix.student import Objective
@@ -61,11 +59,13 @@ from megatron_prefix.teacher_loop import TeacherLoop
 from megatron_prefix.tokenizers import load_tokenizer
 from megatron_prefix.trainer import Parts, Publisher, Trainer
 from megatron_prefix.types import Prompt, Rollout, TeacherHead
+from megatron_prefix.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+_WATCHDOG_SHARE = 0.9
 
 
 @contextlib.contextmanager
@@ -82,25 +82,30 @@ def assemble(
     with contextlib.ExitStack() as stack:
         initialize_megatron(recipe.train.seed)
         world = _join(recipe)
+        # Below the collectives' own timeout, which ends a rank without its stacks.
+        patience_s = _WATCHDOG_SHARE * recipe.run.distributed_timeout_s
+        watchdog = stack.enter_context(Watchdog(folder, dist.get_rank(), patience_s))
         if world.student is None:
-            yield _teacher_loop(recipe, world)
+            yield _teacher_loop(recipe, world, watchdog.beat)
             return
         stack.enter_context(world_of(world.student))
         student = _model(recipe, "student", world.student)
         trainable = make_trainable(student, recipe.optimizer, recipe.train.steps)
+        fleet = _fleet(recipe, endpoints, stack)
         yield Trainer(
             recipe,
             Parts(
                 student=trainable,
                 teacher=_teacher(recipe, world, student.groups),
                 objective=Objective(recipe.loss, _agreed_head(recipe, student, world.device)),
-                publisher=_publisher(recipe, student, endpoints, folder, stack),
+                publisher=_publisher(recipe, student, fleet, folder, stack),
                 checkpointer=Checkpointer(folder / "checkpoints", trainable, recipe.checkpoint),
-                conductor=_conductor(recipe, folder, endpoints, stop_requested, stack),
+                conductor=_conductor(recipe, folder, endpoints, fleet, stop_requested, stack),
                 host_group=world.host_group,
                 device=world.device,
                 export_folder=folder / "hf",
                 token_multiple=token_multiple(recipe),
+                watchdog=watchdog,
             ),
         )
 
@@ -132,10 +137,10 @@ def _join(recipe: Recipe) -> _World:
     return _World(student, teacher, host_group, link, _device())
 
 
-def _teacher_loop(recipe: Recipe, world: _World) -> TeacherLoop:
+def _teacher_loop(recipe: Recipe, world: _World, beat: Callable[[str], None]) -> TeacherLoop:
     assert world.link is not None and world.teacher is not None
     rank = TeacherRank(_model(recipe, "teacher", world.teacher), world.link)
-    return TeacherLoop(rank, world.host_group, recipe.train, token_multiple(recipe))
+    return TeacherLoop(rank, world.host_group, recipe.train, token_multiple(recipe), beat)
 
 
 def _teacher(recipe: Recipe, world: _World, student: ModelGroups) -> Teacher | None:
@@ -200,27 +205,37 @@ def token_multiple(recipe: Recipe) -> int:
 def _publisher(
     recipe: Recipe,
     student: MegatronModel,
-    endpoints: Sequence[Endpoint],
+    fleet: Fleet | None,
     folder: Path,
     stack: contextlib.ExitStack,
 ) -> Publisher:
     if not needs_servers(recipe):
         return NoPublisher()
-    clients = [stack.enter_context(SglangClient(endpoint)) for endpoint in endpoints]
-    group = None
-    if clients:
-        logger.info("waiting for %d SGLang server(s)", len(clients))
-        _wait_for(clients, recipe.rollout.start_timeout_s)
-    if clients and recipe.rollout.weight_sync == "distributed":
-        group = WeightGroup.join(clients, backend=backend_for(_device()))
-        stack.callback(group.close)
-    return ServerPublisher(student, recipe.rollout, clients, group, folder / "sync")
+    if fleet is not None:
+        logger.info("waiting for %d SGLang server(s)", len(fleet.members))
+        fleet.meet()
+    backend = backend_for(_device())
+    publisher = ServerPublisher(student, recipe.rollout, fleet, backend, folder / "sync")
+    stack.callback(publisher.close)
+    return publisher
+
+
+def _fleet(
+    recipe: Recipe, endpoints: Sequence[Endpoint], stack: contextlib.ExitStack
+) -> Fleet | None:
+    """Rank 0's; None on the others, and where rollouts are replayed."""
+    if not needs_servers(recipe) or not endpoints:
+        return None
+    fleet = Fleet(endpoints, recipe.rollout)
+    stack.callback(fleet.close)
+    return fleet
 
 
 def _conductor(
     recipe: Recipe,
     folder: Path,
     endpoints: Sequence[Endpoint],
+    fleet: Fleet | None,
     stop_requested: Callable[[], bool],
     stack: contextlib.ExitStack,
 ) -> Conductor | None:
@@ -236,7 +251,7 @@ def _conductor(
         recipe,
         Staff(
             policy=build_policy(recipe.prefix, recipe.train.steps),
-            source=build_source(recipe, folder, endpoints, stops, tokenizer, recall, stack),
+            source=build_source(recipe, folder, endpoints, stops, tokenizer, recall, stack, fleet),
             recall=recall,
             ledger=Ledger(
                 student,
@@ -248,9 +263,10 @@ def _conductor(
                 folder, recipe.log, recipe.train.steps, console=get_console(), resume_step=step
             ),
             decode=tokenizer.decode,
-            evaluate=_evaluator(recipe, folder, endpoints, stops, tokenizer, stack),
-            probe=_prober(recipe, endpoints, stops, tokenizer, stack),
+            evaluate=_evaluator(recipe, folder, endpoints, fleet, stops, tokenizer, stack),
+            probe=_prober(recipe, endpoints, fleet, stops, tokenizer, stack),
             stop_requested=stop_requested,
+            fleet=fleet,
         ),
     )
     stack.callback(conductor.close)
@@ -261,6 +277,7 @@ def _evaluator(
     recipe: Recipe,
     folder: Path,
     endpoints: Sequence[Endpoint],
+    fleet: Fleet | None,
     stops: tuple[int, ...],
     tokenizer: "PreTrainedTokenizerBase",
     stack: contextlib.ExitStack,
@@ -268,7 +285,7 @@ def _evaluator(
     if not recipe.eval.path or not endpoints:
         return None
     greedy = replace(recipe.rollout, temperature=0.0, samples_per_prompt=1, over_sample=1.0)
-    collector = stack.enter_context(Collector(endpoints, greedy, stops))
+    collector = stack.enter_context(Collector(endpoints, greedy, stops, roster=fleet))
 
     def run(step: int, policy_version: int) -> EvalResult:
         def answers(prompts: Sequence[Prompt], max_new_tokens: int) -> list[Rollout]:
@@ -287,6 +304,7 @@ def _evaluator(
 def _prober(
     recipe: Recipe,
     endpoints: Sequence[Endpoint],
+    fleet: Fleet | None,
     stops: tuple[int, ...],
     tokenizer: "PreTrainedTokenizerBase",
     stack: contextlib.ExitStack,
@@ -295,7 +313,7 @@ def _prober(
     if not recipe.log.probe_interval or not endpoints:
         return None
     single = replace(recipe.rollout, samples_per_prompt=1, over_sample=1.0)
-    collector = stack.enter_context(Collector(endpoints, single, stops))
+    collector = stack.enter_context(Collector(endpoints, single, stops, roster=fleet))
     data = replace(recipe.data, seed=recipe.data.seed + 1)
     prompts = prompt_stream(recipe, data, tokenizer).take(recipe.log.probe_rollouts)
 
@@ -306,19 +324,3 @@ def _prober(
         ).rollouts
 
     return run
-
-
-def _wait_for(clients: Sequence[SglangClient], timeout_s: float) -> None:
-    """Until every server answers; a launcher that started them watches their processes."""
-    deadline = time.monotonic() + timeout_s
-    for client in clients:
-        while True:
-            try:
-                client.model_info(timeout_s=5.0, retries=0)
-                break
-            except ServerUnavailable as error:
-                if time.monotonic() > deadline:
-                    raise ServerUnavailable(
-                        f"{error}; no answer within rollout.start_timeout_s={timeout_s:g}"
-                    ) from error
-                time.sleep(0.2)

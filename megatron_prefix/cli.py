@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -72,7 +73,8 @@ The scripts in slurm/ call it, and hand the record that it names to the ranks an
 examples:
   megatron-prefix doctor
   megatron-prefix doctor --json
-Exit code 0 where this machine can run the CPU path at least, 1 where it cannot.
+  megatron-prefix doctor --node runs/NAME --gpus 8      what a job's scripts ask each node first
+Exit code 0 where this machine can run the CPU path at least, 1 where it cannot; with --node 2.
 """,
 }
 
@@ -141,6 +143,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor = _command(commands, "doctor", "what this machine has, can run, and lacks", _doctor)
     doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    doctor.add_argument(
+        "--node", type=Path, metavar="FOLDER", help="can this node of a job run the one in FOLDER?"
+    )
+    doctor.add_argument("--gpus", type=int, default=0, metavar="N", help="that --node has to have")
     return parser
 
 
@@ -267,9 +273,15 @@ def _advise(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from megatron_prefix.doctor import examine, findings_json, print_findings
+    from megatron_prefix.doctor import examine, findings_json, node_problems, print_findings
 
     findings = examine()
+    if arguments.node:
+        problems = node_problems(findings, arguments.node, arguments.gpus)
+        if problems:
+            raise ValueError(f"node {socket.gethostname()}: {'; '.join(problems)}")
+        print(f"node {socket.gethostname()}: {findings.engine}", flush=True)
+        return DONE
     if arguments.json:
         print(findings_json(findings))
     else:

@@ -19,7 +19,7 @@ _FIRST_PORT = 20000  # of rendezvous; the job's number follows, since jobs may s
 _SETUP = """\
 export run_head="$SLURMD_NODENAME"
 export run_attempt="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
-export SRUN_CPUS_PER_TASK="$SLURM_CPUS_ON_NODE"
+@CPUS@
 unset SLURM_UNBUFFEREDIO  # it gives each task a terminal, and so the logs a progress bar
 endpoints=@ENDPOINTS@
 rm -rf -- "$endpoints"
@@ -32,6 +32,11 @@ finish() {
 }
 trap finish EXIT"""
 
+_CPUS = 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_ON_NODE"'
+_HET_CPUS = """\
+run_cpus_0=${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_0%%(*}
+run_cpus_1=${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1%%(*}"""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -40,7 +45,9 @@ class Cluster:
     executor: str = "local"  # local | slurm
     nodes: int = 1  # of the job, those that serve included
     server_nodes: int = 0  # the last ones; 0: the one node does both, or servers run elsewhere
+    heterogeneous: bool = False  # those that serve as a group of their own
     gpus_per_node: int = 0
+    server_gpus_per_node: int = 0  # of that group; 0: as gpus_per_node
     ranks_per_node: int = 0  # 0: gpus_per_node, or 1 without GPUs
     max_restarts: int = 0  # of all ranks in place, after one of them failed
     partition: str = ""
@@ -92,6 +99,13 @@ def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
             f"--server-nodes {cluster.server_nodes} is not needed: rollout.server_urls, "
             "rollout.replay or mode says where rollouts come from; give 0"
         )
+    if cluster.heterogeneous and not cluster.server_nodes:
+        raise ValueError("--heterogeneous needs a group that serves: give --server-nodes 1")
+    if cluster.server_gpus_per_node and not cluster.heterogeneous:
+        raise ValueError(
+            f"--server-gpus-per-node {cluster.server_gpus_per_node} needs --heterogeneous: the "
+            "nodes of one group are alike"
+        )
     _check_words(cluster)
 
 
@@ -111,14 +125,21 @@ def quote(word: object) -> str:
     return shlex.quote(str(word)).replace("/nemo_run", "/nemo''_run")
 
 
-def setup_lines(record: Path) -> str:
-    return _SETUP.replace("@ENDPOINTS@", quote(record.parent / "endpoints"))
+def setup_lines(record: Path, cluster: Cluster) -> str:
+    text = _SETUP.replace("@ENDPOINTS@", quote(record.parent / "endpoints"))
+    return text.replace("@CPUS@", _HET_CPUS if cluster.heterogeneous else _CPUS)
+
+
+def step_cpus(group: int) -> str:
+    """srun's option for a step of a heterogeneous job, in which nodes of two kinds meet."""
+    return f"--cpus-per-task=$run_cpus_{group}"
 
 
 def trainer_script(cluster: Cluster, record: Path, folder: Path) -> str:
     """What each node that trains runs, from ``folder``."""
     if cluster.trains_alone:
         return _script(cluster, folder, ["-m", "megatron_prefix.cli", "train", str(record)])
+    check = _node_check(record, cluster.gpus_per_node)
     words = ["-m", "megatron_prefix.agent", str(record)]
     words += ["--nodes", str(cluster.trainer_nodes)]
     words += ["--ranks-per-node", str(cluster.ranks_per_node or cluster.gpus_per_node or 1)]
@@ -126,26 +147,37 @@ def trainer_script(cluster: Cluster, record: Path, folder: Path) -> str:
     more = f'--id "$run_attempt" --rendezvous "$run_head:$(({_FIRST_PORT} + SLURM_JOB_ID % 20000))"'
     if cluster.server_nodes:
         more += f" --endpoints {_endpoints(record)} --endpoint-files {cluster.server_nodes}"
-    return _script(cluster, folder, words, more)
+    return _script(cluster, folder, words, more, check)
 
 
 def server_script(cluster: Cluster, record: Path, folder: Path) -> str:
     """What each node that serves runs, from ``folder``."""
     words = ["-m", "megatron_prefix.rollout.serve", str(record)]
     more = f'--peer "$run_head" --endpoints-dir {_endpoints(record)}'
-    return _script(cluster, folder, words, more)
+    gpus = cluster.server_gpus_per_node or cluster.gpus_per_node
+    return _script(cluster, folder, words, more, _node_check(record, gpus))
+
+
+def _node_check(record: Path, gpus: int) -> list[str]:
+    """Asked of each node before anything of the run starts there."""
+    words = ["-m", "megatron_prefix.cli", "doctor", "--node", str(record.parent)]
+    return [*words, "--gpus", str(gpus)] if gpus else words
 
 
 def _endpoints(record: Path) -> str:
     return f'{quote(record.parent / "endpoints")}/"$run_attempt"'
 
 
-def _script(cluster: Cluster, folder: Path, words: list[str], more: str = "") -> str:
-    """``words`` are quoted, ``more`` is shell text."""
+def _script(
+    cluster: Cluster, folder: Path, words: list[str], more: str = "", check: list[str] | None = None
+) -> str:
+    """``words`` are quoted, ``more`` is shell text; ``check`` has to end well before."""
     python = cluster.python or ("python" if cluster.container else sys.executable)
     lines = ["set -e"]
     lines += [f"module load {quote(name)}" for name in cluster.modules]
     lines += [f"export {name}={quote(value)}" for name, value in cluster.env]
     lines += [f"cd -- {quote(folder)}"]
+    if check:
+        lines += [" ".join(map(quote, [python, *check]))]
     lines += [f"exec {' '.join(map(quote, [python, *words]))} {more}".rstrip()]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ The other ranks get its decisions as an ``Order`` and need none of its state.
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from megatron_prefix.alarms import probe_alarms
 from megatron_prefix.batch import count_loss_tokens, nothing_to_train_on
 from megatron_prefix.config import Recipe
 from megatron_prefix.kl_grid import mean_kl
-from megatron_prefix.modes import evaluation_due, is_supervised
+from megatron_prefix.modes import is_supervised, written_count
 from megatron_prefix.orders import Order
 from megatron_prefix.phases import Phases
 from megatron_prefix.prefix import (
@@ -27,10 +28,12 @@ from megatron_prefix.prefix import (
     observe_probe,
 )
 from megatron_prefix.prefix.recall import Recall
+from megatron_prefix.rollout.pool import FAULTS
 from megatron_prefix.run_log import Evaluation, RunLog
 from megatron_prefix.sources import RolloutSource
 from megatron_prefix.types import ProbeMetrics, Rollout, StepMetrics
 
+_WAIT_S = 1.0  # between two looks at servers that are to come back
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -39,6 +42,19 @@ class Answered(Evaluation, Protocol):
 
     @property
     def lengths(self) -> Sequence[tuple[int, int]]: ...  # prompt and sampled tokens, by answer
+
+
+class ServerFleet(Protocol):
+    """The servers, as ``rollout/fleet.py`` keeps them."""
+
+    @property
+    def members(self) -> Sequence[object]: ...  # that may be asked
+
+    def in_step(self, version: int) -> bool: ...
+
+    def expect(self) -> None: ...
+
+    def tell_to(self, tell: Callable[[str], None]) -> None: ...
 
 
 class Evaluator(Protocol):
@@ -62,6 +78,7 @@ class Staff:
     probe: Prober | None
     stop_requested: Callable[[], bool]
     recall: Recall | None = None  # caps for prompts that come again; the source's too
+    fleet: ServerFleet | None = None  # None: nobody is asked for rollouts
 
 
 class Conductor:
@@ -75,8 +92,17 @@ class Conductor:
     @property
     def log(self) -> RunLog:
         if self._log is None:
-            self._log = self._staff.open_log(0)
+            self._open_log(0)
+        assert self._log is not None
         return self._log
+
+    def _open_log(self, step: int) -> None:
+        self._log = self._staff.open_log(step)
+        if self._staff.fleet is not None:
+            self._staff.fleet.tell_to(self._tell_of_servers)
+
+    def _tell_of_servers(self, words: str) -> None:
+        self.log.event("servers", words, level=logging.WARNING)
 
     def resume(self, step: int, state: dict[str, Any]) -> None:
         """Go on after ``step`` steps from a checkpoint's state."""
@@ -86,8 +112,8 @@ class Conductor:
         self._evaluated = state["evaluated"]
         if self._staff.recall:
             self._staff.recall.load_state_dict(state.get("recall", {}))
-        self._log = self._staff.open_log(step)
-        self._log.event("resume", f"resumed after step {step}")
+        self._open_log(step)
+        self.log.event("resume", f"resumed after step {step}")
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -104,15 +130,43 @@ class Conductor:
         if self._staff.stop_requested():
             self.log.event("stop", f"stop requested: saving after step {step}")
             return Order("save_and_stop")
+        source = self._staff.source.state_dict()
+        written = written_count(self._recipe, step) == self._recipe.train.global_batch_size
+        if written:
+            order = self._train(step, policy_version)
+        else:
+            order = self._with_servers(policy_version, lambda: self._train(step, policy_version))
+        if order.kind == "train" and not self._staff.stop_requested():
+            return order
+        # The step is not begun: its prompts are asked again.
+        self._staff.source.load_state_dict(source)
+        return order if order.kind != "train" else self.order(step, policy_version)
+
+    def _train(self, step: int, policy_version: int) -> Order:
         length = self._staff.policy.length(step)
         start = loss_start(self._staff.policy, step)
         rollouts = self._sample(step, length, start, policy_version)
-        if self._staff.stop_requested():  # the step is not begun: its prompts are asked again
-            return self.order(step, policy_version)
         # A recording may be longer than what the policy says now: no probe moved it this time.
         length = max([length, *(len(rollout.prefix_ids) for rollout in rollouts)])
         supervised = is_supervised(self._recipe, step)
         return Order("train", length, tuple(rollouts), loss_start=start, supervised=supervised)
+
+    def _with_servers(self, policy_version: int, act: Callable[[], Order]) -> Order:
+        """``act()`` once servers hold ``policy_version``, or what has to come before it."""
+        fleet = self._staff.fleet
+        if fleet is None:
+            return act()
+        if fleet.in_step(policy_version):
+            try:
+                return act()
+            except FAULTS:
+                if fleet.members:  # not a fault of servers, or not one that losing them mends
+                    raise
+        if fleet.members:
+            return Order("sync")
+        fleet.expect()
+        time.sleep(_WAIT_S)
+        return Order("wait")
 
     def _sample(self, step: int, length: int, start: int, policy_version: int) -> list[Rollout]:
         """Rollouts with a token that the loss counts: where every one ended before, others."""
@@ -138,6 +192,8 @@ class Conductor:
         if not order.supervised:  # a cross-entropy says nothing about the teacher
             self._observe(metrics, order)
         self.log.step(metrics)
+        if self._staff.fleet is not None:
+            self.log.servers(len(self._staff.fleet.members))
         if metrics.skipped:
             self.log.event(
                 "skipped",
@@ -187,6 +243,11 @@ class Conductor:
 
     def probe_order(self, step: int, policy_version: int) -> Order:
         """Full-length rollouts to score; none where there is not a token in them."""
+        if self._stops_alone():  # the next order saves
+            return Order("nothing")
+        return self._with_servers(policy_version, lambda: self._probe(step, policy_version))
+
+    def _probe(self, step: int, policy_version: int) -> Order:
         assert self._staff.probe is not None
         rollouts = tuple(self._staff.probe(policy_version))
         scored = rollouts if count_loss_tokens(rollouts, 0) else ()
@@ -226,14 +287,23 @@ class Conductor:
         seen = (metrics.kl_prefix, metrics.kl_tail, agreement, kl_L)
         observe_probe(self._staff.policy, ProbeObservation(step, length, *seen))
 
-    def evaluate_if_due(self, step: int, policy_version: int) -> None:
-        """Before the first step, after the last, and every ``eval.interval`` steps; once each."""
-        due = evaluation_due(self._recipe, step)
-        if self._staff.evaluate is None or not due or self._evaluated == step:
-            return
+    def evaluate(self, step: int, policy_version: int) -> Order:
+        """Once a step, where servers are there to ask."""
+        if self._staff.evaluate is None or self._evaluated == step or self._stops_alone():
+            return Order("nothing")
+        return self._with_servers(policy_version, lambda: self._evaluate(step, policy_version))
+
+    def _stops_alone(self) -> bool:
+        """Whether the run is to stop, and no server is there that could be asked before."""
+        fleet = self._staff.fleet
+        return self._staff.stop_requested() and fleet is not None and not fleet.members
+
+    def _evaluate(self, step: int, policy_version: int) -> Order:
+        assert self._staff.evaluate is not None
         result = self._staff.evaluate(step, policy_version)
         self._evaluated = step
         self.log.evaluation(step, result, self._staff.ledger.measure_answers(result.lengths))
+        return Order("nothing")
 
     def close(self) -> None:
         if self._log is not None:

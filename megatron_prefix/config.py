@@ -87,6 +87,8 @@ class RolloutConfig:
     server_args: tuple[str, ...] = ()  # more arguments for sglang.launch_server
     start_timeout_s: float = 300.0
     request_timeout_s: float = 600.0
+    hang_timeout_s: float = 120.0  # without a passed health check, and a server is given up
+    server_restarts: int = 5  # of one server, each within ten minutes of the last
     retries: int = 4  # of a request, with exponential backoff
     samples_per_prompt: int = 1
     temperature: float = 1.0
@@ -95,6 +97,7 @@ class RolloutConfig:
     # to be kept (its finish_reason is "abort"); above 1 none is kept.
     keep_aborted_above: float = 2.0
     weight_sync: str = "distributed"  # distributed | disk
+    sync_timeout_s: float = 120.0  # of one collective with the servers
     bucket_mib: float = 512.0  # of one streamed weight bucket
     verify_weights_every: int = 50  # syncs between two checksum proofs; 1: every one; 0: first only
     # Largest difference of a rollout's log-probability between server and trainer, same tokens.
@@ -165,6 +168,7 @@ class CheckpointConfig:
     save_interval: int = 0  # steps; 0: only at the end and on a signal
     async_save: bool = True
     keep_last: int = 2  # 0: keep all
+    keep_every: int = 0  # steps whose multiples are kept besides; 0: none
     verify_integrity: bool = True  # SHA-256 of every file, checked at load
     export_hf: bool = True  # write a Hugging Face folder of the student at the end
 
@@ -200,6 +204,8 @@ class LogConfig:
     # A probe warns where its tail KL is so many times the lowest seen at these positions; 0: never.
     alarm_tail: float = 1.25
     alarm_agreement: float = 0.2  # a probe warns where the gradients agree less; 0: never
+    metrics_port: int = 0  # of a page for Prometheus on rank 0's machine; 0: none
+    metrics_host: str = "127.0.0.1"  # "job": this machine's address on the ranks' network
 
 
 @dataclass(frozen=True)
@@ -212,6 +218,7 @@ class RunConfig:
     gpu_memory_gib: float = 0.0  # of one card, for `plan` to check; 0: no GPUs, or not checked
     # Of it, for the CUDA context, NCCL's buffers and the allocator's fragments.
     gpu_reserve_gib: float = 6.0
+    max_restarts: int = 3  # of all ranks in place, on one machine, after one was killed or hung
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
@@ -62,6 +64,25 @@ def examine() -> Findings:
         precisions=("fp32", "bf16", *(["fp8"] if recipes else [])),
         fp8_recipes=recipes,
     )
+
+
+def node_problems(findings: Findings, folder: Path, gpus: int) -> list[str]:
+    """Why a run that lives in ``folder``, with a rank on each of ``gpus`` GPUs (0: on none), cannot
+    run on this machine; each in one line."""
+    problems = [
+        f"{finding.name}: {finding.found} ({finding.remedy})"
+        for finding in findings.findings
+        if finding.state == "missing"
+    ]
+    found = sum(f.name.startswith("gpu ") for f in findings.findings)
+    if found < gpus:
+        problems.append(f"{found} GPUs that torch can use, {gpus} wanted")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        problems.append(f"{folder}, the run's folder, cannot be written to: {error.strerror}")
+    return problems
 
 
 def findings_json(findings: Findings) -> str:

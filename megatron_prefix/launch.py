@@ -6,13 +6,21 @@ of the recipe and of the user go into the steps' own scripts, which ``cluster.py
 """
 
 import contextlib
+import dataclasses
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_prefix.cluster import Cluster, quote, server_script, setup_lines, trainer_script
+from megatron_prefix.cluster import (
+    Cluster,
+    quote,
+    server_script,
+    setup_lines,
+    step_cpus,
+    trainer_script,
+)
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED
 
@@ -98,7 +106,28 @@ def _add_job(
             _slurm(record, cluster, home, first, first=0),
             _slurm(record, cluster, home, cluster.server_nodes, first=first),
         ]
+        if cluster.heterogeneous:
+            gpus = cluster.server_gpus_per_node or cluster.gpus_per_node
+            counts = ((first, cluster.gpus_per_node), (cluster.server_nodes, gpus))
+            executors = [
+                _in_group(executor, group, *count)
+                for group, (executor, count) in enumerate(zip(executors, counts, strict=True))
+            ]
         experiment.add([trainer, servers], executor=executors, name=name)
+
+
+def _in_group(
+    executor: "nemo_run.SlurmExecutor", group: int, nodes: int, gpus: int
+) -> "nemo_run.SlurmExecutor":
+    """The step on a group of the job's own, which has those nodes and no others."""
+    srun_args = [word for word in executor.srun_args or () if not word.startswith("--relative")]
+    return dataclasses.replace(
+        executor,
+        heterogeneous=True,
+        nodes=nodes,
+        gpus_per_node=gpus or None,
+        srun_args=[*srun_args, step_cpus(group)],
+    )
 
 
 def _slurm(
@@ -124,7 +153,7 @@ def _slurm(
         srun_args=["--kill-on-bad-exit=0", f"--nodes={step_nodes}", f"--ntasks={step_nodes}"]
         + [f"--relative={first}", "--label"],
         job_name_prefix=_JOB_NAMES,
-        setup_lines=setup_lines(record),
+        setup_lines=setup_lines(record, cluster),
         tunnel=nemo_run.LocalTunnel(job_dir=str(home / "experiments")),
         packager=nemo_run.Packager(),  # the environment is there; no code is sent along
         retries=0,  # nemo-run would requeue after any failure

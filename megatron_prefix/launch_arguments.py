@@ -14,6 +14,8 @@ examples:
   megatron-prefix launch RECIPE --executor slurm --gpus-per-node 8 --partition gpu --dryrun
   megatron-prefix launch RECIPE --executor slurm --nodes 5 --server-nodes 1 --gpus-per-node 8 \\
       --account me --time 12:00:00 --env HF_HOME=/scratch/hf --detach
+  megatron-prefix launch RECIPE --executor slurm --nodes 5 --server-nodes 1 --heterogeneous \\
+      --gpus-per-node 8 --server-gpus-per-node 4
 A recipe's file may have `def cluster() -> Cluster` with these settings; options win over it.
 Afterwards: nemo experiment status|logs|cancel ID, as printed, or squeue and scancel.
 """
@@ -32,6 +34,12 @@ def _add_sizes(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--nodes", type=int, metavar="N", help="of the job (default: 1)")
     group.add_argument("--server-nodes", type=int, metavar="N", help="those of them that serve")
     group.add_argument("--gpus-per-node", type=int, metavar="N")
+    group.add_argument(
+        "--heterogeneous", action="store_const", const=True, help="servers as a group of their own"
+    )
+    group.add_argument(
+        "--server-gpus-per-node", type=int, metavar="N", help="of that group (default: the same)"
+    )
     group.add_argument("--ranks-per-node", type=int, metavar="N", help="default: one a GPU")
     group.add_argument("--max-restarts", type=int, metavar="N", help="of failed ranks, in place")
 

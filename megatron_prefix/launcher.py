@@ -7,20 +7,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from megatron_prefix import die_with_parent
 from megatron_prefix.config import Recipe
-from megatron_prefix.exit_codes import DONE, FAILED, SAVED
+from megatron_prefix.exit_codes import DONE, FAILED, HUNG, SAVED
 from megatron_prefix.modes import needs_servers
 from megatron_prefix.placement import WorldLayout, resolve_world_size, world_layout
 from megatron_prefix.recipe import check_run_folder, save_record
 from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
-from megatron_prefix.rollout.server import Server, free_port, start_server
+from megatron_prefix.rollout.server import Server, ServerFailed, free_port, start_server
+from megatron_prefix.rollout.supervisor import Supervisor
+from megatron_prefix.watchdog import hang_report
 
 POLL_S = 0.1
+KILLED = -1  # no exit code of ours: a rank was killed, or hung
 GRACE_S = 20.0  # a failing run's other ranks get this long before SIGKILL
 
 
@@ -28,49 +32,69 @@ def launch_local(recipe: Recipe) -> int:
     """Run ``recipe`` on this machine to its end; returns the exit code.
 
     A first SIGINT, SIGTERM or SIGUSR1 lets the ranks save and stop; a second one kills them.
+    Servers that end are started again, and so are all ranks, from the newest whole checkpoint,
+    where one was killed or hung: ``run.max_restarts`` times.
     """
     folder = Path(recipe.run.output_dir, recipe.run.name)
     check_run_folder(folder, recipe)
     record = save_record(recipe, folder)
     with contextlib.ExitStack() as stack:
         stops = stack.enter_context(_count_signals())
-        servers = _start_servers(recipe, folder, stack)
-        endpoints = stack.enter_context(_endpoints_file(recipe, servers))
+        supervisor = _start_servers(recipe, folder, stack)
+        endpoints = stack.enter_context(_endpoints_file(recipe, supervisor))
         arguments = [str(record), "--endpoints", str(endpoints)]
-        ranks = [
-            _start_rank(rank, settings, arguments, folder, stack)
-            for rank, settings in enumerate(_rank_settings(recipe))
-        ]
-        return _watch(ranks, servers, stops, world_layout(recipe, len(ranks)))
+        for restarts_left in reversed(range(recipe.run.max_restarts + 1)):
+            with contextlib.ExitStack() as ranks_stack:
+                ranks = [
+                    _start_rank(rank, settings, arguments, folder, ranks_stack)
+                    for rank, settings in enumerate(_rank_settings(recipe))
+                ]
+                why = partial(_why, folder, world_layout(recipe, len(ranks)))
+                code = _watch(ranks, supervisor, stops, why)
+            if code != KILLED or stops or not restarts_left:
+                return FAILED if code == KILLED else code
+            print(
+                f"megatron-prefix: the ranks start again; {restarts_left - 1} more times if need "
+                "be (run.max_restarts)",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise AssertionError("the last start returns")
 
 
-def _start_servers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> list[Server]:
+def _start_servers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) -> Supervisor:
     """Our own servers, starting; none where the recipe names running ones or asks none."""
-    if recipe.rollout.server_urls or not needs_servers(recipe):
-        return []
-    servers = []
-    for index in range(recipe.rollout.num_servers):
-        server = start_server(
+
+    def start(index: int, port: int, api_key: str) -> Server:
+        return start_server(
             recipe.student.hf_path,
             recipe.rollout,
             params_dtype=recipe.student.params_dtype,
             log_path=folder / "logs" / f"server-{index}.log",
             index=index,
+            port=port,
             seed=recipe.train.seed,
+            api_key=api_key,
         )
-        stack.callback(server.stop)
-        servers.append(server)
+
+    supervisor = Supervisor(start, recipe.rollout)
+    stack.callback(supervisor.stop)
+    ours = needs_servers(recipe) and not recipe.rollout.server_urls
+    for _ in range(recipe.rollout.num_servers if ours else 0):
+        server = supervisor.add()
         print(f"starting an SGLang server at {server.url}; log: {server.log_path}", flush=True)
-    return servers
+    return supervisor
 
 
 @contextlib.contextmanager
-def _endpoints_file(recipe: Recipe, servers: Sequence[Server]) -> Iterator[Path]:
+def _endpoints_file(recipe: Recipe, supervisor: Supervisor) -> Iterator[Path]:
     """URLs and keys for rank 0, in a file that only this user can read."""
     with tempfile.TemporaryDirectory(prefix="megatron-prefix-") as folder:
         path = Path(folder, "endpoints.json")
-        ours = [server.endpoint for server in servers]
-        write_endpoints(path, ours or recipe_endpoints(recipe.rollout))
+        if supervisor.servers:
+            supervisor.publish(path)
+        else:
+            write_endpoints(path, recipe_endpoints(recipe.rollout))
         yield path
 
 
@@ -122,24 +146,24 @@ def _start_rank(
 
 def _watch(
     ranks: Sequence[subprocess.Popen[bytes]],
-    servers: Sequence[Server],
+    supervisor: Supervisor,
     stops: list[int],
-    world: WorldLayout,
+    why: Callable[[int, int | None], str],
 ) -> int:
-    """Until all ranks have ended. One that fails ends the others; so does a server that dies."""
+    """Until all ranks have ended: their exit code, or KILLED. One that fails ends the others; so
+    does the last server's end."""
     told = False
     while True:
         codes = [rank.poll() for rank in ranks]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, DONE, SAVED)]
         if failed:
-            owner = "" if failed[0] in world.student.ranks else ", of the teacher,"
-            reason = f"rank {failed[0]}{owner} ended with exit code {codes[failed[0]]}"
-            return _end_all(ranks, reason)
+            return _end_all(ranks, why(failed[0], codes[failed[0]]))
         if None not in codes:
             return SAVED if SAVED in codes else DONE
-        dead = [server for server in servers if server.exit_code() is not None]
-        if dead:
-            return _end_all(ranks, _last_words(dead[0]))
+        try:
+            supervisor.poll()
+        except ServerFailed as error:
+            return _end_all(ranks, str(error))
         if len(stops) > 1:
             return _end_all(ranks, "stopped at once by a second signal", grace_s=0.0)
         if stops and not told:
@@ -150,25 +174,28 @@ def _watch(
         time.sleep(POLL_S)
 
 
-def _last_words(server: Server) -> str:
-    try:
-        server.raise_if_dead()
-    except RuntimeError as error:
-        return str(error)
-    return f"the SGLang server at {server.url} ended"
+def _why(folder: Path, world: WorldLayout, rank: int, code: int | None) -> str:
+    if code == HUNG:
+        return hang_report(folder)
+    owner = "" if rank in world.student.ranks else ", of the teacher,"
+    return f"rank {rank}{owner} ended with exit code {code}"
 
 
 def _end_all(
     ranks: Sequence[subprocess.Popen[bytes]], reason: str, grace_s: float = GRACE_S
 ) -> int:
-    """Give the other ranks a moment to end by themselves (their collectives fail), then kill."""
-    print(f"megatron-prefix: error: {reason}", file=sys.stderr)
+    """Give the other ranks a moment to end by themselves (their collectives fail), then kill.
+
+    Returns KILLED where a signal ended one of them, or its watchdog: the next start may go well.
+    """
+    print(f"megatron-prefix: error: {reason}", file=sys.stderr, flush=True)
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
         time.sleep(POLL_S)
+    codes = [rank.poll() for rank in ranks]
     for rank in ranks:
         _kill(rank)
-    return FAILED
+    return KILLED if any(code == HUNG or (code or 0) < 0 for code in codes) else FAILED
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

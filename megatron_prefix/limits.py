@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.dtype": ("auto", *_DTYPES, "fp16"),
     "rollout.weight_sync": ("distributed", "disk"),
     "loss.weights.rule": ("uniform", "discrepancy", "change_point"),
+    "log.metrics_host": ("127.0.0.1", "job"),
     "loss.divergence": ("reverse_kl", "forward_kl", "jsd"),
     "optimizer.lr_decay_style": ("linear", "cosine", "constant", "inverse-square-root"),
 }
@@ -65,6 +66,7 @@ RANGES: dict[str, Range] = {
     "run.distributed_timeout_s": _POSITIVE,
     "run.gpu_memory_gib": _FINITE,
     "run.gpu_reserve_gib": _FINITE,
+    "run.max_restarts": _NOT_NEGATIVE,
     **{
         f"{model}.{key}": allowed
         for model in ("student", "teacher")
@@ -89,6 +91,9 @@ RANGES: dict[str, Range] = {
     "rollout.max_total_tokens": _NOT_NEGATIVE,
     "rollout.start_timeout_s": _POSITIVE,
     "rollout.request_timeout_s": _POSITIVE,
+    "rollout.hang_timeout_s": _POSITIVE,
+    "rollout.server_restarts": _NOT_NEGATIVE,
+    "rollout.sync_timeout_s": _POSITIVE,
     "rollout.retries": _NOT_NEGATIVE,
     "rollout.samples_per_prompt": _COUNT,
     "rollout.temperature": _POSITIVE,
@@ -119,6 +124,7 @@ RANGES: dict[str, Range] = {
     "train.max_skipped_steps": _COUNT,
     "checkpoint.save_interval": _NOT_NEGATIVE,
     "checkpoint.keep_last": _NOT_NEGATIVE,
+    "checkpoint.keep_every": _NOT_NEGATIVE,
     "eval.max_new_tokens": _COUNT,
     "eval.samples": _NOT_NEGATIVE,
     "eval.interval": _NOT_NEGATIVE,
@@ -130,6 +136,7 @@ RANGES: dict[str, Range] = {
     "log.probe_rollouts": _COUNT,
     "log.alarm_tail": _NOT_NEGATIVE,
     "log.alarm_agreement": Range(0, 1),
+    "log.metrics_port": Range(0, 65535),
 }
 
 

@@ -6,15 +6,21 @@ from contextlib import contextmanager
 
 
 class Phases:
-    """A stopwatch for one step. ``synchronize`` is called at each phase's end (a GPU's queue)."""
+    """A stopwatch for one step. ``synchronize`` is called at each phase's end (a GPU's queue),
+    ``begins`` with each phase's name before it."""
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
-        self._synchronize = synchronize
+    def __init__(
+        self,
+        synchronize: Callable[[], None] = lambda: None,
+        begins: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._synchronize, self._begins = synchronize, begins
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self._begins(name)
         start = time.perf_counter()
         yield
         self._synchronize()

@@ -3,8 +3,9 @@
 Every rank takes part in gathering the buckets; rank 0 alone talks to the servers.
 """
 
+import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from megatron_prefix.config import RolloutConfig
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.model import DTYPES, MegatronModel
 from megatron_prefix.mcore.weights import hf_buckets
-from megatron_prefix.rollout.checksum import ServedLayout, WeightHasher, verify
-from megatron_prefix.rollout.client import SglangClient
+from megatron_prefix.rollout.checksum import ServedLayout, WeightHasher, WeightsDiffer, verify
+from megatron_prefix.rollout.client import Endpoint, SglangClient
+from megatron_prefix.rollout.fleet import UNKNOWN, Fleet
+from megatron_prefix.rollout.protocol import RequestRefused, SglangError
 from megatron_prefix.rollout.weights import WeightGroup, publish_from_disk
 
 logger = logging.getLogger(__name__)
@@ -38,68 +41,107 @@ class NoPublisher:
 class ServerPublisher:
     """Streams buckets through a process group with the servers, or by way of a shared folder.
 
-    ``clients`` and ``group`` are rank 0's; the other ranks give none and None.
+    ``fleet`` is rank 0's; the other ranks give None. Servers that fail to take the weights are the
+    fleet's to judge: the trainer sends them again before the next rollout.
     """
 
     def __init__(
         self,
         model: MegatronModel,
         rollout: RolloutConfig,
-        clients: Sequence[SglangClient],
-        group: WeightGroup | None,
+        fleet: Fleet | None,
+        backend: str,
         folder: Path,
     ) -> None:
-        self._model, self._rollout, self._clients = model, rollout, clients
-        self._group, self._folder = group, folder
+        self._model, self._rollout, self._fleet = model, rollout, fleet
+        self._backend, self._folder = backend, folder
+        self._group: WeightGroup | None = None
+        self._joined: list[Endpoint] = []
         self._published = 0
         name = model_dtype(model) if rollout.dtype == "auto" else rollout.dtype
         self._dtype = DTYPES[name]
 
     def prepare(self) -> None:
         """Let the servers get ready while the step computes. Not collective."""
-        if self._group is not None:
+        if self._group is not None and self._fleet and self._joined == _endpoints(self._fleet):
             self._group.open()
 
     def cancel(self) -> None:
         """Undo :meth:`prepare`: there is nothing new to publish. Not collective."""
         if self._group is not None:
-            self._group.cancel()
+            with self._judged():
+                self._group.cancel()
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
 
     def publish(self, version: int) -> None:
-        """Collective. Raises SglangError on rank 0 where a server did not take the weights, or
-        holds others than the trainer."""
+        """Collective. On rank 0, servers that did not take the weights, or hold others than the
+        trainer, are lost or doubted; raises SglangError where no server ever took any."""
+        if self._rollout.weight_sync == "disk":
+            export_hf(self._model, self._folder, self._dtype)
+        size = int(self._rollout.bucket_mib * 2**20)
+        buckets = hf_buckets(self._model, size, self._dtype)
+        if self._fleet is not None and self._fleet.members:
+            with self._judged():
+                self._to_all(self._fleet, version, buckets)
+        for _ in buckets:  # all ranks give their shards, whatever became of the servers
+            pass
+
+    def _to_all(self, fleet: Fleet, version: int, buckets: Iterator[Bucket]) -> None:
+        members = fleet.members
         every = self._rollout.verify_weights_every
         check = self._published == 0 or (every > 0 and self._published % every == 0)
-        hasher = WeightHasher(self._served()) if check and self._clients else None
+        check = check or any(member.version == UNKNOWN for member in members)
+        hasher = WeightHasher(self._served(members[0].client)) if check else None
+        passing = hasher.passing(buckets) if hasher is not None else buckets
+        clients = [member.client for member in members]
         if self._rollout.weight_sync == "disk":
-            self._by_disk(version, hasher)
+            publish_from_disk(clients, self._folder, version)
+            for _ in passing:
+                pass
         else:
-            self._by_group(version, hasher)
-        self._published += 1
+            self._join(fleet).publish(passing, version)
         if hasher is not None:
-            for client in self._clients:
-                verify(client, hasher.checksums())
+            for client in clients:
+                verify(client, hasher.checksums(), timeout_s=self._rollout.sync_timeout_s)
             logger.info("servers hold the trainer's weights v%d: checksums agree", version)
+        self._published += 1
+        fleet.took(members, version)
 
-    def _by_group(self, version: int, hasher: WeightHasher | None) -> None:
-        buckets = self._buckets(hasher)
-        if self._group is not None:
-            self._group.publish(buckets, version)
-        else:
-            for _ in buckets:  # other ranks give their shards
-                pass
+    def _join(self, fleet: Fleet) -> WeightGroup:
+        """The group of the servers that are there now."""
+        if self._group is not None and self._joined != _endpoints(fleet):
+            self.close()
+        if self._group is None:
+            clients = [member.client for member in fleet.members]
+            self._group = WeightGroup.join(
+                clients, backend=self._backend, timeout_s=self._rollout.sync_timeout_s
+            )
+            self._joined = _endpoints(fleet)
+        return self._group
 
-    def _by_disk(self, version: int, hasher: WeightHasher | None) -> None:
-        export_hf(self._model, self._folder, self._dtype)
-        if self._clients:
-            publish_from_disk(self._clients, self._folder, version)
-        if hasher is not None or not self._clients:
-            for _ in self._buckets(hasher):
-                pass
+    @contextlib.contextmanager
+    def _judged(self) -> Iterator[None]:
+        """Errors of servers are the fleet's to judge, unless none ever took weights: then their
+        refusal has a cause that sending again does not mend."""
+        assert self._fleet is not None
+        try:
+            yield
+        except SglangError as error:
+            refused = isinstance(error, RequestRefused | WeightsDiffer)
+            refused = refused or isinstance(error.__cause__, RequestRefused)
+            if self._published == 0 and refused:
+                raise
+            logger.warning("weights did not reach every server: %s", error)
+            self.close()
+            self._fleet.doubt(error)
 
-    def _served(self) -> ServedLayout:
+    def _served(self, client: SglangClient) -> ServedLayout:
         """How the servers hold the model; they are all started alike."""
-        info = self._clients[0].server_info()
+        info = client.server_info(timeout_s=self._rollout.sync_timeout_s)
         return ServedLayout(
             device=info["device"],
             dtype=self._dtype,
@@ -108,10 +150,10 @@ class ServerPublisher:
             num_experts=self._model.hf.shape.num_experts,
         )
 
-    def _buckets(self, hasher: WeightHasher | None) -> Iterator[Bucket]:
-        size = int(self._rollout.bucket_mib * 2**20)
-        buckets = hf_buckets(self._model, size, self._dtype)
-        return hasher.passing(buckets) if hasher is not None else buckets
+
+def _endpoints(fleet: Fleet) -> list[Endpoint]:
+    """Who is there: a server that was started again is another one."""
+    return [member.endpoint for member in fleet.members]
 
 
 def model_dtype(model: MegatronModel) -> str:

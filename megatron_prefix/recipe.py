@@ -57,6 +57,7 @@ OUTSIDE_IDENTITY = frozenset(
             "start_timeout_s",
             "request_timeout_s",
             "retries",
+            *("hang_timeout_s", "server_restarts", "sync_timeout_s"),
             "weight_sync",
             "bucket_mib",
             "verify_weights_every",

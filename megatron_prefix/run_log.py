@@ -15,6 +15,7 @@ from megatron_prefix import account, jsonl
 from megatron_prefix.account import Account
 from megatron_prefix.config import LogConfig
 from megatron_prefix.figure import unit_of
+from megatron_prefix.metrics_page import MetricsPage
 from megatron_prefix.progress import progress_view
 from megatron_prefix.tb_writer import TensorBoardWriter
 from megatron_prefix.types import Flops, ProbeMetrics, StepMetrics
@@ -83,6 +84,11 @@ class RunLog:
         self._view = progress_view(
             console or get_console(), total_steps, log.log_interval, resume_step
         )
+        self._page = (
+            MetricsPage(log.metrics_host, log.metrics_port, folder.name)
+            if (log.metrics_port)
+            else None
+        )
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -116,7 +122,14 @@ class RunLog:
         self._last_step = metrics.step
         if self._tensorboard:
             self._tensorboard.step(metrics, self._account)
+        if self._page:
+            self._page.step(metrics)
         self._view.show(metrics, spent_words(self._account))
+
+    def servers(self, count: int) -> None:
+        """SGLang servers that may be asked now."""
+        if self._page:
+            self._page.servers(count)
 
     def wants_rollouts(self, step: int) -> bool:
         """Whether :meth:`rollouts` is due, so that texts are decoded only then."""
@@ -200,6 +213,8 @@ class RunLog:
         self._events.write(record | _finite(fields))
         if self._tensorboard:
             self._tensorboard.event(self._last_step, kind, message)
+        if self._page:
+            self._page.event(kind)
         logger.log(level, "%s: %s", kind, message)
 
     def close(self) -> None:
@@ -215,6 +230,8 @@ class RunLog:
                 file.close()
         if self._tensorboard:
             self._tensorboard.close()
+        if self._page:
+            self._page.close()
 
 
 def setup_logging(folder: Path, rank: int, console: Console | None = None) -> None:

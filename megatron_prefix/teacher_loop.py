@@ -1,5 +1,7 @@
 """What a rank of a separate teacher does all run long: it follows rank 0's orders."""
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 
 from megatron_prefix.batch import as_teacher_reads
@@ -18,9 +20,10 @@ class TeacherLoop:
         host_group: dist.ProcessGroup,
         train: TrainConfig,
         token_multiple: int,
+        beat: Callable[[str], None] = lambda doing: None,  # told what begins
     ) -> None:
         self._teacher, self._host_group = teacher, host_group
-        self._train, self._token_multiple = train, token_multiple
+        self._train, self._token_multiple, self._beat = train, token_multiple, beat
 
     def train(self) -> bool:
         """Score what each order holds; True where the run is done, False where a signal ended it.
@@ -28,12 +31,14 @@ class TeacherLoop:
         RuntimeError with rank 0's words where that one failed.
         """
         while True:
+            self._beat("waiting for an order")
             order = share_order(_not_here, self._host_group)
             if order.kind == "done":
                 return True
             if order.kind == "save_and_stop":
                 return False
             if order.rollouts and not order.supervised:
+                self._beat("teacher")
                 plan = microbatches(order, self._train, self._token_multiple)
                 self._teacher.score(*as_teacher_reads(order.rollouts, plan))
 

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,14 +18,18 @@ from megatron_prefix.config import Recipe
 from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
-from megatron_prefix.modes import asks_servers, probe_due
+from megatron_prefix.modes import asks_servers, evaluation_due, probe_due
 from megatron_prefix.orders import Order, microbatches, share_order
 from megatron_prefix.phases import Phases
 from megatron_prefix.reweigh import Weighted, reweigh
+from megatron_prefix.slow_phases import SlowPhases
+from megatron_prefix.step_metrics import step_metrics
+from megatron_prefix.step_times import gather_hosts, gather_times, time_work
 from megatron_prefix.student import Objective, PrefixSums, forward_backward, score
 from megatron_prefix.teacher import Teacher
 from megatron_prefix.token_kl import by_rollout
 from megatron_prefix.types import PrefixBatch, StepMetrics, Targets
+from megatron_prefix.watchdog import NoWatchdog, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Parts:
     device: torch.device
     export_folder: Path  # of the trained student, as a Hugging Face folder
     token_multiple: int  # packed microbatches are padded to a multiple of this
+    watchdog: Watchdog | NoWatchdog = field(default_factory=NoWatchdog)
 
 
 class TrainingStopped(RuntimeError):
@@ -72,18 +77,21 @@ class Trainer:
         self._policy_version = self._published = 0
         self._skipped_in_a_row = 0
         self._saved_step = -1
+        self._slow_phases = SlowPhases(gather_hosts())
 
     def train(self) -> bool:
         """Train to the last step; False where a signal ended the run early, its state saved."""
+        self._begins("restore")
         self._restore()
+        self._begins("first sync")
         self._publish()
         if self._step == 0:
             self._probe_if_due()
         self._evaluate_if_due()
         while self._step < self._recipe.train.steps:
-            phases = Phases(self._synchronize)
+            phases = Phases(self._synchronize, self._begins)
             with phases.phase("rollout"):
-                order = share_order(self._decide, self._parts.host_group)
+                order = self._agree(self._decide)
             if order.kind == "save_and_stop":
                 self._save(wait=True)
                 return False
@@ -91,10 +99,14 @@ class Trainer:
             self._after_step()
         self._save(wait=True)
         if self._recipe.checkpoint.export_hf:
+            self._begins("export")
             model = self._parts.student.model
             export_hf(model, self._parts.export_folder, model.config.params_dtype)
         share_order(lambda: Order("done"), self._parts.host_group)  # a teacher elsewhere waits
         return True
+
+    def _begins(self, what: str) -> None:
+        self._parts.watchdog.beat(f"{what} of step {self._step + 1}")
 
     def train_step(self, order: Order, phases: Phases) -> StepMetrics:
         """One step on the rollouts of ``order``, the same on every rank."""
@@ -183,10 +195,25 @@ class Trainer:
         sampled_version = self._policy_version - update.updated
         metrics = step_metrics(self._step, order, sums, update, lr, sampled_version)
         metrics = replace(metrics, effective_share=weighted.effective_share)
+        self._judge_times(phases)
         if self._parts.conductor:
             metrics = self._parts.conductor.record(metrics, order, phases)
         self._stop_on_trouble(metrics, sums)
         return metrics
+
+    def _judge_times(self, phases: Phases) -> None:
+        """Say in a line where a phase was far slower than usual, and on which rank."""
+        parts = self._parts
+        times = gather_times(
+            phases.seconds(),
+            parts.watchdog.stood_still(),
+            time_work(parts.device),
+            parts.device,
+        )
+        if times is not None and parts.conductor:
+            verdict = self._slow_phases.judge(self._step, times)
+            if verdict:
+                parts.conductor.log.event("slow", verdict, level=logging.WARNING)
 
     def _stop_on_trouble(self, metrics: StepMetrics, sums: PrefixSums) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics.skipped else 0
@@ -215,7 +242,7 @@ class Trainer:
 
     def _after_step(self) -> None:
         interval = self._recipe.checkpoint.save_interval
-        self._parts.checkpointer.finalize()
+        self._finalize_save(wait=False)
         self._probe_if_due()  # before the save, which holds what the policy learns from it
         if interval and self._step % interval == 0:
             self._save(wait=False)
@@ -226,7 +253,9 @@ class Trainer:
         if not probe_due(self._recipe, self._step):
             return
         parts = self._parts
-        order = share_order(self._decide_probe, parts.host_group)
+        order = self._agree(self._decide_probe)
+        if order.kind != "probe":
+            return
         if not order.rollouts:  # the student ended at once everywhere: there is nothing to score
             return
         audit = self._audit(order)
@@ -253,13 +282,28 @@ class Trainer:
         return self._parts.conductor.probe_order(self._step, self._policy_version)
 
     def _evaluate_if_due(self) -> None:
-        # The other ranks meanwhile wait in the next order's broadcast.
-        if self._parts.conductor:
-            self._parts.conductor.evaluate_if_due(self._step, self._policy_version)
+        if evaluation_due(self._recipe, self._step):
+            self._agree(self._evaluate)
+
+    def _evaluate(self) -> Order:
+        assert self._parts.conductor is not None
+        return self._parts.conductor.evaluate(self._step, self._policy_version)
+
+    def _agree(self, decide: Callable[[], Order]) -> Order:
+        """What rank 0 decides, once servers are there that hold the current weights."""
+        while True:
+            self._begins("order")
+            order = share_order(decide, self._parts.host_group)
+            if order.kind == "sync":
+                self._publish()
+            elif order.kind != "wait":
+                return order
 
     def _save(self, *, wait: bool) -> None:
+        self._begins("save")
         if self._saved_step == self._step:  # by its interval, just now
-            self._parts.checkpointer.finalize(wait=wait)
+            self._finalize_save(wait=wait)
+        if self._saved_step == self._step:
             return
         state: dict[str, Any] = {"policy_version": self._policy_version}
         state["layout"] = self._parts.checkpointer.layout_record()
@@ -267,6 +311,15 @@ class Trainer:
             state["conductor"] = self._parts.conductor.state_dict()
         self._parts.checkpointer.save(self._step, state, wait=wait)
         self._saved_step = self._step
+
+    def _finalize_save(self, *, wait: bool) -> None:
+        """A save that came to nothing is told, and the next one is due as it was."""
+        self._parts.checkpointer.finalize(wait=wait)
+        problem = self._parts.checkpointer.take_problem()
+        if problem:
+            self._saved_step = -1
+            if self._parts.conductor:
+                self._parts.conductor.log.event("save", problem, level=logging.ERROR)
 
     def _restore(self) -> None:
         restored = self._parts.checkpointer.restore()
@@ -281,39 +334,3 @@ class Trainer:
     def _synchronize(self) -> None:
         if self._parts.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def step_metrics(
-    step: int,
-    order: Order,
-    sums: PrefixSums,
-    update: UpdateResult,
-    lr: float,
-    sampled_version: int,
-) -> StepMetrics:
-    """What every rank knows of a step; rank 0 adds FLOPs and seconds."""
-    rollouts = order.rollouts
-    reached = sum(len(r.prefix_ids) >= order.prefix_length for r in rollouts)
-    lags = [sampled_version - r.policy_version for r in rollouts if not r.written]
-    return StepMetrics(
-        step=step,
-        loss=sums.loss,
-        kl_by_position=(sums.kl / sums.tokens).numpy(),
-        tokens_by_position=sums.tokens.long().numpy(),
-        grad_norm=update.grad_norm,
-        lr=lr,
-        skipped=not update.updated,
-        prefix_length=order.prefix_length,
-        prefix_tokens=sum(len(r.prefix_ids) for r in rollouts),
-        prompt_tokens=sum(len(r.prompt_ids) for r in rollouts),
-        cut_fraction=reached / len(rollouts),
-        cut_off_fraction=sum(r.finish_reason == "cut" for r in rollouts) / len(rollouts),
-        policy_version=sampled_version,
-        policy_lag=sum(lags) / max(len(lags), 1),
-        logprob_diff_max=sums.worst.difference,
-        logprob_diff_mean=sums.logprob_diff / max(sums.sampled, 1.0),
-        stop_tokens=int(sums.stops),
-        stop_logprob_diff=sums.stop_diff / sums.stops if sums.stops else math.nan,
-        supervised=order.supervised,
-        written_fraction=1.0 - len(lags) / len(rollouts),
-    )

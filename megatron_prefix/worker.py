@@ -10,11 +10,13 @@ import logging
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -99,6 +101,8 @@ def _train(recipe: Recipe, folder: Path, servers: Servers, stop: StopFlag) -> in
     adapt_to_cpu()  # before anything of Megatron is imported
     from megatron_prefix.assemble import assemble
 
+    started_s = time.time() - psutil.Process().create_time()
+    logger.info("the rank took %.1f s to start", started_s)
     _join_world(recipe)
     # Rank 0 alone talks to the servers.
     endpoints = servers.find(recipe, stop) if dist.get_rank() == 0 else []

@@ -6,9 +6,12 @@ manifest and all. What is no tensor (prompt position, prefix policy, ledger, ...
 ``run_state.json``, covered by the same manifest.
 """
 
+import functools
 import json
 import logging
+import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +19,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prefix.config import CheckpointConfig
 from megatron_prefix.mcore.optimizer import TrainableStudent
 from megatron_prefix.mcore.optimizer_state import join_state, optimizer_step, split_state
+from megatron_prefix.mcore.step_folders import (
+    PARTIAL,
+    RUN_STATE,
+    damage,
+    drop,
+    put_in_place,
+    saved_steps,
+    set_aside,
+    step_folder,
+    step_of,
+    steps_to_drop,
+)
 
 logger = logging.getLogger(__name__)
-RUN_STATE = "run_state.json"
-PARTIAL = ".partial"
+_ROOM, _ROOM_BYTES = "room", 16 * 2**20  # for metadata and manifest, beside the tensors
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint that had to be whole is not; those before it are as they were."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +63,27 @@ class Checkpointer:
     def __init__(self, folder: Path, student: TrainableStudent, config: CheckpointConfig) -> None:
         self._folder, self._student, self._config = folder, student, config
         self._queue = AsyncCallsQueue()
+        self._problem = ""
 
     def save(self, step: int, run_state: dict[str, Any], *, wait: bool = False) -> None:
-        """Start a save of the state after ``step`` steps; with ``wait`` return when it is whole."""
+        """Start a save of the state after ``step`` steps; with ``wait`` return when it is whole.
+
+        Raises SaveFailed with ``wait`` only; :meth:`finalize` tells of the others.
+        """
         self.finalize(wait=True)  # never two saves in flight
-        final = self._folder / f"step_{step:08d}"
+        final = step_folder(self._folder, step)
         partial = final.with_suffix(PARTIAL)
-        if dist.get_rank() == 0:
-            _make_empty(partial)
-        dist.barrier()
+        problem = self._share(_make_room(partial) if dist.get_rank() == 0 else "")
+        if problem:
+            self._give_up(partial, final, problem)
+        else:
+            self._start(partial, final, json.dumps({"step": step, **run_state}, indent=1))
+            if wait or not self._config.async_save:
+                self.finalize(wait=True)
+        if wait and self._problem:
+            raise SaveFailed(self.take_problem())
+
+    def _start(self, partial: Path, final: Path, run_state: str) -> None:
         state, _ = self._sharded_state(is_loading=False)
         request = dist_checkpointing.save(
             state,
@@ -63,41 +92,69 @@ class Checkpointer:
             async_strategy="mcore",
             verify_integrity=self._config.verify_integrity,
         )
-        if dist.get_rank() == 0:  # before the manifest is made, which covers it
-            (partial / RUN_STATE).write_text(json.dumps({"step": step, **run_state}, indent=1))
-        request.finalize_fns.append(lambda: self._complete(partial, final))
-        self._queue.schedule_async_request(request)
-        if wait or not self._config.async_save:
-            self.finalize(wait=True)
+        finish = functools.partial(self._finish, request.finalize_fns, partial, final, run_state)
+        self._queue.schedule_async_request(request._replace(finalize_fns=[finish]))
 
     def finalize(self, *, wait: bool = False) -> None:
         """Complete a save whose writers are done; cheap where none is in flight."""
         self._queue.maybe_finalize_async_calls(blocking=wait)
 
-    def _complete(self, partial: Path, final: Path) -> None:
-        if dist.get_rank() == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            self._retain()
+    def take_problem(self) -> str:
+        """Why a save came to nothing since the last call; empty where none did."""
+        problem, self._problem = self._problem, ""
+        return problem
+
+    def _finish(
+        self, steps: Sequence[Callable[[], None]], partial: Path, final: Path, run_state: str
+    ) -> None:
+        """Megatron's own ``steps``, then the final name. On a full disk no checkpoint is whole:
+        what was written is removed, the run goes on, and those before it stay."""
+        # Before the manifest is made, which covers it.
+        problem = _write_last(partial, run_state) if dist.get_rank() == 0 else ""
+        # Always, since it takes the writers' results: the next save's must be the next ones.
+        problem = self._share(problem or _first_problem(steps[:1]))
+        if not problem:
+            problem = self._share(_first_problem(steps[1:]))
+        if problem:
+            self._give_up(partial, final, problem)
+        elif dist.get_rank() == 0:
+            put_in_place(partial, final)
+            self._retain(step_of(final))
             logger.info("checkpoint %s is whole", final.name)
         dist.barrier()
 
-    def _retain(self) -> None:
-        """Drop the oldest beyond keep_last; the one just completed is the newest and stays."""
-        whole = saved_steps(self._folder)
-        if self._config.keep_last > 0:
-            for folder in whole[: -self._config.keep_last]:
-                shutil.rmtree(folder)
+    def _give_up(self, partial: Path, final: Path, problem: str) -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = saved_steps(self._folder)
+        newest = f"the newest whole one is {kept[-1].name}" if kept else "there is none before"
+        self._problem = f"checkpoint {final.name} could not be written: {problem}; {newest}"
+        logger.error("%s", self._problem)
+
+    def _share(self, problem: str) -> str:
+        """The first problem of any rank, on all."""
+        problems: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        return next(filter(None, problems), "")
+
+    def _retain(self, newest: int) -> None:
+        steps = [step_of(folder) for folder in saved_steps(self._folder)]
+        config = self._config
+        for step in steps_to_drop(steps, newest, config.keep_last, config.keep_every):
+            drop(step_folder(self._folder, step))
 
     def restore(self) -> Restored | None:
         """Load the newest checkpoint that verifies; None where there is none.
 
-        One that fails its checksums is named in a warning and the one before it is tried.
-        ValueError where checkpoints are there and none verifies.
+        One that fails its checksums is named in a warning and set aside, and the one before it is
+        tried. ValueError where checkpoints are there and none verifies.
         """
         folders = _agree([str(f) for f in reversed(saved_steps(self._folder))])
-        for folder in folders:
-            if self._verifies(folder):
+        for place, folder in enumerate(folders):
+            if self._verifies(Path(folder)):
+                if dist.get_rank() == 0:  # the damaged ones, now that the run goes on without them
+                    for damaged in folders[:place]:
+                        set_aside(Path(damaged))
                 return self._load(Path(folder))
         if folders:
             raise ValueError(
@@ -106,15 +163,13 @@ class Checkpointer:
             )
         return None
 
-    def _verifies(self, folder: str) -> bool:
+    def _verifies(self, folder: Path) -> bool:
         if not self._config.verify_integrity:
             return True
-        try:
-            verify_integrity_manifest(folder)
-        except CheckpointingException as error:
-            logger.warning("checkpoint %s is damaged and is not used: %s", folder, error)
-            return False
-        return True
+        problem = self._share(damage(folder) if dist.get_rank() == 0 else "")
+        if problem:
+            logger.warning("checkpoint %s is damaged and is not used: %s", folder, problem)
+        return not problem
 
     def _load(self, folder: Path) -> Restored:
         run_state = json.loads((folder / RUN_STATE).read_text())
@@ -175,14 +230,45 @@ class Checkpointer:
         )
 
 
-def saved_steps(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    return sorted(f for f in folder.glob("step_*") if f.suffix != PARTIAL and f.is_dir())
-
-
 def _load_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _make_room(folder: Path) -> str:
+    """An empty folder with a file in it that keeps room for what rank 0 writes last by itself,
+    where it could not tell the others that the disk is full."""
+    try:
+        _make_empty(folder)
+        with (folder / _ROOM).open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, _room_bytes(folder))
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _room_bytes(folder: Path) -> int:
+    return min(_ROOM_BYTES, shutil.disk_usage(folder).total // 64)
+
+
+def _write_last(folder: Path, run_state: str) -> str:
+    """Write what is no tensor, in the room that was kept; why that cannot be."""
+    try:
+        (folder / _ROOM).unlink()
+        (folder / RUN_STATE).write_text(run_state)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _first_problem(steps: Sequence[Callable[[], None]]) -> str:
+    """Of Megatron's; a writer's failure is raised on all ranks, with its words on one."""
+    try:
+        for step in steps:
+            step()
+    except (CheckpointException, OSError, RuntimeError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
 def _make_empty(folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from megatron_prefix.mcore.dist_keys import VOCABULARY, place_of
 from megatron_prefix.mcore.hf_map import HfModel
+from megatron_prefix.mcore.step_folders import saved_steps
 
 NOT_WEIGHTS = ("optimizer.", "optimizer/", "rng", "scheduler")
 
@@ -50,7 +51,7 @@ def find_step(checkpoint: Path, step: int | None) -> Path:
         raise ValueError(f"--checkpoint {checkpoint} is no folder")
     if (checkpoint / "run_state.json").is_file():
         return checkpoint
-    there = sorted(f for f in checkpoint.glob("step_*") if f.is_dir() and f.suffix != ".partial")
+    there = saved_steps(checkpoint)
     if not there:
         raise ValueError(f"--checkpoint {checkpoint} holds no step_* folder; give a run's one")
     if step is None:

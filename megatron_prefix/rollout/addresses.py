@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from megatron_prefix.config import RolloutConfig
 from megatron_prefix.rollout.client import Endpoint
@@ -66,3 +67,31 @@ def own_address(peer: str, port: int = 80) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, port))
         return str(probe.getsockname()[0])
+
+
+def report_lost(endpoint: Endpoint, why: str) -> None:
+    """Ask the supervisor of a server, if it has one, to start it again: in a file beside the one
+    that holds its address, which names the start that is meant."""
+    if not endpoint.source:
+        return
+    source = Path(endpoint.source)
+    if not source.parent.is_dir():  # its supervisor has ended, and it too
+        return
+    partial = source.with_suffix(f".{urlsplit(endpoint.url).port}.telling")
+    partial.write_text(f"{endpoint.start} {why}")
+    os.replace(partial, _lost_file(source, endpoint.url))
+
+
+def take_lost_report(source: Path, endpoint: Endpoint) -> str:
+    """Why the trainer gave this start of the server up; empty where it did not. Removes what it
+    reads."""
+    path = _lost_file(source, endpoint.url)
+    if not path.exists():
+        return ""
+    start, _, why = path.read_text().partition(" ")
+    path.unlink()
+    return why if int(start) == endpoint.start else ""
+
+
+def _lost_file(source: Path, url: str) -> Path:
+    return source.with_suffix(f".{urlsplit(url).port}.lost")

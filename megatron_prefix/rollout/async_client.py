@@ -88,6 +88,15 @@ class AsyncGenerator:
         """Stop one request, which then answers with what it has; an unknown id is ignored."""
         await self._post("/abort_request", lambda: {"rid": request_id})
 
+    async def healthy(self, timeout_s: float) -> bool:
+        """Whether it generates a token, or works on one for somebody, within ``timeout_s``."""
+        url = self.endpoint.request_url("/health")
+        try:
+            async with asyncio.timeout(timeout_s), self._session.get(url) as answer:
+                return answer.status == 200
+        except (TimeoutError, aiohttp.ClientError):
+            return False
+
     async def _post(
         self,
         path: str,
@@ -107,10 +116,13 @@ class AsyncGenerator:
                 raise protocol.too_slow(url, self.endpoint.timeout_s) from error
             except aiohttp.ClientError as error:
                 failure = f"could not be reached: {type(error).__name__} {error}"
+                if self.endpoint.source and isinstance(error, aiohttp.ClientConnectorError):
+                    retries = attempt  # it is being restarted, which takes longer than we would
             else:
                 if answer.status < 500:
                     return protocol.read_answer(answer.status, text, url)
                 failure = f"answered {answer.status}: {protocol.shown(text)}"
-            if attempt < retries:
-                await asyncio.sleep(self.endpoint.delay_s(attempt))
+            if attempt >= retries:
+                break
+            await asyncio.sleep(self.endpoint.delay_s(attempt))
         raise ServerUnavailable(f"{url} {failure} (after {retries + 1} attempts)")

@@ -117,12 +117,14 @@ class WeightHasher:
         return answers
 
 
-def verify(client: SglangClient, expected: dict[int, dict[str, str]]) -> None:
+def verify(
+    client: SglangClient, expected: dict[int, dict[str, str]], *, timeout_s: float = 0.0
+) -> None:
     """Raises WeightsDiffer naming the tensors where the server does not hold ``expected``.
 
     A tied head that was published under its own name too is not looked for.
     """
-    served = client.weight_checksums()
+    served = client.weight_checksums(timeout_s=timeout_s)
     if sorted(served) != sorted(expected):
         raise WeightsDiffer(
             f"{client.url} has tensor-parallel ranks {sorted(served)}, not {sorted(expected)}"

@@ -34,6 +34,8 @@ class Endpoint:
     timeout_s: float = 600.0  # of one answer
     retries: int = 4
     first_delay_s: float = 0.5  # before the first retry; doubled for each one after
+    start: int = 0  # how often it was started again
+    source: str = ""  # the file that its supervisor keeps; empty: nobody restarts it
 
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
@@ -84,9 +86,16 @@ class SglangClient:
         """model_path, weight_version, model_type, ...; cheap: nothing is generated."""
         return self._dict("GET", "/model_info", None, timeout_s=timeout_s, retries=retries)
 
-    def server_info(self) -> dict[str, Any]:
+    def server_info(self, *, timeout_s: float = 0.0, retries: int = -1) -> dict[str, Any]:
         """The resolved settings (device, dtype, tp_size, ...) and the state of the scheduler."""
-        return self._dict("GET", "/server_info", None)
+        return self._dict("GET", "/server_info", None, timeout_s=timeout_s, retries=retries)
+
+    def healthy(self, timeout_s: float) -> bool:
+        """Whether it generates a token, or works on one for somebody; takes it about 1 s."""
+        try:
+            return self._send("GET", "/health", None, timeout_s, 0)[0] == 200
+        except ServerUnavailable:
+            return False
 
     def abort(self, request_id: str = "") -> None:
         """Stop one request, or all of them; those stopped answer with what they have."""
@@ -114,21 +123,23 @@ class SglangClient:
         }
         self._command("/init_weights_update_group", body)
 
-    def leave_weight_group(self, name: str) -> None:
-        self._command("/destroy_weights_update_group", {"group_name": name})
+    def leave_weight_group(self, name: str, *, timeout_s: float = 0.0) -> None:
+        path = "/destroy_weights_update_group"
+        self._command(path, {"group_name": name}, timeout_s=timeout_s)
 
-    def begin_weight_update(self) -> None:
+    def begin_weight_update(self, *, timeout_s: float = 0.0) -> None:
         """Open an update. One that a trainer left open when it died is closed first."""
+        path, body = "/begin_weight_update", {"selector": "all"}
         try:
-            self._command("/begin_weight_update", {"selector": "all"})
+            self._command(path, body, timeout_s=timeout_s)
         except RequestRefused as refused:
             if "already open" not in str(refused):
                 raise
-            self.end_weight_update()
-            self._command("/begin_weight_update", {"selector": "all"})
+            self.end_weight_update(timeout_s=timeout_s)
+            self._command(path, body, timeout_s=timeout_s)
 
-    def end_weight_update(self) -> None:
-        self._command("/end_weight_update", {})
+    def end_weight_update(self, *, timeout_s: float = 0.0) -> None:
+        self._command("/end_weight_update", {}, timeout_s=timeout_s)
 
     def receive_weights(self, body: dict[str, Any], *, timeout_s: float) -> None:
         """Let the server take part in one broadcast of its weight group."""
@@ -140,10 +151,10 @@ class SglangClient:
         body = {"model_path": folder, "weight_version": label, "flush_cache": True}
         self._command("/update_weights_from_disk", body)
 
-    def weight_checksums(self) -> dict[int, dict[str, str]]:
+    def weight_checksums(self, *, timeout_s: float = 0.0) -> dict[int, dict[str, str]]:
         """By tensor-parallel rank: the hash of every tensor, under the server's fused names."""
         path = "/weights_checker"
-        answer = self._dict("POST", path, {"action": "checksum"})
+        answer = self._dict("POST", path, {"action": "checksum"}, timeout_s=timeout_s)
         try:
             return {
                 rank["parallelism_info"][0]["tp_rank"]: dict(rank["checksums"])

@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -16,7 +16,8 @@ from megatron_prefix.config import RolloutConfig
 from megatron_prefix.prefix import CutOffRule
 from megatron_prefix.rollout.async_client import AsyncGenerator
 from megatron_prefix.rollout.client import Endpoint
-from megatron_prefix.rollout.protocol import Generation, Sampling, SglangError, UnexpectedAnswer
+from megatron_prefix.rollout.pool import Everyone, Pool, Roster, all_or_none, cancel
+from megatron_prefix.rollout.protocol import Generation, Sampling, SglangError
 from megatron_prefix.types import Prompt, Rollout
 
 _ABORT_AGAIN_S = 1.0  # a request that the server had not read yet misses an abort
@@ -48,16 +49,16 @@ class Collected:
 
 @dataclass(frozen=True)
 class _Job:
-    """One rollout to be: a prompt and the server that is asked."""
+    """One rollout to be: a prompt and the server that is asked first."""
 
     prompt: Prompt
-    server: int
+    server: AsyncGenerator
     cap: int  # tokens that it may have, at most those of the step
 
 
 @dataclass
 class _Request:
-    """A job that can be aborted, under the id of its latest attempt."""
+    """A job that can be aborted, by the id of its latest attempt at the server that has it."""
 
     server: AsyncGenerator
     request_id: str = ""
@@ -73,13 +74,17 @@ class Collector:
         rollout: RolloutConfig,
         stop_token_ids: Sequence[int],
         cut_off: CutOffRule | None = None,
+        roster: Roster | None = None,
     ) -> None:
-        """``cut_off``: each rollout is streamed and ends where this rule says so."""
+        """``cut_off``: each rollout is streamed and ends where this rule says so. ``roster`` None:
+        all servers may be asked, and none is restarted."""
         assert endpoints, "a collector needs a server"
         self._rollout, self._cut_off = rollout, cut_off
         self._stop_token_ids = tuple(stop_token_ids)
         self._runner = asyncio.Runner()
-        self._servers = self._runner.run(_open(endpoints))
+        self._pool = self._runner.run(
+            _open(endpoints, roster or Everyone(endpoints), rollout.hang_timeout_s)
+        )
         # Of one width: SGLang aborts every request whose id starts with the one that it is given.
         self._request_ids = map(f"{secrets.token_hex(4)}-{{:012d}}".format, itertools.count())
 
@@ -95,7 +100,7 @@ class Collector:
         self.close()
 
     def close(self) -> None:
-        self._runner.run(_close(self._servers))
+        self._runner.run(self._pool.close())
         self._runner.close()
 
     def collect(
@@ -116,8 +121,11 @@ class Collector:
         ``cap(prompt_ids, L)``: fewer tokens for some prompts; rollouts that meet that are "cut".
         Fewer come back only where someone else aborts requests.
 
-        Raises NoRollouts where none is usable, UnexpectedAnswer where a server's weights are
-        newer than ``policy_version``, and what the client raises.
+        A server that does not answer, hangs, answers nonsense or samples with other weights than
+        it was given is reported to the roster, and its prompts go to the others.
+
+        Raises NoRollouts where no rollout is usable, RequestRefused at once, and the last server's
+        ServerUnavailable or UnexpectedAnswer where none is left.
         """
         started_at = time.monotonic()
         sampling = Sampling(max_new_tokens, self._rollout.temperature, self._stop_token_ids)
@@ -126,8 +134,7 @@ class Collector:
         assert 0 < wanted <= len(jobs), f"{wanted} rollouts wanted of {len(jobs)} started"
         one_by_one = wanted < len(jobs) or self._cut_off is not None
         asked = self._with_quorum if one_by_one else self._batched
-        generations = self._runner.run(asked(jobs, sampling, wanted))
-        self._check_versions(jobs, generations, policy_version)
+        generations = self._runner.run(self._watched(asked(jobs, sampling, wanted), policy_version))
         rollouts = _usable(jobs, generations, max_new_tokens, self._rollout.keep_aborted_above)
         if not rollouts:
             raise NoRollouts(
@@ -145,81 +152,84 @@ class Collector:
     ) -> list[_Job]:
         """Neighbouring prompts to one server, the samples of a prompt together: the server's
         prefix cache then computes a prompt once."""
-        servers, count = len(self._servers), len(prompts)
+        servers, count = self._pool.usable(), len(prompts)
         return [
-            _Job(prompt, place * servers // count, cap(prompt.input_ids, length) if cap else length)
+            _Job(
+                prompt,
+                servers[place * len(servers) // count],
+                cap(prompt.input_ids, length) if cap else length,
+            )
             for place, prompt in enumerate(prompts)
             for _ in range(self._rollout.samples_per_prompt)
         ]
+
+    async def _watched(
+        self, asked: Coroutine[None, None, list[Generation]], policy_version: int
+    ) -> list[Generation]:
+        async with self._pool.watching(policy_version):
+            return await asked
 
     async def _batched(
         self, jobs: Sequence[_Job], sampling: Sampling, wanted: int
     ) -> list[Generation]:
         """One request a server. Jobs are sorted by server, so the answers join in their order."""
         batches = [
-            (self._servers[server], list(group))
+            (server, list(group))
             for server, group in itertools.groupby(jobs, key=lambda job: job.server)
         ]
-        tasks = [
-            asyncio.create_task(
-                server.generate(
-                    [job.prompt.input_ids for job in group],
-                    [replace(sampling, max_new_tokens=job.cap) for job in group],
-                )
+
+        async def ask(server: AsyncGenerator, jobs: Sequence[_Job]) -> list[Generation]:
+            return await server.generate(
+                [job.prompt.input_ids for job in jobs],
+                [replace(sampling, max_new_tokens=job.cap) for job in jobs],
             )
+
+        tasks = [
+            asyncio.create_task(self._pool.generate(server, group, ask))
             for server, group in batches
         ]
-        answers = await _all_or_none(tasks)
+        answers = await all_or_none(tasks)
         return [generation for answer in answers for generation in answer]
 
     async def _with_quorum(
         self, jobs: Sequence[_Job], sampling: Sampling, wanted: int
     ) -> list[Generation]:
         """One request a rollout, so that each can be aborted once ``wanted`` have finished."""
-        requests = [_Request(self._servers[job.server]) for job in jobs]
+        requests = [_Request(job.server) for job in jobs]
         for job, request in zip(jobs, requests, strict=True):
             request.task = asyncio.create_task(self._ask(job, request, sampling))
         tasks = [request.task for request in requests]
         try:
             await _wait_for_quorum(tasks, wanted)
             while stragglers := [request for request in requests if not request.task.done()]:
-                await asyncio.gather(*(each.server.abort(each.request_id) for each in stragglers))
+                # A server that cannot be told is on its way out of the roster.
+                aborting = (each.server.abort(each.request_id) for each in stragglers)
+                await asyncio.gather(*aborting, return_exceptions=True)
                 await asyncio.wait([each.task for each in stragglers], timeout=_ABORT_AGAIN_S)
         except BaseException:
-            await _cancel(tasks)
+            await cancel(tasks)
             raise
-        return await _all_or_none(tasks)
+        return await all_or_none(tasks)
 
     async def _ask(self, job: _Job, request: _Request, sampling: Sampling) -> Generation:
-        def fresh_id() -> str:
-            request.request_id = next(self._request_ids)
-            return request.request_id
+        prompt = job.prompt.input_ids
 
-        prompt, sampling = job.prompt.input_ids, replace(sampling, max_new_tokens=job.cap)
-        if self._cut_off is not None:
-            return await request.server.stream(prompt, sampling, self._cut_off, fresh_id)
-        answers = await request.server.generate([prompt], sampling, lambda: [fresh_id()])
+        async def ask(server: AsyncGenerator, _: Sequence[_Job]) -> list[Generation]:
+            def fresh_id() -> str:
+                request.server, request.request_id = server, next(self._request_ids)
+                return request.request_id
+
+            one = [replace(sampling, max_new_tokens=job.cap)]
+            if self._cut_off is None:
+                return await server.generate([prompt], one, lambda: [fresh_id()])
+            return [await server.stream(prompt, one[0], self._cut_off, fresh_id)]
+
+        answers = await self._pool.generate(job.server, [job], ask)
         return answers[0]
 
-    def _check_versions(
-        self, jobs: Sequence[_Job], generations: Sequence[Generation], policy_version: int
-    ) -> None:
-        for job, generation in zip(jobs, generations, strict=True):
-            if generation.policy_version > policy_version:
-                url = self._servers[job.server].endpoint.url
-                raise UnexpectedAnswer(
-                    f"{url} sampled with policy version {generation.policy_version}, newer than "
-                    f"the trainer's {policy_version}: publish the trainer's weights first"
-                )
 
-
-async def _open(endpoints: Sequence[Endpoint]) -> list[AsyncGenerator]:
-    return [AsyncGenerator(endpoint) for endpoint in endpoints]
-
-
-async def _close(servers: Sequence[AsyncGenerator]) -> None:
-    for server in servers:
-        await server.close()
+async def _open(endpoints: Sequence[Endpoint], roster: Roster, hang_timeout_s: float) -> Pool:
+    return Pool(endpoints, roster, hang_timeout_s)
 
 
 async def _wait_for_quorum(tasks: Sequence[asyncio.Task[Generation]], wanted: int) -> None:
@@ -232,22 +242,6 @@ async def _wait_for_quorum(tasks: Sequence[asyncio.Task[Generation]], wanted: in
 
 def _finished(generation: Generation) -> bool:
     return generation.finish_reason != "abort" and len(generation.token_ids) > 0
-
-
-async def _all_or_none[T](tasks: Sequence[asyncio.Task[T]]) -> list[T]:
-    """All results in order; where one fails, the others are cancelled and its error raised."""
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        await _cancel(tasks)
-        raise
-
-
-async def _cancel[T](tasks: Sequence[asyncio.Task[T]]) -> None:
-    """A server aborts the request of a client that hangs up."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _usable(

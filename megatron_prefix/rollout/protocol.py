@@ -32,6 +32,10 @@ class UnexpectedAnswer(SglangError):
     """An answer that does not hold what the API promises; the message quotes it."""
 
 
+class OtherWeights(UnexpectedAnswer):
+    """An answer of other weights than the server was given."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn: from the bare softmax at ``temperature``, with no truncation."""

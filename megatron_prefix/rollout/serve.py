@@ -13,13 +13,15 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED
 from megatron_prefix.recipe import load_record
-from megatron_prefix.rollout.addresses import own_address, write_endpoints
-from megatron_prefix.rollout.server import ServerFailed, server_pool
+from megatron_prefix.rollout.addresses import own_address
+from megatron_prefix.rollout.server import Server, ServerFailed, start_server, wait_healthy
+from megatron_prefix.rollout.supervisor import Supervisor
 
 # Blocked, not ignored: SGLang would put handlers of its own in place.
 _FOR_THE_TRAINER = (signal.SIGTERM, signal.SIGUSR1)
@@ -46,28 +48,39 @@ def main() -> int:
 def serve(recipe: Recipe, host: str, endpoints_dir: Path, index: int) -> None:
     """Servers on ``host`` until the lease is over; ``index`` is this node's among those that serve.
 
-    Raises ServerFailed when a server does not start in time or ends by itself.
+    Servers that end, or that the trainer gives up, are started again. Raises ServerFailed when one
+    does not start in time, or when none is left.
     """
-    per_node = recipe.rollout.num_servers
     lease = endpoints_dir / f"servers-{index}.json"
-    logs = Path(recipe.run.output_dir, recipe.run.name, "logs", f"servers-{index}")
-    with server_pool(
+    supervisor = Supervisor(partial(_start, recipe, host, index), recipe.rollout)
+    try:
+        servers = [supervisor.add() for _ in range(recipe.rollout.num_servers)]
+        timeout_s = recipe.rollout.start_timeout_s
+        wait_healthy(servers, timeout_s=timeout_s, should_stop=lambda: not endpoints_dir.is_dir())
+        if not endpoints_dir.is_dir():  # the trainer ended before the servers had started
+            return
+        supervisor.publish(lease)
+        print(f"serving at {', '.join(server.url for server in servers)}", flush=True)
+        while lease.exists():
+            supervisor.poll()
+            time.sleep(_POLL_S)
+    finally:
+        supervisor.stop()
+
+
+def _start(recipe: Recipe, host: str, node: int, index: int, port: int, api_key: str) -> Server:
+    logs = Path(recipe.run.output_dir, recipe.run.name, "logs", f"servers-{node}")
+    return start_server(
         recipe.student.hf_path,
         recipe.rollout,
         params_dtype=recipe.student.params_dtype,
-        log_folder=logs,
-        seed=recipe.train.seed + index * per_node,
+        log_path=logs / f"server-{index}.log",
+        index=index,
+        port=port,
+        seed=recipe.train.seed + node * recipe.rollout.num_servers,
         host=host,
-        should_stop=lambda: not endpoints_dir.is_dir(),
-    ) as servers:
-        if not endpoints_dir.is_dir():  # the trainer ended before the servers had started
-            return
-        write_endpoints(lease, [server.endpoint for server in servers])
-        print(f"serving at {', '.join(server.url for server in servers)}", flush=True)
-        while lease.exists():
-            for server in servers:
-                server.raise_if_dead()
-            time.sleep(_POLL_S)
+        api_key=api_key,
+    )
 
 
 def _check_host(host: str) -> None:

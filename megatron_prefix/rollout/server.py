@@ -111,12 +111,13 @@ def start_server(
     port: int = 0,
     seed: int = 0,
     host: str = LOOPBACK,
+    api_key: str = "",
 ) -> Server:
     """Start one server on ``host`` alone and return at once; :func:`wait_healthy` waits for it.
 
     ``params_dtype`` (bf16, fp32) is the student's, for ``rollout.dtype="auto"``; ``index`` tells
-    servers of one machine apart (their GPUs and seeds); ``port`` 0 picks a free one. The log is
-    appended to.
+    servers of one machine apart (their GPUs and seeds); ``port`` 0 picks a free one, an empty
+    ``api_key`` a new one. The log is appended to.
 
     Raises ValueError where ``port`` is taken or ``model_path`` has no readable config.json.
     """
@@ -125,7 +126,7 @@ def start_server(
     port = checked_port(port, host) if port else free_port(host)
     device = resolve_device(rollout.device)
     scratch = tempfile.TemporaryDirectory(prefix="megatron-prefix-server-")
-    api_key = secrets.token_hex(32)  # of no character that argparse takes for an option
+    api_key = api_key or secrets.token_hex(32)  # of no character that argparse takes for an option
     settings = Path(scratch.name, "server.yaml")
     _write_private(settings, json.dumps({"api-key": api_key}))  # JSON is YAML
     launch = Launch(folder, device, params_dtype, port, index, seed, host)

@@ -35,6 +35,7 @@ from megatron_prefix.rollout.protocol import SglangError, version_label
 
 _JOIN = "join the weight group"
 _WORDS_S = 2.0  # after a failure, for the other servers' words about it
+_PARTING_S = 5.0  # for each thing that a server is told when a group ends; it may hang
 Bucket = list[tuple[str, torch.Tensor]]  # Hugging Face names
 
 
@@ -82,7 +83,7 @@ class WeightGroup:
         Raises WeightSyncFailed naming the server that refused or did not come.
         """
         name = f"weights-{secrets.token_hex(6)}"  # a server hangs on one that it had before
-        ranks, world_size = _ranks(clients)
+        ranks, world_size = _ranks(clients, timeout_s)
         store, address, port = _listen([client.url for client in clients], world_size, timeout_s)
 
         def invite(client: SglangClient, rank: int) -> None:
@@ -109,14 +110,15 @@ class WeightGroup:
         beginning costs as much as sending a small model. :meth:`publish` goes on from there."""
         if not self._broken and not self._opening:
             self._opening = [
-                self._threads.submit(client.begin_weight_update) for client in self._clients
+                self._threads.submit(client.begin_weight_update, timeout_s=self._timeout_s)
+                for client in self._clients
             ]
 
     def cancel(self) -> None:
         """End an update that was opened and is not needed."""
         if self._opening:
             self._begun()
-            self._on_all(SglangClient.end_weight_update, "end a weight update")
+            self._end_on_all()
 
     def _begun(self) -> None:
         self.open()
@@ -141,7 +143,7 @@ class WeightGroup:
             for bucket, last in _marking_last(buckets):
                 size += self._send(bucket, policy_version if last else None)
                 count, tensors = count + 1, tensors + len(bucket)
-            self._on_all(SglangClient.end_weight_update, "end a weight update")
+            self._end_on_all()
         except BaseException:
             self._abandon()
             raise
@@ -174,9 +176,12 @@ class WeightGroup:
         _first_failure([*posts, sending], self._timeout_s, "receive weights")
         return flat.numel()
 
-    def _on_all(self, call: Callable[[SglangClient], None], doing: str) -> None:
-        futures = [self._threads.submit(call, client) for client in self._clients]
-        _first_failure(futures, self._timeout_s, doing)
+    def _end_on_all(self) -> None:
+        futures = [
+            self._threads.submit(client.end_weight_update, timeout_s=self._timeout_s)
+            for client in self._clients
+        ]
+        _first_failure(futures, self._timeout_s, "end a weight update")
 
     def _abandon(self) -> None:
         """Hang up, so that servers that wait for a broadcast fail now and not at their timeout."""
@@ -184,13 +189,13 @@ class WeightGroup:
         self._group.abort()
         for client in self._clients:
             with contextlib.suppress(SglangError):  # it may be the one that failed
-                client.end_weight_update()
+                client.end_weight_update(timeout_s=_PARTING_S)
         self._leave()
 
     def _leave(self) -> None:
         for client in self._clients:
             with contextlib.suppress(SglangError):  # a server that is gone has left
-                client.leave_weight_group(self.name)
+                client.leave_weight_group(self.name, timeout_s=_PARTING_S)
 
     def close(self) -> None:
         """Leave the group; servers that still run leave it too."""
@@ -218,9 +223,10 @@ def publish_from_disk(
             future.result()
 
 
-def _ranks(clients: Sequence[SglangClient]) -> tuple[list[int], int]:
+def _ranks(clients: Sequence[SglangClient], timeout_s: float) -> tuple[list[int], int]:
     """The first rank of each server, and the world size. Rank 0 is the trainer."""
-    sizes = [int(client.server_info()["tp_size"]) for client in clients]
+    infos = [client.server_info(timeout_s=timeout_s, retries=0) for client in clients]
+    sizes = [int(info["tp_size"]) for info in infos]
     ends = list(itertools.accumulate(sizes, initial=1))
     return ends[:-1], ends[-1]
 

@@ -112,6 +112,7 @@ module load cuda/13.0
 export ODD='it'"'"'s  "$(touch INJECTED)" `touch INJECTED` $HOME $$ \ /nemo''_run
 2nd line'
 cd -- /FOLDER
+python -m megatron_prefix.cli doctor --node '/FOLDER/runs/it'"'"'s a $(run)' --gpus 8
 exec python -m megatron_prefix.agent '/FOLDER/runs/it'"'"'s a $(run)/recipe.yaml' --nodes 2 --ranks-per-node 8 --max-restarts 2 --id "$run_attempt" --rendezvous "$run_head:$((20000 + SLURM_JOB_ID % 20000))" --endpoints '/FOLDER/runs/it'"'"'s a $(run)/endpoints'/"$run_attempt" --endpoint-files 1
 
 # ==> /cluster/nemo/experiments/it-s-a-run-/it-s-a-run-_DRYRUN/it-s-a-run-/scripts/it-s-a-run--1.sh <==
@@ -121,4 +122,5 @@ module load cuda/13.0
 export ODD='it'"'"'s  "$(touch INJECTED)" `touch INJECTED` $HOME $$ \ /nemo''_run
 2nd line'
 cd -- /FOLDER
+python -m megatron_prefix.cli doctor --node '/FOLDER/runs/it'"'"'s a $(run)' --gpus 8
 exec python -m megatron_prefix.rollout.serve '/FOLDER/runs/it'"'"'s a $(run)/recipe.yaml' --peer "$run_head" --endpoints-dir '/FOLDER/runs/it'"'"'s a $(run)/endpoints'/"$run_attempt"

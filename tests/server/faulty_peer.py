@@ -14,12 +14,14 @@ HANG_UP = -1  # a status: the connection is closed without an answer
 
 @dataclass
 class FaultyPeer:
-    """Answers each request with the next of ``answers``, (status, body), and the last for ever."""
+    """Answers each request with the next of ``answers``, (status, body), and the last for ever;
+    those to a path of ``fixed`` with that path's, at once."""
 
     url: str
     answers: list[tuple[int, str]]
     delay_s: float = 0.0
     requests: list[tuple[str, Any]] = field(default_factory=list)  # path, parsed body
+    fixed: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 def _handler(peer: FaultyPeer) -> type[BaseHTTPRequestHandler]:
@@ -28,8 +30,11 @@ def _handler(peer: FaultyPeer) -> type[BaseHTTPRequestHandler]:
             length = int(self.headers.get("Content-Length", 0))
             body = json.loads(self.rfile.read(length) or "null")
             peer.requests.append((self.path, body))
-            status, text = peer.answers.pop(0) if len(peer.answers) > 1 else peer.answers[0]
-            time.sleep(peer.delay_s)
+            if self.path in peer.fixed:
+                status, text = peer.fixed[self.path]
+            else:
+                status, text = peer.answers.pop(0) if len(peer.answers) > 1 else peer.answers[0]
+                time.sleep(peer.delay_s)
             if status == HANG_UP:
                 self.close_connection = True
                 return

@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report",
         "report_arguments",
     )
+    + ("metrics_page", "slow_phases", "step_times", "watchdog")
     + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run")
     + ("teacher_prompts", "write_answers", "stop_tokens"),
     ("alarms", "prefix_checks", "token_weights"),
@@ -44,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("validate_data",),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "agreement", "token_kl", "reweigh", "publisher"),
-    ("conductor", "trainer", "teacher_loop"),
+    ("conductor", "step_metrics", "trainer", "teacher_loop"),
     ("supplies", "assemble", "worker"),
     ("agent",),
     ("launch_arguments", "launch", "launcher", "die_with_parent"),

@@ -62,7 +62,15 @@ def dry_run(folder: Path, *words: str) -> str:
     return done.stdout.replace(str(folder), "/FOLDER")
 
 
-@pytest.mark.parametrize("name, words", [("one_node", ONE_NODE), ("steps", STEPS)])
+HET = [
+    *("--nodes", "3", "--server-nodes", "1", "--heterogeneous", "--gpus-per-node", "8"),
+    *("--server-gpus-per-node", "4", "--python", "python3"),
+]
+
+
+@pytest.mark.parametrize(
+    "name, words", [("one_node", ONE_NODE), ("steps", STEPS), ("heterogeneous", HET)]
+)
 def test_a_dry_run_prints_the_scripts_and_writes_nothing(
     name: str, words: list[str], folder: Path
 ) -> None:
@@ -77,10 +85,10 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(
     assert not Path(HOME).exists()
 
 
-@pytest.mark.parametrize("name", ["one_node", "steps"])
+@pytest.mark.parametrize("name", ["one_node", "steps", "heterogeneous"])
 def test_the_printed_scripts_are_shell(name: str) -> None:
     scripts = (GOLDEN / f"launch_{name}.sh").read_text().split("# ==> ")[1:]
-    assert len(scripts) == {"one_node": 2, "steps": 3}[name]
+    assert len(scripts) == {"one_node": 2, "steps": 3, "heterogeneous": 3}[name]
     for script in scripts:
         body = script.partition("\n")[2]
         done = subprocess.run(["bash", "-n"], input=body, capture_output=True, text=True)
@@ -115,7 +123,9 @@ def test_a_steps_script_hands_values_on_as_they_are(tmp_path: Path) -> None:
     for script in (trainer_script(cluster, record, here), server_script(cluster, record, here)):
         command = ["bash", "-c", script.replace("/nemo_run", "/replaced by nemo-run")]
         told = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-        seen.append(json.loads(told.stdout))
+        check, last = map(json.loads, told.stdout.splitlines())
+        assert check[0][1:] == ["megatron_prefix.cli", "doctor", "--node", str(record.parent)]
+        seen.append(last)
     endpoints = str(record.parent / "endpoints" / "7.0")
     assert seen[0][1:] == seen[1][1:] == [ODD, str(here)]
     assert seen[0][0][:3] == ["-m", "megatron_prefix.agent", str(record)]
@@ -134,6 +144,8 @@ def test_a_steps_script_hands_values_on_as_they_are(tmp_path: Path) -> None:
         (["--nodes", "2"], "--nodes 2 needs --executor slurm"),
         (["--executor", "slurm", "--nodes", "2"], "give --server-nodes 1"),
         (["--executor", "slurm", "--nodes", "2", "--server-nodes", "2"], "leave one to train on"),
+        (["--executor", "slurm", "--heterogeneous"], "needs a group that serves"),
+        (["--server-gpus-per-node", "4"], "--server-gpus-per-node 4 needs --heterogeneous"),
         (["--executor", "slurm", "--partition", "a\nb"], "control character"),
         (["--env", "a b=1"], "is no variable's name"),
         (["--env", "NOT_SET_ANYWHERE"], "no such variable here; give NOT_SET_ANYWHERE=value"),

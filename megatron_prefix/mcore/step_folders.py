@@ -1,0 +1,88 @@
+"""The folders of a run's checkpoints: which are whole, which may go, which are damaged. Files only:
+nothing here is collective, and no weight is read.
+
+``step_00000012`` is whole, ``.partial`` is being written, ``.damaged`` failed its checksums, and
+``.removing`` is on its way out: a folder loses its final name before its first file goes.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+RUN_STATE = "run_state.json"
+PARTIAL, DAMAGED, REMOVING = ".partial", ".damaged", ".removing"
+_MANIFEST = "integrity.json"  # Megatron's, of SHA-256 sums
+_BLOCK = 2**20
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def saved_steps(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return sorted(f for f in folder.glob("step_*") if re.fullmatch(r"step_\d+", f.name))
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def steps_to_drop(steps: Sequence[int], newest: int, keep_last: int, keep_every: int) -> list[int]:
+    """Those of ``steps`` that may go once ``newest`` is whole: it and the ``keep_last - 1`` before
+    it stay, and the multiples of ``keep_every`` (0: none). ``keep_last`` 0 keeps all. Steps after
+    ``newest`` are left alone: somebody put them there.
+    """
+    if keep_last < 1:
+        return []
+    before = sorted(step for step in steps if step < newest)
+    old = before[: max(0, len(before) - (keep_last - 1))]
+    return [step for step in old if not (keep_every and step % keep_every == 0)]
+
+
+def drop(folder: Path) -> None:
+    """Whole or gone: a half-removed checkpoint must not pass for one."""
+    going = folder.with_suffix(REMOVING)
+    shutil.rmtree(going, ignore_errors=True)
+    folder.rename(going)
+    shutil.rmtree(going)
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """``partial`` becomes ``final``; one that was there goes only after."""
+    old = final.with_suffix(REMOVING)
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> None:
+    """A damaged one, for whoever wants to look: it counts no more."""
+    aside = folder.with_suffix(DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint by its manifest; empty where nothing is."""
+    try:
+        wanted: dict[str, str] = json.loads((folder / _MANIFEST).read_text())["files"]
+        if RUN_STATE not in wanted:
+            return f"{_MANIFEST} does not name {RUN_STATE}"
+        wrong = [name for name, digest in wanted.items() if _sha256(folder / name) != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{', '.join(wrong)}: SHA-256 is not that of {_MANIFEST}" if wrong else ""
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""Which phase of a step took far longer than it usually does, and which rank held it up. Pure.
+
+In a phase with collectives all ranks take as long as the slowest one, so its time alone does not
+tell which that was. What does: the seconds that a rank's process was not let run, and the time that
+each rank took for one fixed piece of work of its own.
+
+Legend: R ranks, P phases.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_HISTORY, _FEWEST = 50, 5  # steps that a median is of; no verdict with fewer
+_FACTOR, _LEAST_S = 3.0, 0.5  # above the median, in times and in seconds
+_PACE = 2.0  # times the other ranks' median
+_STEPS_IN_A_ROW, _STEPS_OF_SILENCE = 5, 100
+ROLLOUT = "rollout"  # only rank 0 works in it, and most of it is the servers'
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """One step of all ranks."""
+
+    phases: tuple[str, ...]  # [P]
+    seconds: np.ndarray  # float64 [R, P]
+    stood_still: np.ndarray  # float64 [R]: seconds that the process was not let run
+    work: np.ndarray  # float64 [R]: seconds that the fixed piece of work took
+
+
+class SlowPhases:
+    """Sees every step; ``hosts`` [R] are the ranks' machines."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self._hosts = hosts
+        self._history: dict[str, deque[float]] = {}
+        self._slow_work = [0] * len(hosts)  # steps in a row
+        self._silent_until = 0
+
+    def judge(self, step: int, times: StepTimes) -> str:
+        """One line where something was far slower than usual; else empty."""
+        slowest: tuple[float, str] = (0.0, "")
+        for place, phase in enumerate(times.phases):
+            took = float(times.seconds[:, place].max())
+            history = self._history.setdefault(phase, deque(maxlen=_HISTORY))
+            usual = float(np.median(history)) if len(history) >= _FEWEST else float("inf")
+            history.append(took)
+            if took > _FACTOR * usual and took - usual > max(_LEAST_S, slowest[0]):
+                words = f"{phase} took {took:.2f} s, {took / usual:.1f} times its median"
+                slowest = (took - usual, f"{words}: {self._culprit(times, place, took - usual)}")
+        return slowest[1] or self._slow_rank(step, times)
+
+    def _culprit(self, times: StepTimes, place: int, excess: float) -> str:
+        stopped = int(times.stood_still.argmax())
+        if times.stood_still[stopped] > excess / 2:
+            return f"{self._name(stopped)} was not let run for {times.stood_still[stopped]:.1f} s"
+        if times.phases[place] == ROLLOUT:
+            return "rank 0 waited for the servers"
+        ratios = _ratios(times.work)
+        slow = int(ratios.argmax())
+        if ratios[slow] > _PACE:
+            return f"{self._name(slow)} needs {ratios[slow]:.1f} times the others' time for work"
+        own = times.seconds[:, place]
+        last = int(own.argmax())
+        if len(own) == 1 or own[last] - float(np.median(np.delete(own, last))) > excess / 2:
+            return f"on {self._name(last)}"
+        return "on all ranks alike"
+
+    def _slow_rank(self, step: int, times: StepTimes) -> str:
+        """A rank that is always slow has slow medians: it is compared with the others."""
+        ratios = _ratios(times.work)
+        for rank, ratio in enumerate(ratios):
+            self._slow_work[rank] = self._slow_work[rank] + 1 if ratio > _PACE else 0
+        slow = int(ratios.argmax())
+        if self._slow_work[slow] < _STEPS_IN_A_ROW or step < self._silent_until:
+            return ""
+        self._silent_until = step + _STEPS_OF_SILENCE
+        return (
+            f"{self._name(slow)} has needed {ratios[slow]:.1f} times the others' time for the same "
+            f"work, {self._slow_work[slow]} steps in a row"
+        )
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} ({self._hosts[rank]})"
+
+
+def _ratios(work: np.ndarray) -> np.ndarray:
+    """Each rank's time over the median of the others' [R]; 1 for a lone rank."""
+    if len(work) < 2:
+        return np.ones(len(work))
+    others = [float(np.median(np.delete(work, rank))) for rank in range(len(work))]
+    return work / np.maximum(others, 1e-9)

@@ -1,0 +1,126 @@
+"""Finds a run that makes no progress: each rank says what it begins, and one that has said nothing
+for too long writes the stacks of all its threads, has the other ranks write theirs, and ends.
+
+Stacks are in ``logs/stacks/rank_N.txt`` of the run folder. A rank that is stopped, or inside a call
+that holds the interpreter, writes none by itself: in the second case the C library's timer writes
+them a little later; the first shows by the lack of its file.
+"""
+
+import faulthandler
+import itertools
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+from megatron_prefix.exit_codes import HUNG
+
+logger = logging.getLogger(__name__)
+_TICK_S = 0.25
+_LATE_S = 1.0  # a tick that comes this much later: the rank was not let run
+_SHARE_S = 5.0  # for the other ranks to see the mark and to write their stacks
+_BACKUP_S = 30.0  # after which the C timer takes over
+_MARK = "hang"
+
+
+class Watchdog:
+    """One a rank. ``timeout_s`` has to exceed the longest that a rank may be about one thing, or
+    wait for another that is."""
+
+    def __init__(self, folder: Path, rank: int, timeout_s: float) -> None:
+        self._folder, self._rank, self._timeout_s = stacks_folder(folder), rank, timeout_s
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _keep_earlier(self._folder / f"rank_{rank}.txt")
+        self._file = (self._folder / f"rank_{rank}.txt").open("w")
+        self._doing, self._since = "start", time.monotonic()
+        self._started_at = time.time()
+        self._stood_still = 0.0
+        self._closed = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        self.beat("start")
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+
+    def beat(self, doing: str) -> None:
+        """``doing`` begins now."""
+        self._doing, self._since = doing, time.monotonic()
+        later = self._timeout_s + _BACKUP_S
+        faulthandler.dump_traceback_later(later, exit=True, file=self._file)
+
+    def stood_still(self) -> float:
+        """Seconds since the last call in which this process was not let run: stopped, or on a
+        machine that is too busy."""
+        seconds, self._stood_still = self._stood_still, 0.0
+        return seconds
+
+    def _watch(self) -> None:
+        ticked_at = time.monotonic()
+        while not self._closed.wait(_TICK_S):
+            now = time.monotonic()
+            late = now - ticked_at - _TICK_S
+            ticked_at = now
+            if late > _LATE_S:  # time that it had no use of does not count
+                self._stood_still += late
+                self._since += late
+            elif now - self._since > self._timeout_s or self._marked():
+                self._end()
+
+    def _marked(self) -> bool:
+        """Whether another rank has found the run hanging since this one started."""
+        mark = self._folder / _MARK
+        return mark.exists() and mark.stat().st_mtime > self._started_at
+
+    def _end(self) -> None:
+        seconds = time.monotonic() - self._since
+        self._file.write(f"rank {self._rank}: {self._doing} for {seconds:.1f} s\n\n")
+        self._file.flush()
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        (self._folder / _MARK).touch()
+        time.sleep(_SHARE_S)
+        logger.error("%s", hang_report(self._folder.parent.parent))
+        sys.stderr.flush()
+        os._exit(HUNG)
+
+
+class NoWatchdog:
+    """For a trainer that nobody watches."""
+
+    def beat(self, doing: str) -> None:
+        pass
+
+    def stood_still(self) -> float:
+        return 0.0
+
+
+def _keep_earlier(path: Path) -> None:
+    """Stacks of an earlier start get a number."""
+    if path.exists() and path.stat().st_size:
+        numbers = (path.with_suffix(f".{number}.txt") for number in itertools.count(1))
+        path.rename(next(name for name in numbers if not name.exists()))
+
+
+def stacks_folder(folder: Path) -> Path:
+    """In a run's folder."""
+    return folder / "logs" / "stacks"
+
+
+def hang_report(folder: Path) -> str:
+    """One line on what each rank of a run that hung was about; ``folder`` is the run's."""
+    stacks = stacks_folder(folder)
+    files = [path for path in stacks.iterdir() if re.fullmatch(r"rank_\d+\.txt", path.name)]
+    texts = {path.stem: path.read_text() for path in sorted(files)}
+    heads = [text.partition("\n")[0] for text in texts.values() if re.match(r"rank \d+: ", text)]
+    silent = [name.replace("_", " ") for name, text in texts.items() if not text]
+    words = f"no progress: {'; '.join(heads) or 'no rank could say more'}"
+    if silent:
+        words += f"; without a word, stopped or gone: {', '.join(silent)}"
+    return f"{words}; stacks in {stacks}"

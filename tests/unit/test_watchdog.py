@@ -1,0 +1,99 @@
+"""Ranks that make no progress: real processes, that sleep, spin inside the interpreter, or stop."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_prefix.exit_codes import HUNG
+from megatron_prefix.watchdog import Watchdog, hang_report
+
+RANK = """
+import sys, time
+from pathlib import Path
+from megatron_prefix.watchdog import Watchdog
+folder, rank, timeout_s = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+def stuck_in_the_middle(seconds):
+    time.sleep(seconds)
+with Watchdog(folder, rank, timeout_s) as watchdog:
+    print("ready", flush=True)
+    for step in range(5):
+        watchdog.beat(f"student of step {step}")
+        time.sleep(0.05)
+    stuck_in_the_middle(float(sys.argv[4]))
+"""
+COUNT = """
+    for _ in range(40):
+        time.sleep(0.05)
+    print(watchdog.stood_still(), watchdog.stood_still())
+"""
+
+
+def start(folder: Path, rank: int, timeout_s: float, sleep_s: float) -> subprocess.Popen[bytes]:
+    words = [str(folder), str(rank), str(timeout_s), str(sleep_s)]
+    process = subprocess.Popen([sys.executable, "-c", RANK, *words], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    return process
+
+
+def stacks(folder: Path, rank: int) -> str:
+    return (folder / "logs" / "stacks" / f"rank_{rank}.txt").read_text()
+
+
+def test_one_rank_that_hangs_has_all_write_their_stacks_and_end(tmp_path: Path) -> None:
+    hangs, waits = start(tmp_path, 0, 1.0, 600), start(tmp_path, 1, 600, 600)
+    stopped = start(tmp_path, 2, 600, 600)
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        assert (hangs.wait(60), waits.wait(60)) == (HUNG, HUNG)
+    finally:
+        for process in (hangs, waits, stopped):
+            process.kill()
+            process.wait()
+    for rank in (0, 1):
+        assert "in stuck_in_the_middle" in stacks(tmp_path, rank)
+    report = hang_report(tmp_path)
+    assert re.search(r"no progress: rank 0: student of step 4 for \d+\.\d s; rank 1: ", report)
+    assert "without a word, stopped or gone: rank 2" in report
+    assert "\n" not in report
+
+
+def test_a_rank_that_goes_on_and_ends_is_left_alone(tmp_path: Path) -> None:
+    process = start(tmp_path, 0, 2.0, 1.0)
+    assert process.wait(60) == 0
+    assert stacks(tmp_path, 0) == ""
+
+
+def test_a_hang_of_an_earlier_start_is_over_and_its_stacks_are_kept(tmp_path: Path) -> None:
+    assert start(tmp_path, 0, 0.5, 600).wait(60) == HUNG
+    first = stacks(tmp_path, 0)
+    time.sleep(0.1)
+    assert start(tmp_path, 0, 600, 1.0).wait(60) == 0
+    assert (tmp_path / "logs" / "stacks" / "rank_0.1.txt").read_text() == first
+
+
+def test_time_in_which_a_process_was_stopped_is_told_and_does_not_count(tmp_path: Path) -> None:
+    script = RANK.partition("    stuck")[0] + COUNT
+    words = [str(tmp_path), "0", "3.0"]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *words], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.6)
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(4.0)
+        os.kill(process.pid, signal.SIGCONT)
+        still, then = map(float, process.stdout.read().split())
+    assert process.returncode == 0
+    assert 3.0 < still < 60.0
+    assert then == 0.0
+
+
+def test_it_can_be_opened_and_closed_within_a_process(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, 0, 60.0) as watchdog:
+        watchdog.beat("nothing")
+        assert watchdog.stood_still() >= 0.0
+    assert stacks(tmp_path, 0) == ""
