@@ -33,8 +33,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.kl_checks import error_rows, errors, tensor_parallel_row
-from benchmarks.kl_methods import (
+from benchmarks._kl_checks import Exact, error_rows, tensor_parallel_row
+from benchmarks._kl_methods import (
     D_STUDENT,
     DIVERGENCES,
     Inputs,
@@ -156,9 +156,13 @@ def rows_for(positions: int, vocabulary: int, rounds: int) -> list[Row]:
     peaks = {pair: peak_mib(inputs, *pair) for pair in pairs}  # before this process's heap grows
     floor, times = measure_times(inputs, gemms, rounds)
     rows = [Row(*size, "", "gemms", floor, 1.0, 0.0)]
-    for pair in pairs:
-        told = errors(inputs, *pair) if positions * vocabulary <= ERRORS_UP_TO else ()
-        rows.append(Row(*size, *pair, *times[pair], peaks[pair], *told))
+    for divergence in DIVERGENCES:
+        fits = positions * vocabulary <= ERRORS_UP_TO
+        exact = Exact.of(inputs, divergence) if fits else None
+        for method in methods_for():
+            pair = divergence, method
+            told = exact.errors(inputs, *pair) if exact else ()
+            rows.append(Row(*size, *pair, *times[pair], peaks[pair], *told))
     return rows
 
 

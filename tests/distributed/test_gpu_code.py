@@ -1,5 +1,6 @@
 """What runs on a GPU alone, as far as a CPU can run it: the cores of benchmarks and GPU tests."""
 
+import dataclasses
 import math
 import multiprocessing
 import subprocess
@@ -14,10 +15,14 @@ import torch.distributed as dist
 from benchmarks import _step_at_width as step
 from benchmarks import gpu_loss, gpu_step
 from megatron_prefix.mcore.groups import initialize_megatron
+from megatron_prefix.recipe import load_recipe
 from megatron_prefix.student import _Accumulator
+from megatron_prefix.tasks import sort_chain
 from megatron_prefix.types import PrefixBatch, TopKTargets
+from megatron_prefix.validate import validate
 from tests.distributed.ranks import run_ranks
 from tests.gpu import cpu_reference
+from tests.gpu.jobs import sort_chain_overrides
 from tests.gpu.losses import errors, run_once, top_k_loss
 from tests.gpu.steps import Outcome, Setting, cosine, one_step, prefix_logits, sampled, write_models
 from tests.unit.loss.reference import make_case
@@ -145,11 +150,24 @@ def test_what_a_step_gathers_of_its_microbatches_is_not_read_back() -> None:
         return torch.zeros(shape, dtype=dtype, device="meta")
 
     ids = tensor(5, dtype=torch.int64)
-    batch = PrefixBatch(ids, ids, ids, 5, ids, ids, tensor(5), tensor(5), ids)
+    fields = {field.name: ids for field in dataclasses.fields(PrefixBatch)}
+    floats = {"token_weight": tensor(5), "rollout_logprobs": tensor(5)}
+    batch = PrefixBatch(**{**fields, **floats, "max_seqlen": 5})
     seen = _Accumulator(9, torch.device("meta"))
     seen.add(batch, tensor(), tensor(5), tensor(5))
     seen.watch(tensor(5), TopKTargets(tensor(5, 2, dtype=torch.int64), tensor(5, 2)), {})
     assert seen.kl.shape == (9,) and seen.worst.shape == (2,)
+
+
+@pytest.mark.parametrize("fp8", ["off", "tensorwise"])
+def test_the_job_that_a_gpu_test_starts_is_valid(fp8: str, tmp_path: Path) -> None:
+    overrides = sort_chain_overrides(fp8, tmp_path)
+    files = sort_chain.prepare_data(tmp_path / "data")
+    overrides += [f"data.path={files.train}", f"eval.path={files.held_out}"]
+    run = validate(load_recipe(str(ROOT / "recipes" / "quickstart.py"), overrides=overrides))
+    assert run.world_size == 1
+    assert run.recipe.rollout.server_args == ("--mem-fraction-static", "0.2")
+    assert (run.recipe.student.fp8.format != "off") == (fp8 != "off")
 
 
 def test_no_world_is_left_behind() -> None:

@@ -52,10 +52,10 @@ def errors(
 
 
 def top_k_loss(case: Case, divergence: str, vocab_size: int, device: torch.device) -> Tensor:
-    """The divergence of each token from the teacher's 16 likeliest, on the CPU."""
+    """The divergence of each token from the teacher's 16 likeliest (found on the CPU)."""
+    teacher = case.teacher_hidden.float() @ case.teacher_weight[:vocab_size].float().T
+    logprobs, ids = (each.to(device) for each in teacher.log_softmax(-1).topk(16))
     there = on(case, device)
-    teacher = there.teacher_hidden.float() @ there.teacher_weight[:vocab_size].float().T
-    logprobs, ids = teacher.log_softmax(-1).topk(16)
     hidden, weight = there.student_hidden.requires_grad_(), with_main_grad(there.student_weight)
     heads = hidden, weight, ids, logprobs, there.token_weight
     result = top_k_divergence(*heads, divergence, vocab_size=vocab_size, chunk_size=CHUNK)

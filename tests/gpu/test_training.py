@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.gpu.jobs import sort_chain_overrides
+
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 # The CPU's run of the same recipe ends at 98.4% (README.md).
@@ -17,21 +19,7 @@ LEARNT = 0.9
 
 @pytest.mark.parametrize("fp8", ["off", "tensorwise"])
 def test_sort_chain_is_learnt(fp8: str, tmp_path: Path) -> None:
-    """The recipe of ``make quickstart`` on one rank, server and trainer on one card."""
-    settings = {
-        "run.output_dir": tmp_path,
-        "student.tensor_model_parallel_size": 1,
-        "student.params_dtype": "bf16",
-        "teacher.pipeline_model_parallel_size": 1,
-        "teacher.num_layers_in_first_pipeline_stage": 0,
-        "teacher.params_dtype": "bf16",
-        "rollout.device": "cuda",
-        "rollout.server_args": "[--mem-fraction-static,0.2]",
-    }
-    if fp8 != "off":
-        settings |= {"student.fp8.format": "hybrid", "student.fp8.recipe": fp8}
-    words = [f"{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "tools/quickstart.py", *words]
+    command = [sys.executable, "tools/quickstart.py", *sort_chain_overrides(fp8, tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.kl_methods import BETA, Inputs, from_logprobs, full_logits, run_fresh
+from benchmarks._kl_methods import BETA, Inputs, from_logprobs, full_logits, run_fresh
 from megatron_prefix.loss import vocab_parallel_kl
 from tests.distributed.ranks import run_ranks
 from tests.unit.loss.reference import Case, dense, make_case, relative_error
@@ -97,19 +97,37 @@ def _dense_gradients(case: Case, divergence: str) -> tuple[Tensor, Tensor, Tenso
     return values, hidden.grad, weight.grad
 
 
-def errors(inputs: Inputs, divergence: str, method: str) -> tuple[float, float, float]:
-    """Of the loss, dh and dW on the benchmark's own inputs, against fp64 autograd."""
-    exact = Inputs(
-        inputs.hidden.detach().double().requires_grad_(),
-        inputs.weight.detach().double().requires_grad_(),
-        inputs.teacher_hidden.double(),
-        inputs.teacher_weight.double(),
-        inputs.token_weight.double(),
-        inputs.main_grad,
-        inputs.workspace,
-    )
-    loss, expected = run_fresh(method, inputs, divergence), full_logits(exact, divergence)
-    dw = inputs.main_grad if inputs.weight.grad is None else inputs.weight.grad
-    pairs = (loss, expected), (inputs.hidden.grad, exact.hidden.grad), (dw, exact.weight.grad)
-    value, dh, dw_error = (relative_error(got, wanted.detach()) for got, wanted in pairs)
-    return value, dh, dw_error
+@dataclass(frozen=True)
+class Exact:
+    """On the benchmark's own inputs, by fp64 autograd."""
+
+    loss: Tensor
+    hidden_gradient: Tensor
+    weight_gradient: Tensor
+
+    @classmethod
+    def of(cls, inputs: Inputs, divergence: str) -> "Exact":
+        hidden = inputs.hidden.detach().double().requires_grad_()
+        weight = inputs.weight.detach().double().requires_grad_()
+        wide = replace(
+            inputs,
+            hidden=hidden,
+            weight=weight,
+            teacher_hidden=inputs.teacher_hidden.double(),
+            teacher_weight=inputs.teacher_weight.double(),
+            token_weight=inputs.token_weight.double(),
+        )
+        loss = full_logits(wide, divergence).detach()
+        assert hidden.grad is not None and weight.grad is not None
+        return cls(loss, hidden.grad, weight.grad)
+
+    def errors(self, inputs: Inputs, divergence: str, method: str) -> tuple[float, float, float]:
+        """Of the loss, dh and dW."""
+        loss = run_fresh(method, inputs, divergence)
+        dw = inputs.main_grad if inputs.weight.grad is None else inputs.weight.grad
+        assert inputs.hidden.grad is not None
+        return (
+            relative_error(loss, self.loss),
+            relative_error(inputs.hidden.grad, self.hidden_gradient),
+            relative_error(dw, self.weight_gradient),
+        )
