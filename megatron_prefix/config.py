@@ -178,6 +178,7 @@ class EvalConfig:
     """Greedy answers through the servers on a held-out set. The prefix never limits them."""
 
     path: str = ""  # as data.path; empty: no evaluation
+    name: str = ""  # the hub data set's configuration
     split: str = "train"
     prompt_column: str = "prompt"
     answer_column: str = "answer"

@@ -2,10 +2,18 @@
 
 import argparse
 
+# Data sets by a short name: where they lie on the hub, and what their columns are called.
+KNOWN_SETS: dict[str, dict[str, str]] = {
+    "gsm8k": {"path": "openai/gsm8k", "name": "main", "split": "test", "prompt_column": "question"},
+    "math500": {"path": "HuggingFaceH4/MATH-500", "split": "test", "prompt_column": "problem"},
+    "aime24": {"path": "HuggingFaceH4/aime_2024", "split": "train", "prompt_column": "problem"},
+    "amc": {"path": "AI-MO/aimo-validation-amc", "split": "train", "prompt_column": "problem"},
+}
 EXAMPLES = """\
 examples:
   megatron-prefix eval runs/quickstart                       the run's own set and limits
   megatron-prefix eval Qwen3-8B --data gsm8k/test.jsonl --prompt-column question
+  megatron-prefix eval Qwen3-8B --data math500
   megatron-prefix eval Qwen3-8B --data aime.json --prompt-column problem \\
       --n 16 --temperature 0.7 --max-new-tokens 16384        avg@16, pass@2 ... pass@16
 Answers are kept as they come: the same command goes on where it was stopped.
@@ -22,7 +30,9 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_questions(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--data", metavar="PATH", help="a .jsonl, .json or .parquet file, or hub id")
+    known = ", ".join(KNOWN_SETS)
+    group.add_argument("--data", metavar="PATH", help=f"a file, a hub id, or one of {known}")
+    group.add_argument("--data-name", metavar="NAME", help="the hub data set's configuration")
     group.add_argument("--split", metavar="NAME")
     group.add_argument("--prompt-column", metavar="NAME")
     group.add_argument("--answer-column", metavar="NAME")

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from megatron_prefix import eval_run
 from megatron_prefix.config import DataConfig, EvalConfig, Recipe, RolloutConfig
+from megatron_prefix.eval_arguments import KNOWN_SETS
 from megatron_prefix.evaluate import load_eval_set
 from megatron_prefix.exit_codes import DONE, FAILED, SAVED
 from megatron_prefix.limits import RANGES, check_choice
@@ -128,8 +129,10 @@ def make_job(arguments: argparse.Namespace) -> EvalJob:
 
 def _eval_settings(arguments: argparse.Namespace, target: Target) -> EvalConfig:
     known = target.recipe.eval if target.from_run else EvalConfig(samples=0)
+    named: dict[str, Any] = {"name": "", **_known_set(arguments.data)} if arguments.data else {}
     given = {
-        "path": arguments.data,
+        "path": named.get("path", arguments.data),
+        "name": arguments.data_name,
         "split": arguments.split,
         "prompt_column": arguments.prompt_column,
         "answer_column": arguments.answer_column,
@@ -137,12 +140,19 @@ def _eval_settings(arguments: argparse.Namespace, target: Target) -> EvalConfig:
         "max_new_tokens": arguments.max_new_tokens,
         "samples": arguments.samples,
     }
-    settings = replace(known, **{key: v for key, v in given.items() if v is not None})
+    settings = replace(known, **{**named, **{k: v for k, v in given.items() if v is not None}})
     if not settings.path:
         raise ValueError("--data is not set; give a .jsonl or .json file, or a hub id")
     _check_range("--max-new-tokens", settings.max_new_tokens, "eval.max_new_tokens")
     _check_range("--samples", settings.samples, "eval.samples")
     return settings
+
+
+def _known_set(data: str | None) -> dict[str, str]:
+    """What a short name stands for; nothing where a file or folder of that name is here."""
+    if data not in KNOWN_SETS or Path(data).exists():
+        return {}
+    return {"scorer": "math", "answer_column": "answer", **KNOWN_SETS[data]}
 
 
 def _data_settings(arguments: argparse.Namespace, known: DataConfig) -> DataConfig:

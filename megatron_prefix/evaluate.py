@@ -179,7 +179,7 @@ def _as_data(config: EvalConfig, data: DataConfig) -> DataConfig:
     return replace(
         data,
         path=config.path,
-        name=data.name if config.path == data.path else "",
+        name=config.name or (data.name if config.path == data.path else ""),
         split=config.split,
         prompt_column=config.prompt_column,
         streaming=False,

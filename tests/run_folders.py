@@ -19,7 +19,7 @@ class Answers:
     accuracy: float
     n: int = 40
     truncated: int = 0
-    unparsable: int = 0
+    unparsable: int = 2
     tokens: int = 300
     seconds: float = 1.0
 

@@ -91,7 +91,10 @@ def _run_row(index: int, story: RunStory, several: bool) -> list[object]:
         last = found[-1]
         before = f"{100 * found[0].accuracy:.1f}%" if found[0].step == 0 else _NOTHING
         after = f"{100 * last.accuracy:.1f}%" if last.step else _NOTHING
-        share = f"{100 * last.truncated / last.n:.1f}%"
+        share = Html(f"{100 * last.truncated / last.n:.1f}%")
+        if last.unparsable:
+            words = f"{last.unparsable} unparsable"
+            share = join([share, element("span", words, class_="quiet")])
         accuracy = [before, after, interval_words(last).removeprefix("95%: "), share]
     total = f"/{story.total_steps}" if story.total_steps else ""
     alarms = len(story.alarms)

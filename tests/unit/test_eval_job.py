@@ -58,6 +58,23 @@ def test_a_model_folder_is_asked_everything_greedily(model: Path) -> None:
     )
 
 
+def test_a_short_name_stands_for_a_set_on_the_hub(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = job(model, "--data", "gsm8k", "--max-new-tokens", "64", "--samples", "9")
+    assert made.eval == EvalConfig(
+        "openai/gsm8k", "main", "test", "question", "answer", "math", 64, samples=9
+    )
+    assert made.output == Path("evals/tiny/gsm8k")
+    other = job(model, "--data", "math500", "--max-new-tokens", "64", "--split", "train[:9]").eval
+    assert (other.path, other.name, other.split) == ("HuggingFaceH4/MATH-500", "", "train[:9]")
+    named = job(model, "--data", "me/mine", "--data-name", "hard", "--max-new-tokens", "9").eval
+    assert (named.path, named.name, named.prompt_column) == ("me/mine", "hard", "prompt")
+    (tmp_path / "amc").mkdir()  # what is here goes before what is far
+    monkeypatch.chdir(tmp_path)
+    assert job(model, "--data", "amc", "--max-new-tokens", "9").eval.path == "amc"
+
+
 def test_prompts_get_the_context_that_answers_leave(model: Path) -> None:
     made = job(model, "--data", "a.jsonl", "--max-new-tokens", "500")
     assert made.data.max_prompt_length == 12

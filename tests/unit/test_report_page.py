@@ -59,7 +59,8 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     tree = page_of(first, second)
     assert tree.names.count("svg") == 4 + 2 * 3
     for words in ("2 runs compared", "first", "second", "linear, 2 to 20", "it is 7", "what is 7?",
-                  "8 of 12 steps: still going", "step 3 had loss nan", "GFLOP"):  # fmt: skip
+                  "8 of 12 steps: still going", "step 3 had loss nan", "GFLOP",
+                  "2 unparsable"):  # fmt: skip
         assert words in tree.text
     names = {path.name for path in (first / "out").glob("*.png")}
     assert {
