@@ -17,6 +17,7 @@ from megatron_prefix.conductor import Conductor, Evaluator, Prober, Staff
 from megatron_prefix.config import Recipe
 from megatron_prefix.evaluate import EvalResult, evaluate, write_samples
 from megatron_prefix.jsonl import EVALUATION_FOLDER
+from megatron_prefix.lagged import LaggedTeacher
 from megatron_prefix.mcore import fp8
 from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.groups import (
@@ -92,12 +93,15 @@ def assemble(
         student = _model(recipe, "student", world.student)
         trainable = make_trainable(student, recipe.optimizer, recipe.train.steps)
         fleet = _fleet(recipe, endpoints, stack)
+        teacher = _teacher(recipe, world, student.groups)
+        objective = Objective(recipe.loss, _agreed_head(recipe, student, world.device))
         yield Trainer(
             recipe,
             Parts(
                 student=trainable,
-                teacher=_teacher(recipe, world, student.groups),
-                objective=Objective(recipe.loss, _agreed_head(recipe, student, world.device)),
+                teacher=teacher,
+                objective=objective,
+                lagged=_lagged(recipe, student, teacher, objective, folder),
                 publisher=_publisher(recipe, student, fleet, folder, stack),
                 checkpointer=Checkpointer(folder / "checkpoints", trainable, recipe.checkpoint),
                 conductor=_conductor(recipe, folder, endpoints, fleet, stop_requested, stack),
@@ -168,6 +172,20 @@ def _model(recipe: Recipe, owner: str, groups: ModelGroups) -> MegatronModel:
     else:
         load_hf_weights(model)
     return model
+
+
+def _lagged(
+    recipe: Recipe,
+    student: MegatronModel,
+    teacher: Teacher | None,
+    objective: Objective,
+    folder: Path,
+) -> LaggedTeacher | None:
+    every = recipe.mode.refresh_teacher_every
+    if not every:
+        return None
+    assert isinstance(teacher, ColocatedTeacher), "validate refuses others"
+    return LaggedTeacher(student, teacher, objective.teacher_head, folder, every)
 
 
 def _agreed_head(

@@ -39,6 +39,9 @@ class ModeConfig:
     name: str = "on_policy"
     written_share: float = 0.5  # mixed: of the rollouts
     warmup_steps: int = 0  # steps as in sft before the mode begins
+    # Steps between two copies of the student into the teacher, which begins as the same folder;
+    # 0: the teacher stays as it is.
+    refresh_teacher_every: int = 0
     written: WrittenConfig = field(default_factory=WrittenConfig)
     teacher_prompt: TeacherPromptConfig = field(default_factory=TeacherPromptConfig)
 

@@ -83,6 +83,7 @@ RANGES: dict[str, Range] = {
     "data.seed": _NOT_NEGATIVE,
     "mode.written_share": Range(0, 1),
     "mode.warmup_steps": _NOT_NEGATIVE,
+    "mode.refresh_teacher_every": _NOT_NEGATIVE,
     "mode.teacher_prompt.max_length": _NOT_NEGATIVE,
     "prefix.min_length": _COUNT,
     "prefix.max_length": _COUNT,

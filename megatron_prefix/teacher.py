@@ -6,7 +6,8 @@ divergence meets both (docs/architecture.md). Where the trunk is, docs/teachers.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from megatron_prefix.layout import Layout
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.schedule import run_schedule
-from megatron_prefix.mcore.weights import head_shard
+from megatron_prefix.mcore.weights import head_shard, load_hf_weights
 from megatron_prefix.placement import Route, WorldLayout, routes
 from megatron_prefix.types import PrefixBatch, Rollout, Targets, TeacherHead, TeacherTargets
 
@@ -78,6 +79,10 @@ class ColocatedTeacher:
     def __init__(self, model: MegatronModel, student: Layout, device: torch.device) -> None:
         self._model, self._student, self._device = model, student, device
         model.module.requires_grad_(False).eval()
+
+    def reload(self, folder: Path) -> None:
+        """Other weights of the same model, from a Hugging Face folder."""
+        load_hf_weights(replace(self._model, hf=replace(self._model.hf, path=folder)))
 
     def targets(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> list[TeacherTargets]:
         groups = self._model.groups

@@ -15,6 +15,7 @@ from megatron_prefix.agreement import Audit, audit_gradients
 from megatron_prefix.batch import MicrobatchPlan, as_teacher_reads, pack
 from megatron_prefix.conductor import Conductor
 from megatron_prefix.config import Recipe
+from megatron_prefix.lagged import LaggedTeacher
 from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
@@ -62,6 +63,7 @@ class Parts:
     export_folder: Path  # of the trained student, as a Hugging Face folder
     token_multiple: int  # packed microbatches are padded to a multiple of this
     watchdog: Watchdog | NoWatchdog = field(default_factory=NoWatchdog)
+    lagged: LaggedTeacher | None = None  # where the teacher follows the student
 
 
 class TrainingStopped(RuntimeError):
@@ -243,6 +245,8 @@ class Trainer:
     def _after_step(self) -> None:
         interval = self._recipe.checkpoint.save_interval
         self._finalize_save(wait=False)
+        if self._parts.lagged:
+            self._parts.lagged.refresh(self._step)
         self._probe_if_due()  # before the save, which holds what the policy learns from it
         if interval and self._step % interval == 0:
             self._save(wait=False)
@@ -327,6 +331,8 @@ class Trainer:
             return
         self._step = self._saved_step = restored.step
         self._policy_version = restored.run_state["policy_version"]
+        if self._parts.lagged:
+            self._parts.lagged.restore(self._step)
         if self._parts.conductor:
             self._parts.conductor.resume(restored.step, restored.run_state["conductor"])
         logger.info("resumed after step %d from %s", restored.step, restored.folder.name)

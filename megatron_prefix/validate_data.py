@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.modes import needs_prompts, needs_written
+from megatron_prefix.modes import needs_prompts, needs_teacher, needs_written
 
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -22,6 +22,7 @@ def check_data(recipe: Recipe) -> None:
             f"mode.warmup_steps={recipe.mode.warmup_steps} is above train.steps={steps}; for a "
             "supervised run take mode.name=sft"
         )
+    _check_refresh(recipe)
     written = recipe.mode.written.path
     if not recipe.data.path and (needs_prompts(recipe) or _lacks_written(recipe)):
         raise ValueError("data.path is not set; give a .jsonl or .parquet file, or a hub id")
@@ -43,3 +44,24 @@ def check_data(recipe: Recipe) -> None:
 def _lacks_written(recipe: Recipe) -> bool:
     replayed = bool(recipe.rollout.replay)
     return needs_written(recipe) and not recipe.mode.written.path and not replayed
+
+
+def _check_refresh(recipe: Recipe) -> None:
+    """A copy of the student needs a teacher of the same shape, beside it, in the same dtype."""
+    every, student, teacher = recipe.mode.refresh_teacher_every, recipe.student, recipe.teacher
+    if not every:
+        return
+    named = f"mode.refresh_teacher_every={every}"
+    if not needs_teacher(recipe):
+        raise ValueError(f"{named}, but no step of mode.name={recipe.mode.name} asks a teacher")
+    if Path(student.hf_path).resolve() != Path(teacher.hf_path).resolve():
+        raise ValueError(
+            f"{named} copies the student into the teacher, which must begin as the same: set "
+            f"teacher.hf_path={student.hf_path}, not {teacher.hf_path}"
+        )
+    for key in ("params_dtype", "placement"):
+        ours, theirs = getattr(student, key), getattr(teacher, key)
+        if ours != theirs:
+            raise ValueError(f"{named} needs teacher.{key}={ours}, the student's, not {theirs}")
+    if recipe.stop_tokens.teacher_ids:
+        raise ValueError(f"{named}: the teacher is the student; leave stop_tokens.teacher_ids out")

@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("validate_data",),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "agreement", "token_kl", "reweigh", "publisher"),
+    ("lagged",),
     ("conductor", "step_metrics", "trainer", "teacher_loop"),
     ("supplies", "assemble", "worker"),
     ("agent",),
@@ -76,6 +77,7 @@ NEEDS_MEGATRON = (
 )
 NEEDS_MEGATRON += (
     "token_kl",
+    "lagged",
     "reweigh",
     "teacher_loop",
 )

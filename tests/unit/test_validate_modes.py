@@ -70,6 +70,21 @@ def test_modes_that_cannot_be(recipe: Recipe, tmp_path: Path) -> None:
     assert "mode.written_share=1.5 must be" in told("mode.name=mixed", "mode.written_share=1.5")
 
 
+def test_a_teacher_that_follows_the_student_must_begin_as_the_student(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    own = f"teacher.hf_path={recipe.student.hf_path}"
+    follows = "mode.refresh_teacher_every=4"
+    validate(changed(recipe, tmp_path, follows, own))
+    assert "must begin as the same: set teacher.hf_path=" in refusal(
+        changed(recipe, tmp_path, follows)
+    )
+    told = refusal(changed(recipe, tmp_path, follows, own, "teacher.params_dtype=bf16"))
+    assert "needs teacher.params_dtype=fp32, the student's, not bf16" in told
+    told = refusal(changed(recipe, tmp_path, follows, own, "mode.name=sft"))
+    assert "no step of mode.name=sft asks a teacher" in told
+
+
 def test_a_replay_needs_no_written_answers(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / "record").touch()
