@@ -23,12 +23,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from megatron_prefix.teacher import IN_FLIGHT
+from megatron_prefix.placement import IN_FLIGHT
 
 TEACHER, STUDENT = 1, 0
 # Widths and vocabularies of published config.json files; SORT-CHAIN's teacher is in the package.
 MODELS = {
-    "SORT-CHAIN teacher": (96, 264),
+    "SORT-CHAIN teacher": (96, 46),
     "Qwen3-32B": (5120, 151_936),
     "Qwen3-235B-A22B": (4096, 151_936),
     "DeepSeek-V3": (7168, 129_280),

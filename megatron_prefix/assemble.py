@@ -2,14 +2,11 @@
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from rich import get_console
 
@@ -18,22 +15,16 @@ from megatron_prefix.config import Recipe
 from megatron_prefix.evaluate import EvalResult, evaluate, write_samples
 from megatron_prefix.jsonl import EVALUATION_FOLDER
 from megatron_prefix.lagged import LaggedTeacher
-from megatron_prefix.mcore import fp8
 from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.groups import (
-    ModelGroups,
-    create_groups,
     initialize_megatron,
     world_of,
 )
 from megatron_prefix.mcore.hf_map import read_hf_model
-from megatron_prefix.mcore.model import DTYPES, MegatronModel, build_model
+from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.optimizer import make_trainable
-from megatron_prefix.mcore.saved_weights import load_saved_weights
-from megatron_prefix.mcore.stop_map import exchange_rows
-from megatron_prefix.mcore.weights import load_hf_weights
-from megatron_prefix.modes import needs_servers, needs_teacher
-from megatron_prefix.placement import world_layout
+from megatron_prefix.modes import needs_servers
+from megatron_prefix.placement import teachers_of
 from megatron_prefix.prefix import Ledger, build_policy, model_shape
 from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.publisher import (
@@ -45,22 +36,24 @@ from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.collector import Collector
 from megatron_prefix.rollout.fleet import Fleet
 from megatron_prefix.run_log import RunLog
-from megatron_prefix.stop_tokens import agreed_stop_ids, teacher_mapping
+from megatron_prefix.stop_tokens import agreed_stop_ids
 from megatron_prefix.student import Objective
 from megatron_prefix.supplies import build_source, prompt_stream
-from megatron_prefix.teacher import (
-    ColocatedTeacher,
-    Link,
-    SeparateTeacher,
-    Teacher,
-    TeacherRank,
-    load_teacher_head,
-)
+from megatron_prefix.teacher import ColocatedTeacher, Teacher
 from megatron_prefix.teacher_loop import TeacherLoop
 from megatron_prefix.tokenizers import load_tokenizer
 from megatron_prefix.trainer import Parts, Publisher, Trainer
-from megatron_prefix.types import Prompt, Rollout, TeacherHead
+from megatron_prefix.types import Prompt, Rollout
 from megatron_prefix.watchdog import Watchdog
+from megatron_prefix.world import (
+    build_objective,
+    build_teacher,
+    join,
+    load_model,
+    teacher_loop,
+    this_device,
+    token_multiple,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,19 +75,19 @@ def assemble(
     """
     with contextlib.ExitStack() as stack:
         initialize_megatron(recipe.train.seed)
-        world = _join(recipe)
+        world = join(recipe)
         # Below the collectives' own timeout, which ends a rank without its stacks.
         patience_s = _WATCHDOG_SHARE * recipe.run.distributed_timeout_s
         watchdog = stack.enter_context(Watchdog(folder, dist.get_rank(), patience_s))
         if world.student is None:
-            yield _teacher_loop(recipe, world, watchdog.beat)
+            yield teacher_loop(recipe, world, watchdog.beat)
             return
         stack.enter_context(world_of(world.student))
-        student = _model(recipe, "student", world.student)
+        student = load_model(recipe.student, "student", world.student, recipe.checkpoint.load)
         trainable = make_trainable(student, recipe.optimizer, recipe.train.steps)
         fleet = _fleet(recipe, endpoints, stack)
-        teacher = _teacher(recipe, world, student.groups)
-        objective = Objective(recipe.loss, _agreed_head(recipe, student, world.device))
+        teacher = build_teacher(recipe, world, student.groups)
+        objective = build_objective(recipe, student, world.device)
         yield Trainer(
             recipe,
             Parts(
@@ -114,66 +107,6 @@ def assemble(
         )
 
 
-@dataclass(frozen=True)
-class _World:
-    """What a rank has of the world: everything that is made by all ranks together."""
-
-    student: ModelGroups | None  # None on the ranks of a separate teacher
-    teacher: ModelGroups | None  # None on the student's ranks beside a separate teacher
-    host_group: dist.ProcessGroup  # over gloo, whatever carries the tensors: orders live there
-    link: Link | None  # of a separate teacher
-    device: torch.device
-
-
-def _join(recipe: Recipe) -> _World:
-    """Every group, in one order on all ranks."""
-    layout = world_layout(recipe, dist.get_world_size())
-    student, teacher = create_groups(layout.student), create_groups(layout.teacher)
-    host_group, link = dist.new_group(backend="gloo"), None
-    assert isinstance(host_group, dist.ProcessGroup)  # every rank is a member
-    if layout.separate:
-        # A teacher that does not answer ends the run after this long.
-        timeout = timedelta(seconds=recipe.run.distributed_timeout_s)
-        group = dist.new_group(timeout=timeout)
-        assert isinstance(group, dist.ProcessGroup)
-        width = read_hf_model(recipe.teacher.hf_path).shape.hidden_size
-        link = Link(group, layout, _device(), DTYPES[recipe.teacher.params_dtype], width)
-    return _World(student, teacher, host_group, link, _device())
-
-
-def _teacher_loop(recipe: Recipe, world: _World, beat: Callable[[str], None]) -> TeacherLoop:
-    assert world.link is not None and world.teacher is not None
-    rank = TeacherRank(_model(recipe, "teacher", world.teacher), world.link)
-    return TeacherLoop(rank, world.host_group, recipe.train, token_multiple(recipe), beat)
-
-
-def _teacher(recipe: Recipe, world: _World, student: ModelGroups) -> Teacher | None:
-    if not needs_teacher(recipe):
-        return None
-    if world.link is not None:
-        return SeparateTeacher(world.link)
-    assert world.teacher is not None
-    model = _model(recipe, "teacher", world.teacher)
-    return ColocatedTeacher(model, student.layout, world.device)
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def _model(recipe: Recipe, owner: str, groups: ModelGroups) -> MegatronModel:
-    config = getattr(recipe, owner)
-    hf = read_hf_model(config.hf_path)
-    model = build_model(config, hf, groups, owner=owner, with_head=owner == "student")
-    if owner == "student" and recipe.checkpoint.load:
-        load_saved_weights(model, recipe.checkpoint.load)
-    else:
-        load_hf_weights(model)
-    return model
-
-
 def _lagged(
     recipe: Recipe,
     student: MegatronModel,
@@ -188,38 +121,6 @@ def _lagged(
     return LaggedTeacher(student, teacher, objective.teacher_head, folder, every)
 
 
-def _agreed_head(
-    recipe: Recipe, student: MegatronModel, device: torch.device
-) -> TeacherHead | None:
-    """The teacher's head, with the student's stop tokens where the recipe maps its own to them."""
-    head, mapping = _teacher_head(recipe, student, device), teacher_mapping(recipe)
-    if head is not None and mapping:
-        teacher = read_hf_model(recipe.teacher.hf_path)
-        exchange_rows(head.weight, teacher, student.groups.tp_rank, mapping)
-    return head
-
-
-def _teacher_head(
-    recipe: Recipe, student: MegatronModel, device: torch.device
-) -> TeacherHead | None:
-    if not student.groups.is_last_stage or not needs_teacher(recipe):
-        return None
-    teacher = recipe.teacher
-    dtype = DTYPES[teacher.params_dtype]
-    return load_teacher_head(student, read_hf_model(teacher.hf_path), dtype, device)
-
-
-def token_multiple(recipe: Recipe) -> int:
-    """Packed microbatches are padded to this many tokens: sequence parallelism cuts them in
-    tensor-parallel parts, blockwise FP8 wants multiples of 128."""
-    multiple = 1
-    for model in (recipe.student, recipe.teacher):
-        parts = model.tensor_model_parallel_size if model.sequence_parallel else 1
-        width = fp8.SEQUENCE_MULTIPLE if model.fp8.format != "off" else 1
-        multiple = math.lcm(multiple, parts * width)
-    return multiple
-
-
 def _publisher(
     recipe: Recipe,
     student: MegatronModel,
@@ -232,7 +133,7 @@ def _publisher(
     if fleet is not None:
         logger.info("waiting for %d SGLang server(s)", len(fleet.members))
         fleet.meet()
-    backend = backend_for(_device())
+    backend = backend_for(this_device())
     publisher = ServerPublisher(student, recipe.rollout, fleet, backend, folder / "sync")
     stack.callback(publisher.close)
     return publisher
@@ -261,10 +162,12 @@ def _conductor(
         return None
     tokenizer = load_tokenizer(recipe.student.hf_path)
     stops = agreed_stop_ids(recipe)
-    student, teacher = (
-        model_shape(read_hf_model(m.hf_path).config) for m in (recipe.student, recipe.teacher)
+    teachers = teachers_of(recipe)
+    student, teacher, *others = (
+        model_shape(read_hf_model(m.hf_path).config) for m in (recipe.student, *teachers.values())
     )
     recall = Recall(recipe.prefix.recall) if recipe.prefix.recall.threshold else None
+    more_teachers = dict(zip(list(teachers)[1:], others, strict=True))
     conductor = Conductor(
         recipe,
         Staff(
@@ -275,6 +178,7 @@ def _conductor(
                 student,
                 teacher,
                 recipe.prefix.max_length,
+                more_teachers,
                 teacher_heads=1 if recipe.loss.weights.rule == "uniform" else 2,
             ),
             open_log=lambda step: RunLog(

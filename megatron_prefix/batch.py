@@ -3,6 +3,7 @@
 Legend: T packed tokens of a microbatch, B sequences, N prefix positions, P prompt, L prefix tokens.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,10 @@ class MicrobatchPlan:
     loss_tokens: int  # over all microbatches: the one denominator
     loss_start: int = 0  # prefix positions before it are fed and not scored
     multiple: int = 1  # of which T is one
+    domains: tuple[str, ...] = ()  # of each microbatch's rollouts; empty: all of the one teacher
+
+    def domain(self, microbatch: int) -> str:
+        return self.domains[microbatch] if self.domains else ""
 
     def of_replica(self, dp_rank: int, dp: int) -> range:
         """The microbatches of one of the student's ``dp`` data-parallel ranks."""
@@ -35,29 +40,64 @@ class MicrobatchPlan:
 
 
 def plan_microbatches(
-    rollouts: Sequence[Rollout], count: int, *, multiple: int = 1, loss_start: int = 0
+    rollouts: Sequence[Rollout],
+    count: int,
+    *,
+    multiple: int = 1,
+    loss_start: int = 0,
+    replicas: int = 1,
 ) -> MicrobatchPlan:
     """Spread ``rollouts`` over ``count`` microbatches, longest first onto the emptiest.
 
     Every microbatch has the same T, a multiple of ``multiple``, so that pipeline stages exchange
-    one shape. The loss counts prefix positions from ``loss_start`` on. ValueError where there is
-    nothing to train on.
+    one shape. The loss counts prefix positions from ``loss_start`` on. Where rollouts are of
+    several domains, each microbatch holds those of one, and there are more than ``count`` if that
+    takes more, a multiple of ``replicas``. ValueError where there is nothing to train on.
     """
     lengths = [sequence_length(rollout) for rollout in rollouts]
     loss_tokens = count_loss_tokens(rollouts, loss_start)
     if loss_tokens == 0:
         raise ValueError(nothing_to_train_on(rollouts, loss_start))
+    members: list[list[int]] = []
+    domains: list[str] = []
+    for domain, share in _shares(rollouts, count, replicas).items():
+        own = [index for index, rollout in enumerate(rollouts) if rollout.domain == domain]
+        members += _spread(own, lengths, share)
+        domains += [domain] * share
+    filled = max(sum(lengths[index] for index in chosen) for chosen in members)
+    return MicrobatchPlan(
+        members=tuple(tuple(sorted(chosen)) for chosen in members),
+        tokens=-(-filled // multiple) * multiple,
+        loss_tokens=loss_tokens,
+        loss_start=loss_start,
+        multiple=multiple,
+        domains=tuple(domains) if any(domains) else (),
+    )
+
+
+def _spread(indices: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
     members: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count
-    capacity = -(-len(rollouts) // count)
-    for index in sorted(range(len(rollouts)), key=lambda i: -lengths[i]):
+    capacity = -(-len(indices) // count)
+    for index in sorted(indices, key=lambda i: -lengths[i]):
         open_ones = [m for m in range(count) if len(members[m]) < capacity]
         target = min(open_ones, key=lambda m: filled[m])
         members[target].append(index)
         filled[target] += lengths[index]
-    tokens = -(-max(filled) // multiple) * multiple
-    order = tuple(tuple(sorted(m)) for m in members)
-    return MicrobatchPlan(order, tokens, loss_tokens, loss_start, multiple)
+    return members
+
+
+def _shares(rollouts: Sequence[Rollout], count: int, replicas: int) -> dict[str, int]:
+    """Microbatches of each domain, none fuller than with ``count`` for all of one domain."""
+    sizes = Counter(rollout.domain for rollout in rollouts)
+    if len(sizes) == 1:
+        return dict.fromkeys(sizes, count)
+    capacity = -(-len(rollouts) // count)
+    shares = {domain: -(-sizes[domain] // capacity) for domain in sorted(sizes)}
+    while sum(shares.values()) % replicas:
+        fullest = max(shares, key=lambda domain: sizes[domain] / shares[domain])
+        shares[fullest] += 1
+    return shares
 
 
 def as_teacher_reads(
@@ -137,6 +177,7 @@ def pack(
         prefix_offsets=tensor(
             _joined([np.arange(skipped, len(r.prefix_ids)) for r in chosen], np.int64)
         ),
+        domain=plan.domain(microbatch),
     )
 
 

@@ -69,6 +69,9 @@ class DataConfig:
     system_prompt: str = ""
     max_prompt_length: int = 1024  # tokens
     overlong: str = "drop"  # drop (counted and logged) | error
+    # Names each prompt's teacher: a key of `teachers`, or "teacher" for the one of that section;
+    # empty: that one teaches every prompt.
+    domain_column: str = ""
     seed: int = 0  # of the shuffle
     shuffle: bool = True
 
@@ -229,6 +232,7 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig)
+    teachers: dict[str, ModelConfig] = field(default_factory=dict)  # more, by data.domain_column
     data: DataConfig = field(default_factory=DataConfig)
     mode: ModeConfig = field(default_factory=ModeConfig)
     stop_tokens: StopTokensConfig = field(default_factory=StopTokensConfig)

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -149,6 +149,11 @@ def check_settings(recipe: Recipe) -> None:
         value = setting(recipe, key)
         if not allowed.holds(value):
             raise ValueError(f"{key}={value} must be {allowed}")
+    for domain, teacher in recipe.teachers.items():
+        try:
+            check_settings(replace(recipe, teacher=teacher, teachers={}))
+        except ValueError as error:
+            raise ValueError(f"teachers.{domain}: {error}") from error
 
 
 def check_choice(key: str, value: str, names: tuple[str, ...]) -> None:

@@ -39,15 +39,22 @@ class _Packed:
     prompts: np.ndarray  # int64 [rollouts]
     reasons: tuple[FinishReason, ...]
     written: np.ndarray  # bool [rollouts]
+    domains: tuple[str, ...]
 
 
-def microbatches(order: Order, train: TrainConfig, token_multiple: int) -> MicrobatchPlan:
-    """The order's rollouts over microbatches, the same on every rank, the teacher's included."""
+def microbatches(
+    order: Order, train: TrainConfig, token_multiple: int, replicas: int
+) -> MicrobatchPlan:
+    """The order's rollouts over microbatches, the same on every rank, the teacher's included.
+
+    ``replicas``: of the student, which take equally many.
+    """
     return plan_microbatches(
         order.rollouts,
         train.global_batch_size // train.micro_batch_size,
         multiple=token_multiple,
         loss_start=order.loss_start,
+        replicas=replicas,
     )
 
 
@@ -92,6 +99,7 @@ def _pack(rollouts: Sequence[Rollout]) -> _Packed:
         prompts=np.asarray([r.prompt_index for r in rollouts], np.int64),
         reasons=tuple(r.finish_reason for r in rollouts),
         written=np.asarray([r.written for r in rollouts], bool),
+        domains=tuple(r.domain for r in rollouts),
     )
 
 
@@ -110,6 +118,7 @@ def _unpack(packed: _Packed) -> tuple[Rollout, ...]:
                 prompt_index=int(packed.prompts[index]),
                 written=bool(packed.written[index]),
                 teacher_prompt_ids=tuple(ids[prompt + prefix :]),
+                domain=packed.domains[index],
             )
         )
         at, scored = at + length, scored + prefix

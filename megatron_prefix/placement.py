@@ -2,39 +2,61 @@
 behind them. Pure arithmetic, no torch."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.layout import Layout, least_world_size, model_layout
 from megatron_prefix.modes import needs_teacher
 
+# Microbatches on their way from a separate teacher: what a rank keeps posted to receive, or to
+# send. One is used while the other comes in.
+IN_FLIGHT = 2
+
 
 @dataclass(frozen=True)
 class WorldLayout:
-    """Both grids of a world."""
+    """All grids of a world; teachers go by their domain, the recipe's ``teacher`` by ""."""
 
     student: Layout
-    teacher: Layout
+    teachers: Mapping[str, Layout]
 
     @property
-    def separate(self) -> bool:
-        """Whether the teacher has ranks of its own."""
-        return self.teacher.first_rank > 0
+    def teacher(self) -> Layout:
+        return self.teachers[""]
+
+    def separate(self, domain: str = "") -> bool:
+        """Whether a teacher has ranks of its own."""
+        return self.teachers[domain].first_rank > 0
+
+
+def teachers_of(recipe: Recipe) -> dict[str, ModelConfig]:
+    """Every teacher by its domain, in the order in which all ranks go through them."""
+    return {"": recipe.teacher, **dict(sorted(recipe.teachers.items()))}
+
+
+def section_of(domain: str) -> str:
+    """The recipe's section of a domain's teacher."""
+    return f"teachers.{domain}" if domain else "teacher"
 
 
 def world_layout(recipe: Recipe, world_size: int) -> WorldLayout:
-    """Both grids over ``world_size`` ranks; ValueError where they do not divide."""
-    student, teacher = recipe.student, recipe.teacher
-    own = teacher_ranks(teacher)
-    if not own:
-        return WorldLayout(model_layout(student, world_size), model_layout(teacher, world_size))
-    rest = world_size - own
+    """All grids over ``world_size`` ranks; ValueError where they do not divide."""
+    own = {domain: teacher_ranks(teacher) for domain, teacher in teachers_of(recipe).items()}
+    rest = world_size - sum(own.values())
     if rest < 1:
         raise ValueError(
-            f"world size {world_size} leaves no rank to the student beside the teacher's {own}; "
-            f"start {least_world_size(student) + own} ranks"
+            f"world size {world_size} leaves no rank to the student beside its teachers' "
+            f"{sum(own.values())}; start {least_world_size(recipe.student) + sum(own.values())}"
         )
-    return WorldLayout(model_layout(student, rest), model_layout(teacher, own, first_rank=rest))
+    teachers, first_rank = {}, rest
+    for domain, teacher in teachers_of(recipe).items():
+        if own[domain]:
+            teachers[domain] = model_layout(teacher, own[domain], first_rank)
+            first_rank += own[domain]
+        else:
+            teachers[domain] = model_layout(teacher, rest)
+    return WorldLayout(model_layout(recipe.student, rest), teachers)
 
 
 def teacher_ranks(teacher: ModelConfig) -> int:
@@ -52,17 +74,21 @@ class Route:
     pairs: tuple[tuple[int, int], ...]  # (sender, receiver): global ranks, one for each receiver
 
 
-def routes(count: int, student: Layout, teacher: Layout) -> list[Route]:
+def routes(
+    count: int, student: Layout, teacher: Layout, taken: Callable[[int], bool] = lambda _: True
+) -> list[Route]:
     """Where each of ``count`` microbatches goes, in the order in which all ranks take them.
 
     First the first microbatch of every student replica, then the second of each: replicas advance
-    together, and no two ranks ever wait for each other. The teacher's replica ``r`` scores every
-    ``teacher.dp``-th of the list from ``r`` on.
+    together, and no two ranks ever wait for each other. Of several teachers each has the
+    microbatches for which ``taken`` is true; its replica ``r`` scores every ``teacher.dp``-th of
+    the list from ``r`` on.
     """
     share = count // student.dp
-    taken = [(dp, dp * share + at) for at in range(share) for dp in range(student.dp)]
+    turns = [(dp, dp * share + at) for at in range(share) for dp in range(student.dp)]
+    turns = [(dp, microbatch) for dp, microbatch in turns if taken(microbatch)]
     found = []
-    for place, (replica, microbatch) in enumerate(taken):
+    for place, (replica, microbatch) in enumerate(turns):
         senders = teacher.last_stage(place % teacher.dp)
         receivers = student.last_stage(replica)
         pairs = tuple(
@@ -74,56 +100,62 @@ def routes(count: int, student: Layout, teacher: Layout) -> list[Route]:
 
 
 def resolve_world_size(recipe: Recipe) -> int:
-    """``run.world_size``, or the least number of ranks that the layouts need: one that both divide,
-    and a separate teacher's on top of the student's."""
-    student, teacher = least_world_size(recipe.student), least_world_size(recipe.teacher)
-    own, asked = teacher_ranks(recipe.teacher), recipe.run.world_size
-    if own:
-        return _beside_a_teacher(asked, student, own)
-    least = math.lcm(student, teacher)
-    if asked % least:
+    """``run.world_size``, or the least number of ranks that the layouts need: one that the
+    student's and all colocated teachers' divide, and the separate teachers' on top of it."""
+    sizes = {"the student": least_world_size(recipe.student)}
+    own, asked = 0, recipe.run.world_size
+    for domain, teacher in teachers_of(recipe).items():
+        own += teacher_ranks(teacher)
+        if not teacher_ranks(teacher):
+            name = f"the teacher of {domain}" if domain else "the teacher"
+            sizes[name] = least_world_size(teacher)
+    least = math.lcm(*sizes.values())
+    if asked and (asked <= own or (asked - own) % least):
+        parts = " and of ".join(f"{name} ({size})" for name, size in sizes.items())
+        near = [own + max(1, (asked - own) // least + more) * least for more in (0, 1)]
+        beside = f"{own} ranks of separate teachers and " if own else ""
         raise ValueError(
-            f"run.world_size={asked} must be a multiple of tensor*pipeline parallel of the student "
-            f"({student}) and of the teacher ({teacher}); try "
-            f"{nearest_multiples(asked, least)}"
+            f"run.world_size={asked} must be {beside}a multiple of tensor*pipeline parallel of "
+            f"{parts}; try {' or '.join(str(size) for size in sorted(set(near)))}"
         )
-    return asked or least
-
-
-def _beside_a_teacher(asked: int, student: int, teacher: int) -> int:
-    rest = asked - teacher
-    if asked and (rest < 1 or rest % student):
-        near = [teacher + max(1, rest // student + more) * student for more in (0, 1)]
-        raise ValueError(
-            f"run.world_size={asked} must be the {teacher} ranks of the separate teacher and a "
-            f"multiple of the student's tensor*pipeline parallel={student}; try "
-            f"{' or '.join(str(size) for size in sorted(set(near)))}"
-        )
-    return asked or student + teacher
+    return asked or own + least
 
 
 def check_placement(recipe: Recipe) -> None:
-    """ValueError for a placement that names ranks which it cannot have."""
-    student, teacher = recipe.student, recipe.teacher
+    """ValueError for a placement that names ranks which it cannot have, and for teachers that no
+    prompt could name."""
+    student = recipe.student
     if student.placement != "colocated" or student.world_size:
         raise ValueError(
             f"student.placement={student.placement} and student.world_size={student.world_size} "
             "are settings of a teacher; leave them out, run.world_size counts all ranks"
         )
+    if bool(recipe.teachers) != bool(recipe.data.domain_column):
+        raise ValueError(
+            f"data.domain_column={recipe.data.domain_column!r} names each prompt's teacher, and "
+            f"teachers has {', '.join(sorted(recipe.teachers)) or 'none'}; give both or neither"
+        )
+    for domain, teacher in teachers_of(recipe).items():
+        if domain == "teacher":
+            raise ValueError("teachers.teacher: that is the name of the section teacher's; rename")
+        _check_teacher(recipe, teacher, section_of(domain))
+
+
+def _check_teacher(recipe: Recipe, teacher: ModelConfig, section: str) -> None:
     if teacher.world_size and teacher.placement == "colocated":
         raise ValueError(
-            f"teacher.world_size={teacher.world_size} needs teacher.placement=separate; a "
+            f"{section}.world_size={teacher.world_size} needs {section}.placement=separate; a "
             "colocated teacher is on the student's ranks"
         )
     if teacher.placement != "colocated" and not needs_teacher(recipe):
         raise ValueError(
-            f"teacher.placement={teacher.placement}, but no step of mode.name={recipe.mode.name} "
+            f"{section}.placement={teacher.placement}, but no step of mode.name={recipe.mode.name} "
             "asks the teacher; leave it colocated"
         )
     least = least_world_size(teacher)
     if teacher.world_size % least:
         raise ValueError(
-            f"teacher.world_size={teacher.world_size} must be a multiple of {least}, the ranks "
+            f"{section}.world_size={teacher.world_size} must be a multiple of {least}, the ranks "
             f"that hold its layout once; try {nearest_multiples(teacher.world_size, least)}"
         )
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.modes import needs_prompts, needs_written
+from megatron_prefix.placement import section_of, teachers_of
 from megatron_prefix.validate import ValidRun
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ def check_machine(run: ValidRun) -> None:
     from megatron_prefix.mcore.fp8 import refuse_machine
 
     recipe = run.recipe
-    for owner, model in (("student", recipe.student), ("teacher", recipe.teacher)):
+    teachers = {section_of(name): model for name, model in teachers_of(recipe).items()}
+    for owner, model in {"student": recipe.student, **teachers}.items():
         if model.fp8.format != "off":
             refuse_machine(model.fp8, owner)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -54,6 +56,7 @@ def check_data_sets(recipe: Recipe) -> None:
 def open_prompts(recipe: Recipe) -> "PromptStream":
     """The prompts to sample from, or, where none is sampled from, those of the written answers;
     ValueError as in :func:`check_data_sets`."""
+    from megatron_prefix.domains import domain_readers
     from megatron_prefix.prompts import PromptStream
     from megatron_prefix.teacher_prompts import teacher_readers
     from megatron_prefix.tokenizers import load_tokenizer
@@ -61,4 +64,5 @@ def open_prompts(recipe: Recipe) -> "PromptStream":
 
     data = recipe.data if needs_prompts(recipe) else written_data(recipe)
     tokenizer = load_tokenizer(recipe.student.hf_path)
-    return PromptStream(data, tokenizer, readers=teacher_readers(recipe, data, tokenizer))
+    readers = (*teacher_readers(recipe, data, tokenizer), *domain_readers(recipe))
+    return PromptStream(data, tokenizer, readers=readers)

@@ -106,7 +106,9 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return {
         key: value
         for key, value in _leaves(asdict(recipe))
-        if key not in OUTSIDE_IDENTITY and key.partition(".")[0] not in OUTSIDE_IDENTITY
+        if key not in OUTSIDE_IDENTITY
+        and key.partition(".")[0] not in OUTSIDE_IDENTITY
+        and not (key.startswith("teachers.") and key.rpartition(".")[2] in _PLACES)
     }
 
 

@@ -65,7 +65,7 @@ def _view(
 ) -> TeacherView:
     if isinstance(target, TopKTargets):
         return view_of_top_k(target, batch.labels, model.hf.shape.vocab_size)
-    head = objective.teacher_head
+    head = objective.head_of(batch.domain)
     assert head is not None
     return teacher_view(
         target.hidden,

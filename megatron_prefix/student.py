@@ -3,7 +3,7 @@
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,11 @@ class Objective:
     loss: LossConfig
     teacher_head: TeacherHead | None  # on the last stage; never for a teacher of top-k targets
     workspace: Workspace = field(default_factory=Workspace)
+    # Other teachers', by domain.
+    more_heads: Mapping[str, TeacherHead] = field(default_factory=dict)
+
+    def head_of(self, domain: str) -> TeacherHead | None:
+        return self.more_heads[domain] if domain else self.teacher_head
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,8 @@ def _divergence(
         target = next(waiting)
         result = _compare(model, batch, hidden, head, target, objective)
         assert result.label_logprobs is not None
-        seen.watch(result.kl, target, _heads(head, target, objective))
+        teacher_head = objective.head_of(batch.domain)
+        seen.watch(result.kl, target, _heads(head, target, teacher_head))
         seen.add(batch, result.loss.detach(), result.kl, result.label_logprobs)
         if isinstance(target, TeacherTargets) and len(batch.ends):
             theirs = _stop_logprobs(model, batch, target, objective)
@@ -201,7 +207,7 @@ def _stop_logprobs(
     model: MegatronModel, batch: PrefixBatch, target: TeacherTargets, objective: Objective
 ) -> Tensor:
     """The teacher's log-probabilities [E] of the stop tokens that ended rollouts."""
-    head, labels = objective.teacher_head, batch.labels[batch.ends]
+    head, labels = objective.head_of(batch.domain), batch.labels[batch.ends]
     assert head is not None
     result = prefix_cross_entropy(
         target.hidden[batch.ends],
@@ -214,10 +220,12 @@ def _stop_logprobs(
     return -result.kl
 
 
-def _heads(head: Tensor, target: Targets | None, objective: Objective) -> dict[str, Tensor]:
+def _heads(
+    head: Tensor, target: Targets | None, teacher_head: TeacherHead | None
+) -> dict[str, Tensor]:
     heads = {"the student's LM head": head}
-    if target is not None and objective.teacher_head is not None:
-        heads["the teacher's LM head"] = objective.teacher_head.weight
+    if target is not None and teacher_head is not None:
+        heads["the teacher's LM head"] = teacher_head.weight
     return heads
 
 
@@ -230,7 +238,7 @@ def _compare(
     objective: Objective,
 ) -> DivergenceResult:
     """The divergence from a teacher of either kind; without one the cross-entropy."""
-    loss, teacher_head = objective.loss, objective.teacher_head
+    loss, teacher_head = objective.loss, objective.head_of(batch.domain)
     settings: dict[str, Any] = {
         "tp_group": model.groups.pg.tp,
         "chunk_size": loss.chunk_size or None,

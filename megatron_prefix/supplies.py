@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_prefix.config import DataConfig, Recipe
+from megatron_prefix.domains import domain_readers
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.modes import needs_rollouts, needs_written
 from megatron_prefix.prefix import build_cut_off
@@ -59,4 +60,5 @@ def prompt_stream(
     recipe: Recipe, data: DataConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> PromptStream:
     """The prompts of ``data``, with the teacher's own where it reads others."""
-    return PromptStream(data, tokenizer, readers=teacher_readers(recipe, data, tokenizer))
+    readers = (*teacher_readers(recipe, data, tokenizer), *domain_readers(recipe))
+    return PromptStream(data, tokenizer, readers=readers)

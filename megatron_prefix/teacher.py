@@ -5,7 +5,7 @@ divergence meets both (docs/architecture.md). Where the trunk is, docs/teachers.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -16,16 +16,13 @@ from torch import Tensor
 
 from megatron_prefix.batch import MicrobatchPlan, pack, prefix_count
 from megatron_prefix.layout import Layout
+from megatron_prefix.mcore.groups import ModelGroups
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.schedule import run_schedule
 from megatron_prefix.mcore.weights import head_shard, load_hf_weights
-from megatron_prefix.placement import Route, WorldLayout, routes
+from megatron_prefix.placement import IN_FLIGHT, Route, WorldLayout, routes
 from megatron_prefix.types import PrefixBatch, Rollout, Targets, TeacherHead, TeacherTargets
-
-# Microbatches on their way from a separate teacher: what a rank keeps posted to receive, or to
-# send. One is used while the other comes in.
-IN_FLIGHT = 2
 
 
 class Teacher(Protocol):
@@ -37,6 +34,22 @@ class Teacher(Protocol):
         Collective over the teacher's and the student's ranks. Each is taken when its microbatch's
         divergence runs, and may come in no earlier.
         """
+
+
+class SeveralTeachers:
+    """Each microbatch's targets from the teacher of its domain."""
+
+    def __init__(self, teachers: Mapping[str, Teacher], student: ModelGroups) -> None:
+        self._teachers, self._student = dict(teachers), student
+
+    def targets(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> Iterator[Targets]:
+        by_domain = {
+            domain: iter(teacher.targets(rollouts, plan))
+            for domain, teacher in self._teachers.items()
+        }
+        groups = self._student
+        own = plan.of_replica(groups.dp_rank, groups.layout.dp) if groups.is_last_stage else ()
+        return (next(by_domain[plan.domain(microbatch)]) for microbatch in own)
 
 
 class TeacherLost(RuntimeError):
@@ -60,7 +73,7 @@ def load_teacher_head(
 def score_in_turn(
     model: MegatronModel,
     batches: Sequence[PrefixBatch],
-    on_hidden: Callable[[int, Tensor], None],
+    on_hidden: Callable[[int, Tensor], object],
 ) -> None:
     """Run the trunk over ``batches``; on its last stage ``on_hidden(index, hidden [N, d_t])`` gets
     each one's hidden states in turn, and nothing keeps them. Collective over the teacher."""
@@ -73,11 +86,30 @@ def score_in_turn(
     run_schedule(model, model.module, batches, on_prefix, forward_only=True)
 
 
+def own_turns(ways: Sequence[Route], groups: ModelGroups) -> list[Route]:
+    """What one of a teacher's replicas scores.
+
+    Replicas that share experts meet in every microbatch, so all have equally many: some score one
+    once more, which :func:`is_spare` tells.
+    """
+    replicas = groups.layout.dp
+    spare = -len(ways) % replicas if groups.layout.ep > 1 else 0
+    return [*ways, *[ways[0]] * spare][groups.dp_rank :: replicas] if ways else []
+
+
+def is_spare(index: int, ways: Sequence[Route], groups: ModelGroups) -> bool:
+    """Whether the ``index``-th of :func:`own_turns` is scored for nothing."""
+    return groups.dp_rank + index * groups.layout.dp >= len(ways)
+
+
 class ColocatedTeacher:
     """A Megatron teacher on the student's own ranks, in a layout of its own."""
 
-    def __init__(self, model: MegatronModel, student: Layout, device: torch.device) -> None:
+    def __init__(
+        self, model: MegatronModel, student: Layout, device: torch.device, domain: str = ""
+    ) -> None:
         self._model, self._student, self._device = model, student, device
+        self._domain = domain
         model.module.requires_grad_(False).eval()
 
     def reload(self, folder: Path) -> None:
@@ -86,13 +118,15 @@ class ColocatedTeacher:
 
     def targets(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> list[TeacherTargets]:
         groups = self._model.groups
-        ways = routes(len(plan), self._student, groups.layout)
-        mine = [way.microbatch for way in ways[groups.dp_rank :: groups.layout.dp]]
+        ways = routes(
+            len(plan), self._student, groups.layout, lambda m: plan.domain(m) == self._domain
+        )
+        mine = [way.microbatch for way in own_turns(ways, groups)]
         scored: dict[int, Tensor] = {}
         score_in_turn(
             self._model,
             [pack(rollouts, plan, m, self._device) for m in mine],
-            lambda index, hidden: scored.update({mine[index]: hidden}),
+            lambda index, hidden: scored.setdefault(mine[index], hidden),
         )
         return self._deliver(scored, ways, rollouts, plan)
 
@@ -140,6 +174,14 @@ class Link:
     device: torch.device
     dtype: torch.dtype  # of the hidden states: the teacher's params_dtype
     width: int  # d_t
+    domain: str = ""  # that the teacher teaches
+
+    def routes(self, plan: MicrobatchPlan) -> list[Route]:
+        """Of the teacher's microbatches."""
+        teacher = self.layout.teachers[self.domain]
+        return routes(
+            len(plan), self.layout.student, teacher, lambda m: plan.domain(m) == self.domain
+        )
 
 
 class SeparateTeacher:
@@ -155,10 +197,10 @@ class SeparateTeacher:
     def targets(
         self, rollouts: Sequence[Rollout], plan: MicrobatchPlan
     ) -> Iterator[TeacherTargets]:
-        rank, layout = dist.get_rank(), self._link.layout
+        rank = dist.get_rank()
         expected = [
             (way.microbatch, sender)
-            for way in routes(len(plan), layout.student, layout.teacher)
+            for way in self._link.routes(plan)
             for sender, receiver in way.pairs
             if receiver == rank
         ]
@@ -211,13 +253,14 @@ class TeacherRank:
     def score(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> None:
         """The other side of :meth:`SeparateTeacher.targets`; at most ``IN_FLIGHT`` microbatches
         are kept until they are received. Collective over the teacher."""
-        groups, layout = self._model.groups, self._link.layout
-        ways = routes(len(plan), layout.student, layout.teacher)
-        mine = ways[groups.dp_rank :: layout.teacher.dp]
+        groups, ways = self._model.groups, self._link.routes(plan)
+        mine = own_turns(ways, groups)
         batches = [pack(rollouts, plan, way.microbatch, self._link.device) for way in mine]
         outgoing: deque[list[tuple[dist.Work, Tensor]]] = deque()
 
         def send(index: int, hidden: Tensor) -> None:
+            if is_spare(index, ways, groups):
+                return
             outgoing.append(self._send(mine[index], hidden.contiguous()))
             while len(outgoing) > IN_FLIGHT:
                 _finish(outgoing.popleft())

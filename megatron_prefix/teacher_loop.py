@@ -20,10 +20,11 @@ class TeacherLoop:
         host_group: dist.ProcessGroup,
         train: TrainConfig,
         token_multiple: int,
+        student_replicas: int,
         beat: Callable[[str], None] = lambda doing: None,  # told what begins
     ) -> None:
-        self._teacher, self._host_group = teacher, host_group
-        self._train, self._token_multiple, self._beat = train, token_multiple, beat
+        self._teacher, self._host_group, self._train = teacher, host_group, train
+        self._packing, self._beat = (token_multiple, student_replicas), beat
 
     def train(self) -> bool:
         """Score what each order holds; True where the run is done, False where a signal ended it.
@@ -39,7 +40,7 @@ class TeacherLoop:
                 return False
             if order.rollouts and not order.supervised:
                 self._beat("teacher")
-                plan = microbatches(order, self._train, self._token_multiple)
+                plan = microbatches(order, self._train, *self._packing)
                 self._teacher.score(*as_teacher_reads(order.rollouts, plan))
 
 

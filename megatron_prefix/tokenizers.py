@@ -49,7 +49,7 @@ def load_tokenizer(hf_path: str) -> "PreTrainedTokenizerBase":
         raise ValueError(f"{hf_path} holds a tokenizer that cannot be read: {reason}") from error
 
 
-def check_same_tokenizer(student_path: str, teacher_path: str) -> None:
+def check_same_tokenizer(student_path: str, teacher_path: str, section: str = "teacher") -> None:
     """Raises ValueError where two folders' vocabularies differ.
 
     The divergence compares the two distributions id by id, so an id must mean one token in both.
@@ -61,8 +61,8 @@ def check_same_tokenizer(student_path: str, teacher_path: str) -> None:
         if ours != theirs:
             raise ValueError(
                 f"tokenizers differ first at id {place}: {_named(ours)} in student.hf_path="
-                f"{student_path}, {_named(theirs)} in teacher.hf_path={teacher_path}; "
-                f"distillation needs one vocabulary{_elsewhere(ours, teacher, 'teacher')}"
+                f"{student_path}, {_named(theirs)} in {section}.hf_path={teacher_path}; "
+                f"distillation needs one vocabulary{_elsewhere(ours, teacher, section)}"
                 f"{_elsewhere(theirs, student, 'student')}"
             )
 

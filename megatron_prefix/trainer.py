@@ -166,7 +166,8 @@ class Trainer:
         return self._parts.teacher.targets(*as_teacher_reads(order.rollouts, plan))
 
     def _plan(self, order: Order) -> MicrobatchPlan:
-        return microbatches(order, self._recipe.train, self._parts.token_multiple)
+        replicas = self._parts.student.model.groups.layout.dp
+        return microbatches(order, self._recipe.train, self._parts.token_multiple, replicas)
 
     def _own_batches(self, order: Order, plan: MicrobatchPlan) -> list[PrefixBatch]:
         groups = self._parts.student.model.groups

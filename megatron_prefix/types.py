@@ -25,6 +25,7 @@ class Prompt:
     input_ids: tuple[int, ...]  # [P]
     answer_ids: tuple[int, ...] = ()  # the written answer, where the data set has one
     teacher_ids: tuple[int, ...] = ()  # the teacher's prompt, where it is another one
+    domain: str = ""  # which of several teachers scores it; empty: the recipe's `teacher`
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Rollout:
     finish_reason: FinishReason
     policy_version: int  # of the weights that sampled the last token
     prompt_index: int
+    domain: str = ""  # its prompt's
     written: bool = False  # before the run: no server sampled it, and rollout_logprobs are NaN
     teacher_prompt_ids: tuple[int, ...] = ()  # what the teacher reads instead; empty: the same
 
@@ -57,6 +59,7 @@ class PrefixBatch:
     ends: "torch.Tensor"  # int64 [E], indices into N of the stop tokens that ended a rollout
     prefix_offsets: "torch.Tensor"  # int64 [N], 0 for a rollout's first sampled token; a window
     # of the loss leaves the first ones out
+    domain: str = ""  # of all its rollouts
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ No GPU is needed, no weight is read and nothing is fetched: ``plan`` stands on i
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -19,6 +19,8 @@ from megatron_prefix.placement import (
     check_placement,
     nearest_multiples,
     resolve_world_size,
+    section_of,
+    teachers_of,
     world_layout,
 )
 from megatron_prefix.prefix_checks import check_prefix
@@ -49,6 +51,7 @@ class ValidRun:
     world_size: int
     student: ValidModel
     teacher: ValidModel
+    more_teachers: dict[str, ValidModel] = field(default_factory=dict)  # by domain
 
 
 def validate(
@@ -68,16 +71,19 @@ def validate(
     check_data(recipe)
     world_size = resolve_world_size(recipe)
     world = world_layout(recipe, world_size)
-    layouts = {"student": world.student, "teacher": world.teacher}
-    student, teacher = (
-        _validate_model(recipe, owner, model, layouts[owner], read or read_model)
-        for owner, model in _models(recipe).items()
-    )
-    _check_batch(recipe, layouts)
+    read = read or read_model
+    student = _validate_model(recipe, "student", recipe.student, world.student, read)
+    teachers = {
+        domain: _validate_model(recipe, section_of(domain), teacher, world.teachers[domain], read)
+        for domain, teacher in teachers_of(recipe).items()
+    }
+    for domain, teacher in teachers.items():
+        _check_batch(recipe, student.layout, teacher.layout, section_of(domain))
+        if not sizes_only:
+            _check_tokenizers(recipe, student.hf, teacher, section_of(domain))
     if not sizes_only:
-        _check_tokenizers(recipe, min(m.hf.shape.vocab_size for m in (student, teacher)))
         _check_first_weights(recipe, student.hf)
-    return ValidRun(recipe, world_size, student, teacher)
+    return ValidRun(recipe, world_size, student, teachers.pop(""), teachers)
 
 
 def _check_first_weights(recipe: Recipe, student: "HfModel") -> None:
@@ -85,10 +91,6 @@ def _check_first_weights(recipe: Recipe, student: "HfModel") -> None:
         from megatron_prefix.mcore.steps import check_saved_weights
 
         check_saved_weights(student, recipe.checkpoint.load)
-
-
-def _models(recipe: Recipe) -> dict[str, ModelConfig]:
-    return {"student": recipe.student, "teacher": recipe.teacher}
 
 
 def _check_run(recipe: Recipe) -> None:
@@ -142,9 +144,12 @@ def _check_rollout(recipe: Recipe) -> None:
         )
 
 
-def _check_batch(recipe: Recipe, layouts: dict[str, Layout]) -> None:
+def _check_batch(recipe: Recipe, student: Layout, teacher: Layout, section: str) -> None:
     """Every replica takes equally many microbatches; the teacher scores the student's."""
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    layouts = {"student": student, section: teacher}
+    if recipe.teachers:  # a step's microbatches are shared out by domain as they come
+        del layouts[section]
     least = math.lcm(
         recipe.rollout.samples_per_prompt, *(micro * layout.dp for layout in layouts.values())
     )
@@ -316,15 +321,19 @@ def _check_precision(hf: "HfModel", model: ModelConfig, owner: str) -> None:
             )
 
 
-def _check_tokenizers(recipe: Recipe, smallest_vocab: int) -> None:
+def _check_tokenizers(
+    recipe: Recipe, student: "HfModel", teacher: ValidModel, section: str
+) -> None:
     from megatron_prefix.stop_tokens import check_stop_tokens
     from megatron_prefix.tokenizers import check_same_tokenizer, load_tokenizer
 
-    check_same_tokenizer(recipe.student.hf_path, recipe.teacher.hf_path)
-    check_stop_tokens(recipe)
-    largest = max(load_tokenizer(recipe.student.hf_path).get_vocab().values())
-    if largest >= smallest_vocab:
+    path = recipe.student.hf_path
+    check_same_tokenizer(path, teacher.config.hf_path, section)
+    check_stop_tokens(replace(recipe, teacher=teacher.config))
+    largest = max(load_tokenizer(path).get_vocab().values())
+    smallest = min(student.shape.vocab_size, teacher.hf.shape.vocab_size)
+    if largest >= smallest:
         raise ValueError(
-            f"the tokenizer of student.hf_path={recipe.student.hf_path} has id {largest} and the "
-            f"smaller vocabulary has {smallest_vocab} rows; give checkpoints that know every token"
+            f"the tokenizer of student.hf_path={path} has id {largest} and the "
+            f"smaller vocabulary has {smallest} rows; give checkpoints that know every token"
         )

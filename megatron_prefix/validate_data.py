@@ -63,5 +63,7 @@ def _check_refresh(recipe: Recipe) -> None:
         ours, theirs = getattr(student, key), getattr(teacher, key)
         if ours != theirs:
             raise ValueError(f"{named} needs teacher.{key}={ours}, the student's, not {theirs}")
+    if recipe.teachers:
+        raise ValueError(f"{named} copies into the one teacher; leave teachers out")
     if recipe.stop_tokens.teacher_ids:
         raise ValueError(f"{named}: the teacher is the student; leave stop_tokens.teacher_ids out")

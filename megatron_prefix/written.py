@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.config import DataConfig, Recipe
 from megatron_prefix.data_source import Row, open_source, require_columns
+from megatron_prefix.domains import domain_readers
 from megatron_prefix.prompts import PromptStream
 from megatron_prefix.teacher_prompts import teacher_readers
 from megatron_prefix.types import Prompt, Rollout
@@ -115,7 +116,7 @@ class WrittenSource:
         self._prompts = PromptStream(
             data,
             tokenizer,
-            readers=(reader, *teacher_readers(recipe, data, tokenizer)),
+            readers=(reader, *teacher_readers(recipe, data, tokenizer), *domain_readers(recipe)),
             section=_section(recipe),
         )
 
@@ -133,6 +134,7 @@ class WrittenSource:
             finish_reason="stop" if ids[-1] in self._stop_token_ids else "length",
             policy_version=policy_version,
             prompt_index=prompt.index,
+            domain=prompt.domain,
             written=True,
             teacher_prompt_ids=prompt.teacher_ids,
         )

@@ -6,6 +6,7 @@ Usage: tools/config_table.py [--check]      --check: write nothing, exit 1 where
 import ast
 import inspect
 import io
+import re
 import sys
 import tokenize
 from collections.abc import Iterator, Mapping
@@ -75,7 +76,11 @@ def sections(source: ConfigSource) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for field in source.classes["Recipe"].body:
         if isinstance(field, ast.AnnAssign):
-            found.setdefault(ast.unparse(field.annotation), []).append(ast.unparse(field.target))
+            kind, key = ast.unparse(field.annotation), ast.unparse(field.target)
+            named = re.fullmatch(r"dict\[str, (\w+)\]", kind)
+            found.setdefault(named[1] if named else kind, []).append(
+                f"{key}.NAME" if named else key
+            )
     return found
 
 

@@ -41,11 +41,19 @@ class Ledger:
     """Sums of the run so far. ``measure`` is pure; ``add`` enters a step, summed over all ranks."""
 
     def __init__(
-        self, student: ModelShape, teacher: ModelShape, max_length: int, *, teacher_heads: int = 1
+        self,
+        student: ModelShape,
+        teacher: ModelShape,
+        max_length: int,
+        more_teachers: Mapping[str, ModelShape] | None = None,
+        *,
+        teacher_heads: int = 1,
     ) -> None:
-        """``teacher_heads``: how often a step applies the teacher's LM head to its positions; the
-        counterfactual does so once."""
-        self._student, self._teacher, self._max_length = student, teacher, max_length
+        """``more_teachers``: by the domain of the rollouts that they score. ``teacher_heads``: how
+        often a step applies a teacher's LM head to its positions; the counterfactual does so
+        once."""
+        self._student, self._max_length = student, max_length
+        self._teachers = {"": teacher, **(more_teachers or {})}
         self._more_heads = teacher_heads - 1
         self._total = StepCost()
 
@@ -67,7 +75,7 @@ class Ledger:
             by_itself = rollout.finish_reason == "stop"
             full = prefix if by_itself else max(prefix, self._max_length)
             cost = self._flops(rollout, prefix, loss_start)
-            heads = head_flops(self._teacher, max(prefix - loss_start, 0))
+            heads = head_flops(self._teachers[rollout.domain], max(prefix - loss_start, 0))
             spent = Flops(
                 rollout=0.0 if rollout.written else cost.rollout,
                 teacher=0.0 if supervised else cost.teacher + self._more_heads * heads,
@@ -82,7 +90,7 @@ class Ledger:
         its own."""
         prompt = len(rollout.prompt_ids)
         own = len(rollout.teacher_prompt_ids) or prompt
-        models = self._student, self._teacher
+        models = self._student, self._teachers[rollout.domain]
         cost = rollout_flops(*models, prompt, prefix_tokens, loss_start)
         if own == prompt:
             return cost
@@ -102,7 +110,7 @@ class Ledger:
 
     def measure_answers(self, lengths: Iterable[tuple[int, int]]) -> Flops:
         """What evaluated answers cost, given as (prompt, sampled) tokens: the sampler's part."""
-        costs = (rollout_flops(self._student, self._teacher, *pair) for pair in lengths)
+        costs = (rollout_flops(self._student, self._teachers[""], *pair) for pair in lengths)
         return Flops(rollout=sum(cost.rollout for cost in costs))
 
     def add(self, cost: StepCost) -> None:

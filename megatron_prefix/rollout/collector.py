@@ -259,6 +259,7 @@ def _usable(
             policy_version=generation.policy_version,
             prompt_index=job.prompt.index,
             teacher_prompt_ids=job.prompt.teacher_ids,
+            domain=job.prompt.domain,
         )
         for job, generation in zip(jobs, generations, strict=True)
         if _finished(generation)

@@ -5,6 +5,7 @@ as the server computed them, so that a replayed step is the recorded one to the 
 """
 
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,6 +77,8 @@ def _arrays(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
         "written": each([rollout.written for rollout in rollouts], np.int8),
         "teacher_prompt_ids": flat([r.teacher_prompt_ids for r in rollouts], np.int32),
         "teacher_prompt_lengths": each([len(r.teacher_prompt_ids) for r in rollouts], np.int32),
+        # Names as the bytes of a JSON list: safetensors holds numbers alone.
+        "domains": np.frombuffer(json.dumps([r.domain for r in rollouts]).encode(), np.uint8),
     }
 
 
@@ -93,8 +96,9 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
             prompt_index=index,
             written=bool(written),
             teacher_prompt_ids=tuple(teacher_prompt),
+            domain=domain,
         )
-        for prompt, prefix, logprob, reason, version, index, written, teacher_prompt in zip(
+        for prompt, prefix, logprob, reason, version, index, written, teacher_prompt, domain in zip(
             prompts,
             prefixes,
             logprobs,
@@ -103,6 +107,7 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
             arrays["prompt_indices"].tolist(),
             arrays["written"].tolist(),
             _cut(arrays["teacher_prompt_ids"], arrays["teacher_prompt_lengths"]),
+            json.loads(arrays["domains"].tobytes()),
             strict=True,
         )
     ]

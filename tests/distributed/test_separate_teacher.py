@@ -93,11 +93,11 @@ def train_to(recipe: Recipe, stop_after: int) -> bool:
         return share.train()
 
 
-def trained(recipe: Recipe, stop_after: int = STEPS + 1) -> Seen:
+def trained(recipe: Recipe, stop_after: int = STEPS + 1, steps: int = STEPS) -> Seen:
     """What the run's log holds after it, on as many ranks as the recipe needs."""
     world_size = validate(recipe).world_size
     finished = run_ranks(world_size, train_to, recipe, stop_after)
-    assert finished == [stop_after > STEPS] * world_size
+    assert finished == [stop_after > steps] * world_size
     lines = Path(recipe.run.output_dir, recipe.run.name, METRICS).read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return Seen([r["loss"] for r in records], [r["grad_norm"] for r in records])
@@ -150,7 +150,7 @@ def test_experts_of_a_separate_teacher_share_their_ranks(root: Path) -> None:
 
 def wait_for_nothing() -> str:
     """On the student's rank: the error where the teacher's, rank 1, is there and never sends."""
-    layout = WorldLayout(Layout(1, 1, 1), Layout(1, 1, 1, first_rank=1))
+    layout = WorldLayout(Layout(1, 1, 1), {"": Layout(1, 1, 1, first_rank=1)})
     group = dist.new_group(timeout=timedelta(seconds=1))
     message = ""
     if dist.get_rank() == 0:

@@ -59,6 +59,8 @@ def settings(section: object, above: str = "") -> list[str]:
     for field in fields(section):  # type: ignore[arg-type]
         value = getattr(section, field.name)
         name = "" if isinstance(section, Recipe) else f"{above}{field.name}"
+        if field.name == "teachers":  # named by the user; in the table of its class
+            continue
         if is_dataclass(value):
             keys += settings(value, f"{name}." if name else "")
         else:

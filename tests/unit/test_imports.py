@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report_arguments",
     )
     + ("metrics_page", "slow_phases", "step_times", "watchdog")
-    + ("placement", "sources", "written", "evaluate", "pass_at_k", "eval_run")
+    + ("placement", "domains", "sources", "written", "evaluate", "pass_at_k", "eval_run")
     + ("teacher_prompts", "write_answers", "stop_tokens"),
     ("alarms", "prefix_checks", "token_weights"),
     ("mcore",),
@@ -47,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("teacher", "student", "agreement", "token_kl", "reweigh", "publisher"),
     ("lagged",),
     ("conductor", "step_metrics", "trainer", "teacher_loop"),
-    ("supplies", "assemble", "worker"),
+    ("supplies", "world", "assemble", "worker"),
     ("agent",),
     ("launch_arguments", "launch", "launcher", "die_with_parent"),
     ("advise_job",),
@@ -80,6 +80,7 @@ NEEDS_MEGATRON += (
     "lagged",
     "reweigh",
     "teacher_loop",
+    "world",
 )
 WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "limits", "plan")
 WITHOUT_TORCH += (

@@ -46,7 +46,7 @@ def test_the_student_has_the_first_ranks_and_the_teacher_the_last(
     recipe = replace(recipe, teacher=replace(recipe.teacher, world_size=own))
     assert resolve_world_size(recipe) == world
     found = world_layout(recipe, world)
-    assert found.separate
+    assert found.separate()
     assert (found.student.dp, found.teacher.dp) == (student_dp, teacher_dp)
     assert [*found.student.ranks, *found.teacher.ranks] == list(range(world))
 
@@ -54,13 +54,13 @@ def test_the_student_has_the_first_ranks_and_the_teacher_the_last(
 def test_colocated_models_share_every_rank() -> None:
     recipe = a_recipe(placement="colocated")
     found = world_layout(recipe, resolve_world_size(recipe))
-    assert not found.separate
+    assert not found.separate()
     assert list(found.student.ranks) == list(found.teacher.ranks) == list(range(6))
 
 
 @pytest.mark.parametrize(("asked", "remedy"), [(6, "try 5 or 7"), (3, "try 5"), (4, "try 5")])
 def test_ranks_that_the_student_cannot_share_name_those_it_can(asked: int, remedy: str) -> None:
-    with pytest.raises(ValueError, match=rf"run.world_size={asked} must be the 3 ranks .*{remedy}"):
+    with pytest.raises(ValueError, match=rf"run.world_size={asked} must be 3 ranks .*{remedy}"):
         resolve_world_size(a_recipe(world_size=asked))
 
 

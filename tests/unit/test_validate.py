@@ -30,7 +30,7 @@ from tests.tiny_models import write_tiny_llama, write_tiny_mixtral, write_tiny_q
 
 TEXTS_OF_THE_USER = (
     "run.name run.output_dir student.hf_path teacher.hf_path data.path data.name data.split "
-    "data.prompt_column data.system_prompt mode.written.path mode.written.name "
+    "data.prompt_column data.domain_column data.system_prompt mode.written.path mode.written.name "
     "mode.written.split mode.written.prompt_column mode.written.answer_column "
     "mode.teacher_prompt.template mode.teacher_prompt.system_prompt "
     "prefix.policy rollout.replay rollout.api_key_file checkpoint.load "
