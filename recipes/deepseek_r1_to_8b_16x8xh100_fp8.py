@@ -2,8 +2,9 @@
 
 Sixteen machines of eight H100: eight hold the teacher, four the student, four serve. The student is
 one with Qwen3-8B's layers and the 129,280 tokens of DeepSeek-V3: no such checkpoint is published,
-the folder is yours to give. The teacher's folder is R1 as it is published, its FP8 blocks dequantised
-as they are read, or R1 in bf16; its trunk computes in FP8, in blocks of 128x128 as R1 was trained. The layout is by ``megatron-prefix plan``, not by a run.
+the folder is yours to give. The teacher's folder is R1 as it is published, its FP8 blocks
+dequantised as they are read, or R1 in bf16; its trunk computes in FP8, in blocks of 128x128 as R1
+was trained. The layout is by ``megatron-prefix plan``, not by a run.
 """
 
 from megatron_prefix.cluster import Cluster
