@@ -72,6 +72,7 @@ def measure(folder: Path, model: Path, saves: int) -> tuple[list[Row], int]:
     )
     load_hf_weights(student)
     trainable = make_trainable(student, OptimizerConfig(), 100)
+    trainable.update()  # Adam's moments are made by the first one
     settings = CheckpointConfig(keep_last=1)
     savers = {
         kind: Checkpointer(folder / kind, trainable, replace(settings, async_save=asynchronous))

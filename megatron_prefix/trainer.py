@@ -305,6 +305,8 @@ class Trainer:
                 return order
 
     def _save(self, *, wait: bool) -> None:
+        if self._step == 0:  # nothing was trained, and Adam's moments are not there yet
+            return
         self._begins("save")
         if self._saved_step == self._step:  # by its interval, just now
             self._finalize_save(wait=wait)
