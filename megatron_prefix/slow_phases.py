@@ -28,6 +28,7 @@ class StepTimes:
     seconds: np.ndarray  # float64 [R, P]
     stood_still: np.ndarray  # float64 [R]: seconds that the process was not let run
     work: np.ndarray  # float64 [R]: seconds that the fixed piece of work took
+    prefix_length: int = 0  # steps of half to twice of it are compared
 
 
 class SlowPhases:
@@ -35,7 +36,7 @@ class SlowPhases:
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self._hosts = hosts
-        self._history: dict[str, deque[float]] = {}
+        self._history: dict[str, deque[tuple[int, float]]] = {}
         self._slow_work = [0] * len(hosts)  # steps in a row
         self._silent_until = 0
 
@@ -45,8 +46,10 @@ class SlowPhases:
         for place, phase in enumerate(times.phases):
             took = float(times.seconds[:, place].max())
             history = self._history.setdefault(phase, deque(maxlen=_HISTORY))
-            usual = float(np.median(history)) if len(history) >= _FEWEST else float("inf")
-            history.append(took)
+            length = times.prefix_length
+            alike = [s for other, s in history if other <= 2 * length and length <= 2 * other]
+            usual = float(np.median(alike)) if len(alike) >= _FEWEST else float("inf")
+            history.append((length, took))
             if took > _FACTOR * usual and took - usual > max(_LEAST_S, slowest[0]):
                 words = f"{phase} took {took:.2f} s, {took / usual:.1f} times its median"
                 slowest = (took - usual, f"{words}: {self._culprit(times, place, took - usual)}")

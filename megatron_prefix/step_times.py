@@ -20,7 +20,11 @@ def gather_hosts() -> list[str]:
 
 
 def gather_times(
-    seconds: dict[str, float], stood_still: float, work: float, device: torch.device
+    seconds: dict[str, float],
+    stood_still: float,
+    work: float,
+    prefix_length: int,
+    device: torch.device,
 ) -> StepTimes | None:
     """This rank's ``seconds`` by phase with the others'; on rank 0 alone. Collective over the
     default group, whose ranks all have the same phases."""
@@ -31,7 +35,7 @@ def gather_times(
     if rows is None:
         return None
     table = np.stack([row.cpu().numpy() for row in rows])
-    return StepTimes(tuple(seconds), table[:, :-2], table[:, -2], table[:, -1])
+    return StepTimes(tuple(seconds), table[:, :-2], table[:, -2], table[:, -1], prefix_length)
 
 
 def time_work(device: torch.device) -> float:

@@ -198,19 +198,20 @@ class Trainer:
         sampled_version = self._policy_version - update.updated
         metrics = step_metrics(self._step, order, sums, update, lr, sampled_version)
         metrics = replace(metrics, effective_share=weighted.effective_share)
-        self._judge_times(phases)
+        self._judge_times(phases, order.prefix_length)
         if self._parts.conductor:
             metrics = self._parts.conductor.record(metrics, order, phases)
         self._stop_on_trouble(metrics, sums)
         return metrics
 
-    def _judge_times(self, phases: Phases) -> None:
+    def _judge_times(self, phases: Phases, length: int) -> None:
         """Say in a line where a phase was far slower than usual, and on which rank."""
         parts = self._parts
         times = gather_times(
             phases.seconds(),
             parts.watchdog.stood_still(),
             time_work(parts.device),
+            length,
             parts.device,
         )
         if times is not None and parts.conductor:

@@ -1,5 +1,7 @@
 """Verdicts on made-up times: which phase, how much slower, and whose fault."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -70,3 +72,14 @@ def test_a_lone_rank_has_nobody_to_be_compared_with() -> None:
         judge.judge(step, StepTimes(("student",), np.array([[1.0]]), np.zeros(1), np.ones(1)))
     line = judge.judge(6, StepTimes(("student",), np.array([[9.0]]), np.zeros(1), np.ones(1)))
     assert line == "student took 9.00 s, 9.0 times its median: on rank 0 (here)"
+
+
+def test_a_longer_prefix_takes_longer_and_is_compared_with_its_like() -> None:
+    judge, lines = SlowPhases(HOSTS), []
+    for step in range(80):
+        long = step % 8 == 7
+        each = times([0.5] * 3, rollout=6.0 if long else 1.0)
+        lines.append(judge.judge(step, replace(each, prefix_length=75 if long else 9)))
+    assert lines == [""] * 80
+    slow = replace(times([0.5] * 3, rollout=20.0), prefix_length=75)
+    assert "rollout took 20.00 s, 3.3 times its median" in judge.judge(80, slow)
