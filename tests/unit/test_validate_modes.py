@@ -83,6 +83,9 @@ def test_a_teacher_that_follows_the_student_must_begin_as_the_student(
     assert "needs teacher.params_dtype=fp32, the student's, not bf16" in told
     told = refusal(changed(recipe, tmp_path, follows, own, "mode.name=sft"))
     assert "no step of mode.name=sft asks a teacher" in told
+    followed = changed(recipe, tmp_path, follows, own, "data.domain_column=domain")
+    told = refusal(replace(followed, teachers={"maths": followed.teacher}))
+    assert "copies into the one teacher; leave teachers out" in told
 
 
 def test_a_replay_needs_no_written_answers(recipe: Recipe, tmp_path: Path) -> None:
