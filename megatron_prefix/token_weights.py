@@ -75,7 +75,9 @@ def change_point(signal: Tensor, least: int, strength: float) -> int:
     gain = gain.where(before > 0.0, -1.0)  # downward alone
     best = int(gain.argmax())
     whole, won = float(centred.square().sum()), float(gain[best])
-    if won <= 0.0 or whole <= 0.0:
+    # What a constant signal differs by from its own mean is rounding, not a shift.
+    rounding = 4.0 * torch.finfo(signal.dtype).eps * float(signal.abs().max())
+    if won <= 0.0 or whole <= n * rounding**2:
         return n
     left = max(whole - won, 1e-12 * whole)
     criterion = n * torch.log(torch.tensor(whole / left, dtype=torch.float64))

@@ -1,5 +1,5 @@
-"""For all tests: ranks are forked from this process, and a fork that uses OpenMP's threads after its
-parent has used them hangs. Processes that tests start anew keep what a user would have."""
+"""For all tests: ranks are forked from this process, and a fork hangs that uses OpenMP's threads
+after its parent has used them. Processes that tests start anew keep what a user would have."""
 
 import torch
 

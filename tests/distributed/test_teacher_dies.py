@@ -49,6 +49,7 @@ def prepared(folder: Path) -> list[str]:
         "train.global_batch_size=8",
         "train.micro_batch_size=2",
         "log.tensorboard=false",
+        "run.max_restarts=0",
     ]
 
 

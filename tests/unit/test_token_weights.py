@@ -47,6 +47,13 @@ def test_tokens_that_no_server_sampled_have_not_drifted() -> None:
     assert raw_weights(config, offsets, student, teacher, teacher).tolist() == [1.0, 1.0, 1.0]
 
 
+def test_a_constant_signal_has_no_change_point() -> None:
+    """Its mean differs from it by a rounding."""
+    constant = torch.full((3,), 1.7761092802526828, dtype=torch.float64)
+    assert constant.mean() != constant[0]
+    assert change_point(constant, 1, 1.0) == 3
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(0.0, 4.0), min_size=1, max_size=40), st.integers(1, 8))
 def test_a_change_point_is_the_best_of_all_downward_splits(signal: list[float], least: int) -> None:
