@@ -55,10 +55,21 @@ def story(virtual_slurm: VirtualSlurm, job: Job) -> Story:
         interrupt(virtual_slurm, seen.number)
         virtual_slurm.wait_for_restart(seen.number, restarts, PATIENCE_S)
         seen.steps.append(len(job.records("story")))
-        virtual_slurm.run("scontrol", "update", f"JobId={seen.number}", "TimeLimit=60")
+        wait_until(lambda: given_an_hour(virtual_slurm, seen.number), "a limit", PATIENCE_S)
     seen.states.append(virtual_slurm.wait_for_end(seen.number, PATIENCE_S))
     seen.output = (job.root.parent / "story.out").read_text()
     return seen
+
+
+def given_an_hour(slurm: VirtualSlurm, number: int) -> bool:
+    """False while Slurm still takes the job that it requeues for one that has ended."""
+    try:
+        slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=60")
+    except RuntimeError as error:
+        if "already finished" not in str(error):
+            raise
+        return False
+    return True
 
 
 def meet_time_limit(slurm: VirtualSlurm, number: int) -> None:
