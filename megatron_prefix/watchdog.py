@@ -9,6 +9,7 @@ them a little later; the first shows by the lack of its file.
 import faulthandler
 import itertools
 import logging
+import math
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ _TICK_S = 0.25
 _LATE_S = 1.0  # a tick that comes this much later: the rank was not let run
 _SHARE_S = 5.0  # for the other ranks to see the mark and to write their stacks
 _BACKUP_S = 30.0  # after which the C timer takes over
+_REARM_S = 1.0  # the timer is a thread, made anew each time: not for each of a short step's phases
 _MARK = "hang"
 
 
@@ -37,6 +39,7 @@ class Watchdog:
         self._file = (self._folder / f"rank_{rank}.txt").open("w")
         self._doing, self._since = "start", time.monotonic()
         self._started_at = time.time()
+        self._armed_at = -math.inf
         self._stood_still = 0.0
         self._closed = threading.Event()
 
@@ -53,8 +56,10 @@ class Watchdog:
     def beat(self, doing: str) -> None:
         """``doing`` begins now."""
         self._doing, self._since = doing, time.monotonic()
-        later = self._timeout_s + _BACKUP_S
-        faulthandler.dump_traceback_later(later, exit=True, file=self._file)
+        if self._since - self._armed_at >= _REARM_S:
+            self._armed_at = self._since
+            later = self._timeout_s + _BACKUP_S
+            faulthandler.dump_traceback_later(later, exit=True, file=self._file)
 
     def stood_still(self) -> float:
         """Seconds since the last call in which this process was not let run: stopped, or on a

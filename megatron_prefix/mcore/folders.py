@@ -26,7 +26,12 @@ def start_folder(final: Path) -> Path:
 def finish_folder(final: Path) -> None:
     """Put what was written for ``final`` in its place. At every moment either the old or the new
     folder is whole on the disk."""
-    partial, old = final.with_name(final.name + PARTIAL), final.with_name(final.name + OLD)
+    put_in_place(final.with_name(final.name + PARTIAL), final, final.with_name(final.name + OLD))
+
+
+def put_in_place(partial: Path, final: Path, old: Path) -> None:
+    """``partial`` becomes ``final``; one that was there waits as ``old`` until it has."""
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     partial.rename(final)

@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_prefix.mcore import folders
+
 RUN_STATE = "run_state.json"
 PARTIAL, DAMAGED, REMOVING = ".partial", ".damaged", ".removing"
 _MANIFEST = "integrity.json"  # Megatron's, of SHA-256 sums
@@ -53,12 +55,7 @@ def drop(folder: Path) -> None:
 
 def put_in_place(partial: Path, final: Path) -> None:
     """``partial`` becomes ``final``; one that was there goes only after."""
-    old = final.with_suffix(REMOVING)
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    folders.put_in_place(partial, final, final.with_suffix(REMOVING))
 
 
 def set_aside(folder: Path) -> None:

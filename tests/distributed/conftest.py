@@ -1,5 +1,19 @@
-"""Adapts Megatron to the CPU before any test file imports it."""
+"""Adapts Megatron to the CPU before any test file imports it; a student and a teacher for many."""
+
+from pathlib import Path
+
+import pytest
 
 from megatron_prefix.mcore.cpu import adapt_to_cpu
+from tests.tiny_models import write_tiny_qwen3
 
 adapt_to_cpu()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A student of two layers, and a wider teacher."""
+    root = tmp_path_factory.mktemp("models")
+    sizes = {"vocab_size": 62, "num_key_value_heads": 4}
+    student = write_tiny_qwen3(root / "student", num_hidden_layers=2, **sizes)
+    return student, write_tiny_qwen3(root / "teacher", hidden_size=96, seed=3, **sizes)

@@ -20,15 +20,6 @@ from tests.distributed.world import (
     model_config,
     rollouts,
 )
-from tests.tiny_models import write_tiny_qwen3
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("models")
-    sizes = {"vocab_size": 62, "num_key_value_heads": 4}
-    student = write_tiny_qwen3(root / "student", num_hidden_layers=2, **sizes)
-    return student, write_tiny_qwen3(root / "teacher", hidden_size=96, seed=3, **sizes)
 
 
 def with_teacher_prompts() -> list[Rollout]:

@@ -18,20 +18,11 @@ from tests.distributed.world import (
     model_config,
     rollouts,
 )
-from tests.tiny_models import write_tiny_qwen3
 
 # The prefixes have 1 to 17 tokens: with the second window most microbatches hold nothing to score.
 STARTS = (6, 16)
 FINAL_NORM = "decoder.final_layernorm.weight"
 FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("models")
-    sizes = {"vocab_size": 62, "num_key_value_heads": 4}
-    student = write_tiny_qwen3(root / "student", num_hidden_layers=2, **sizes)
-    return student, write_tiny_qwen3(root / "teacher", hidden_size=96, seed=3, **sizes)
 
 
 def windowed_step(world: World, start: int) -> PrefixSums:
