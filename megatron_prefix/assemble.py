@@ -48,6 +48,7 @@ from megatron_prefix.watchdog import Watchdog
 from megatron_prefix.world import (
     build_objective,
     build_teacher,
+    collective_timeout,
     join,
     load_model,
     teacher_loop,
@@ -74,7 +75,7 @@ def assemble(
     Collective; ``endpoints`` are rank 0's.
     """
     with contextlib.ExitStack() as stack:
-        initialize_megatron(recipe.train.seed)
+        initialize_megatron(recipe.train.seed, collective_timeout(recipe))
         world = join(recipe)
         # Below the collectives' own timeout, which ends a rank without its stacks.
         patience_s = _WATCHDOG_SHARE * recipe.run.distributed_timeout_s

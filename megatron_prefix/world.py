@@ -49,22 +49,28 @@ class World:
 def join(recipe: Recipe) -> World:
     """Every group, in one order on all ranks."""
     layout = world_layout(recipe, dist.get_world_size())
-    student, host_group = create_groups(layout.student), dist.new_group(backend="gloo")
+    timeout = collective_timeout(recipe)
+    student = create_groups(layout.student, timeout)
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(host_group, dist.ProcessGroup)  # every rank is a member
     teachers, links = {}, {}
     for domain, teacher in teachers_of(recipe).items():
-        groups = create_groups(layout.teachers[domain])
+        groups = create_groups(layout.teachers[domain], timeout)
         if groups is not None:
             teachers[domain] = groups
         if layout.separate(domain):
             # A teacher that does not answer ends the run after this long.
-            timeout = timedelta(seconds=recipe.run.distributed_timeout_s)
             group = dist.new_group(timeout=timeout)
             assert isinstance(group, dist.ProcessGroup)
             width = read_hf_model(teacher.hf_path).shape.hidden_size
             dtype = DTYPES[teacher.params_dtype]
             links[domain] = Link(group, layout, this_device(), dtype, width, domain)
     return World(student, teachers, host_group, links, layout, this_device())
+
+
+def collective_timeout(recipe: Recipe) -> timedelta:
+    """How long a rank waits for the others in any group but that with the servers."""
+    return timedelta(seconds=recipe.run.distributed_timeout_s)
 
 
 def teacher_loop(recipe: Recipe, world: World, beat: Callable[[str], None]) -> TeacherLoop:

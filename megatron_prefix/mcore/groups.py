@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.constants import default_pg_timeout
 
 from megatron_prefix.layout import Layout
 
@@ -42,9 +44,16 @@ class ModelGroups:
         return self.is_last_stage and self.tp_rank == 0
 
 
-def initialize_megatron(seed: int) -> None:
-    """Megatron's process-wide state that explicit groups do not replace: buffers and RNG."""
-    parallel_state.initialize_model_parallel()
+def initialize_megatron(seed: int, timeout: timedelta = default_pg_timeout) -> None:
+    """Megatron's process-wide state that explicit groups do not replace: buffers and RNG.
+
+    ``timeout`` is that of the process-wide groups' collectives, which nothing of ours asks for.
+    """
+    parallel_state.initialize_model_parallel(
+        # Megatron makes a timedelta of it, which takes parts of a minute as well.
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
+        create_gloo_process_groups=False,  # nothing asks for them, and one would ignore the timeout
+    )
     model_parallel_cuda_manual_seed(seed)
 
 
@@ -56,12 +65,15 @@ def build_groups(layout: Layout) -> ModelGroups:
     return groups
 
 
-def create_groups(layout: Layout) -> ModelGroups | None:
+def create_groups(layout: Layout, timeout: timedelta = default_pg_timeout) -> ModelGroups | None:
     """Create every group of ``layout``; None on a rank that is not in it. Collective over the
-    world: all ranks call it for the same layouts in the same order."""
+    world: all ranks call it for the same layouts in the same order.
+
+    A collective in them that is not over after ``timeout`` ends its rank (NCCL) or raises (gloo).
+    """
     sizes = [layout.tp, 1, layout.dp, layout.pp]
     grid = HyperCommGrid(sizes, ["tp", "cp", "dp", "pp"], rank_offset=layout.first_rank)
-    pg, rank = _collection(grid, layout), dist.get_rank()
+    pg, rank = _collection(grid, layout, timeout), dist.get_rank()
     if rank not in layout.ranks:
         return None
     tp, dp, pp = layout.coordinates(rank)
@@ -86,27 +98,29 @@ def world_of(groups: ModelGroups) -> Iterator[None]:
         c10d._update_default_pg(whole)
 
 
-def _collection(grid: HyperCommGrid, layout: Layout) -> ProcessGroupCollection:
+def _collection(grid: HyperCommGrid, layout: Layout, timeout: timedelta) -> ProcessGroupCollection:
     pg = ProcessGroupCollection()
     for name in ("tp", "pp", "cp", "dp"):
-        setattr(pg, name, grid.create_pg(name))
-    pg.mp = grid.create_pg(["tp", "pp"])
-    pg.tp_cp = grid.create_pg(["tp", "cp"])
-    pg.dp_cp = grid.create_pg(["cp", "dp"])
-    pg.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"])
-    pg.intra_dist_opt = grid.create_pg(["tp", "cp", "dp", "pp"])
-    _add_expert_groups(pg, grid, layout)
+        setattr(pg, name, grid.create_pg(name, timeout=timeout))
+    pg.mp = grid.create_pg(["tp", "pp"], timeout=timeout)
+    pg.tp_cp = grid.create_pg(["tp", "cp"], timeout=timeout)
+    pg.dp_cp = grid.create_pg(["cp", "dp"], timeout=timeout)
+    pg.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"], timeout=timeout)
+    pg.intra_dist_opt = grid.create_pg(["tp", "cp", "dp", "pp"], timeout=timeout)
+    _add_expert_groups(pg, grid, layout, timeout)
     pg.dp_cp_gtp_remat, pg.expt_dp_gtp_remat = pg.dp_cp, pg.expt_dp
     pg.tp_ep_pp_with_egtp_remat = pg.tp_ep_pp
     pg.intra_dp_cp, pg.intra_expt_dp = pg.dp_cp, pg.expt_dp
     # Megatron tells "not set" from "none wanted": these are none.
     pg.inter_dist_opt = pg.hcp = pg.gtp_remat = pg.expt_gtp_remat = None
     pg.dp_cp_ag = pg.expt_dp_ag = None
-    pg.embd, pg.pos_embd = _embedding_groups(grid)
+    pg.embd, pg.pos_embd = _embedding_groups(grid, timeout)
     return pg
 
 
-def _add_expert_groups(pg: ProcessGroupCollection, grid: HyperCommGrid, layout: Layout) -> None:
+def _add_expert_groups(
+    pg: ProcessGroupCollection, grid: HyperCommGrid, layout: Layout, timeout: timedelta
+) -> None:
     if layout.ep == 1 and layout.expert_tp == layout.tp:
         # The expert groups are the dense ones with one expert-parallel rank.
         pg.ep, pg.expt_tp, pg.expt_dp = pg.cp, pg.tp, pg.dp
@@ -119,13 +133,13 @@ def _add_expert_groups(pg: ProcessGroupCollection, grid: HyperCommGrid, layout: 
         shared_dims=["pp"],
     )
     for name in ("ep", "expt_tp", "expt_dp"):
-        setattr(pg, name, grid.create_pg(name, view="expert"))
-    pg.tp_ep = grid.create_pg(["expt_tp", "ep"], view="expert")
-    pg.tp_ep_pp = grid.create_pg(["expt_tp", "ep", "pp"], view="expert")
+        setattr(pg, name, grid.create_pg(name, view="expert", timeout=timeout))
+    pg.tp_ep = grid.create_pg(["expt_tp", "ep"], view="expert", timeout=timeout)
+    pg.tp_ep_pp = grid.create_pg(["expt_tp", "ep", "pp"], view="expert", timeout=timeout)
 
 
 def _embedding_groups(
-    grid: HyperCommGrid,
+    grid: HyperCommGrid, timeout: timedelta
 ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """First and last stage of each pipeline (they share tied embeddings), and the first alone."""
     rank = dist.get_rank()
@@ -133,8 +147,8 @@ def _embedding_groups(
     position: Any = None
     for stages in grid.get_rank_enum("pp"):
         ends = sorted({stages[0], stages[-1]})
-        group = dist.new_group(ends)
+        group = dist.new_group(ends, timeout=timeout)
         embedding = group if rank in ends else embedding
-        group = dist.new_group([stages[0]])
+        group = dist.new_group([stages[0]], timeout=timeout)
         position = group if rank == stages[0] else position
     return embedding, position
