@@ -8,22 +8,22 @@ Per chunk: two GEMMs make this rank's logits; five numbers a token are all-gathe
 logits become their own gradient in place; two GEMMs make ``dh`` and add to ``dW``. Nothing of
 size [N, V] exists and nothing is recomputed. With R > 1 two chunks are in flight, so that a
 collective travels during the next chunk's GEMMs.
+
+To read on: ``chunks`` is the whole forward, ``task`` the GEMMs and sums that it calls,
+``divergence`` its mathematics; ``call`` refuses what does not fit, ``autograd`` hands out the
+gradients.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_prefix.loss import checks
-from megatron_prefix.loss.agreement import Agreement
-from megatron_prefix.loss.buffers import Workspace, zeros_never_read
-from megatron_prefix.loss.chunks import run_chunks
+from megatron_prefix.loss.autograd import with_gradients
+from megatron_prefix.loss.buffers import Workspace
+from megatron_prefix.loss.call import Call, Student, layout_of
 from megatron_prefix.loss.divergence import Divergence
-from megatron_prefix.loss.task import Head, OneHot, Task, Teacher, TopK
+from megatron_prefix.loss.task import Head, OneHot, TopK
 
 
 @dataclass(frozen=True)
@@ -112,19 +112,13 @@ def prefix_divergence(
     eight bytes first. A non-finite input gives a non-finite loss; ``check_finite`` finds its
     position.
     """
-    call = _Call(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        token_weight=token_weight,
-        labels=labels,
-        divergence=Divergence(divergence, beta, temperature),
-        vocab_size=vocab_size,
-        tp_group=None if tp_group is None or tp_group.size() == 1 else tp_group,
-        chunk_size=chunk_size,
-        sequence_parallel=sequence_parallel,
-        workspace=workspace or Workspace(huge_pages=False),
+    call = Call(
+        Student(student_hidden, student_weight, token_weight, labels),
+        Head(teacher_hidden.detach(), teacher_weight.detach()),
+        Divergence(divergence, beta, temperature),
+        layout_of(vocab_size, tp_group, sequence_parallel, chunk_size, workspace),
     )
-    return _run(call, Head(teacher_hidden.detach(), teacher_weight.detach()))
+    return DivergenceResult(*with_gradients(call))
 
 
 def top_k_divergence(
@@ -160,19 +154,13 @@ def top_k_divergence(
 
     A token with an id outside the vocabulary gets NaN; ``check_top_k_values`` finds it.
     """
-    call = _Call(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        token_weight=token_weight,
-        labels=labels,
-        divergence=Divergence(divergence, beta, temperature),
-        vocab_size=vocab_size,
-        tp_group=None if tp_group is None or tp_group.size() == 1 else tp_group,
-        chunk_size=chunk_size,
-        sequence_parallel=sequence_parallel,
-        workspace=workspace or Workspace(huge_pages=False),
+    call = Call(
+        Student(student_hidden, student_weight, token_weight, labels),
+        TopK(teacher_ids, teacher_logprobs.detach()),
+        Divergence(divergence, beta, temperature),
+        layout_of(vocab_size, tp_group, sequence_parallel, chunk_size, workspace),
     )
-    return _run(call, TopK(teacher_ids, teacher_logprobs.detach()))
+    return DivergenceResult(*with_gradients(call))
 
 
 def prefix_cross_entropy(
@@ -193,157 +181,10 @@ def prefix_cross_entropy(
     int64 [N]: its logits are written instead of multiplied out. ``kl`` of the result is the
     cross-entropy of each token; a label outside the vocabulary makes it NaN.
     """
-    call = _Call(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        token_weight=token_weight,
-        labels=labels,
-        divergence=Divergence("forward_kl", 0.5, 1.0),
-        vocab_size=vocab_size,
-        tp_group=None if tp_group is None or tp_group.size() == 1 else tp_group,
-        chunk_size=chunk_size,
-        sequence_parallel=sequence_parallel,
-        workspace=workspace or Workspace(huge_pages=False),
+    call = Call(
+        Student(student_hidden, student_weight, token_weight, labels),
+        OneHot(labels),
+        Divergence("forward_kl", 0.5, 1.0),
+        layout_of(vocab_size, tp_group, sequence_parallel, chunk_size, workspace),
     )
-    return _run(call, OneHot(labels))
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments that all kinds of teacher share; ``tp_group`` None for one rank."""
-
-    student_hidden: Tensor
-    student_weight: Tensor
-    token_weight: Tensor
-    labels: Tensor | None
-    divergence: Divergence
-    vocab_size: int
-    tp_group: ProcessGroup | None
-    chunk_size: int | None
-    sequence_parallel: bool
-    workspace: Workspace
-
-    def wants_gradient(self, tensor: Tensor) -> bool:
-        return torch.is_grad_enabled() and tensor.requires_grad
-
-    def check(self, teacher: Teacher) -> None:
-        """ValueError for what does not fit on this rank by itself."""
-        checks.check_settings(self.divergence, self.chunk_size)
-        if isinstance(teacher, Head):
-            heads = self.student_hidden, self.student_weight, teacher.hidden, teacher.weight
-            checks.check_heads(*heads)
-        else:
-            checks.check_head("student", self.student_hidden, self.student_weight)
-        if isinstance(teacher, TopK):
-            targets = teacher.ids, teacher.logprobs
-            checks.check_top_k(self.student_hidden, *targets, self.vocab_size)
-        checks.check_tokens(self.student_hidden, self.token_weight, self.labels)
-        checks.check_vocabulary(self.vocab_size, self.student_weight.shape[0], self.tp_group)
-
-    def agree(self, teacher: Teacher) -> Agreement | None:
-        """Raises what ``check`` does, over ranks on all of them alike."""
-        if self.tp_group is None:
-            self.check(teacher)
-            return None
-        facts, refusal = self.facts(teacher), None
-        try:
-            self.check(teacher)
-        except ValueError as error:
-            refusal = error
-        agreement = Agreement(facts, refusal, self.tp_group, self.student_hidden.device)
-        if refusal is not None:
-            agreement.confirm()
-        return agreement
-
-    def facts(self, teacher: Teacher) -> dict[str, object]:
-        """What decides which collectives follow, and of what sizes."""
-        tensors = {
-            "student_hidden": self.student_hidden,
-            "student_weight": self.student_weight,
-            "token_weight": self.token_weight,
-            "labels": self.labels,
-            **{f"teacher_{name}": tensor for name, tensor in vars(teacher).items()},
-        }
-        return {name: _kind(tensor) for name, tensor in tensors.items()} | {
-            "vocab_size": self.vocab_size,
-            "divergence": self.divergence,
-            "chunk_size": self.chunk_size,
-            "sequence_parallel": self.sequence_parallel,
-            "a gradient to student_hidden": self.wants_gradient(self.student_hidden),
-        }
-
-
-def _kind(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _run(call: _Call, teacher: Teacher) -> DivergenceResult:
-    hidden, weight = call.student_hidden, call.student_weight
-    task = Task(
-        student_hidden=hidden.detach(),
-        student_weight=weight.detach(),
-        teacher=teacher,
-        token_weight=call.token_weight.detach(),
-        labels=call.labels,
-        divergence=call.divergence,
-        vocab_size=call.vocab_size,
-        tp_group=call.tp_group,
-        agreement=call.agree(teacher),
-        chunk_size=call.chunk_size,
-        reduce_hidden_gradient=not call.sequence_parallel,
-        hidden_gradient=call.wants_gradient(hidden),
-        weight_gradient=call.wants_gradient(weight),
-        main_grad=getattr(weight, "main_grad", None),
-        workspace=call.workspace,
-    )
-    result = DivergenceResult(*_GradientInForward.apply(hidden, weight, task))
-    if task.weight_gradient and task.main_grad is not None:
-        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return result
-
-
-class _GradientInForward(torch.autograd.Function):
-    """Makes both gradients in the forward and hands them out in the backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student_hidden: Tensor, student_weight: Tensor, task: Task
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        outcome = run_chunks(task)
-        ctx.gradients = (outcome.hidden_gradient, outcome.weight_gradient)
-        ctx.weight_like = student_weight.new_empty(()).expand(student_weight.shape)
-        ctx.needs_unit_gradient = task.weight_gradient and task.main_grad is not None
-        ctx.mark_non_differentiable(outcome.kl)
-        if outcome.label_logprobs is not None:
-            ctx.mark_non_differentiable(outcome.label_logprobs)
-        ctx.set_materialize_grads(False)
-        return outcome.loss, outcome.kl, outcome.label_logprobs
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_loss: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        if grad_loss is None:
-            return None, None, None
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "this loss was already run backward; call it again instead of retain_graph=True"
-            )
-        hidden_gradient, weight_gradient = ctx.gradients
-        ctx.gradients = None
-        # A CPU need not walk over the gradients for a factor of 1; a GPU must not be waited for.
-        unit = grad_loss.device.type == "cpu" and grad_loss.item() == 1
-        if hidden_gradient is not None and not unit:
-            hidden_gradient.mul_(grad_loss)
-        if ctx.needs_unit_gradient:
-            # No read-back: on a GPU this asserts on the device, without waiting for it.
-            torch._assert_async(
-                grad_loss == 1,
-                "with main_grad the gradient of the loss must be 1; fold any scale",
-            )
-            weight_gradient = zeros_never_read(ctx.weight_like)
-        elif weight_gradient is not None:
-            scaled = weight_gradient if unit else weight_gradient.mul_(grad_loss)
-            weight_gradient = scaled.to(ctx.weight_like.dtype)
-        return hidden_gradient, weight_gradient, None
+    return DivergenceResult(*with_gradients(call))
