@@ -22,6 +22,7 @@ from megatron_prefix.mcore.groups import (
 )
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import MegatronModel
+from megatron_prefix.mcore.offload import Offload
 from megatron_prefix.mcore.optimizer import make_trainable
 from megatron_prefix.modes import needs_servers
 from megatron_prefix.placement import teachers_of
@@ -39,7 +40,7 @@ from megatron_prefix.run_log import RunLog
 from megatron_prefix.stop_tokens import agreed_stop_ids
 from megatron_prefix.student import Objective
 from megatron_prefix.supplies import build_source, prompt_stream
-from megatron_prefix.teacher import ColocatedTeacher, Teacher
+from megatron_prefix.teacher import ColocatedTeacher, Teacher, in_host_memory
 from megatron_prefix.teacher_loop import TeacherLoop
 from megatron_prefix.tokenizers import load_tokenizer
 from megatron_prefix.trainer import Parts, Publisher, Trainer
@@ -104,6 +105,7 @@ def assemble(
                 export_folder=folder / "hf",
                 token_multiple=token_multiple(recipe),
                 watchdog=watchdog,
+                offload=Offload(in_host_memory(teacher)),
             ),
         )
 

@@ -52,6 +52,8 @@ class ModelConfig:
     # Of a teacher alone: colocated, on the student's ranks; separate, on ranks of its own that
     # follow the student's in one world (docs/teachers.md).
     placement: str = "colocated"
+    # Of a colocated teacher: its weights lie in host memory while the student steps.
+    offload: bool = False
     world_size: int = 0  # ranks of a separate teacher; 0: the least that its layout needs
 
 

@@ -1,7 +1,7 @@
 """Seconds by phase of a step: disjoint, measured on the host."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -25,6 +25,12 @@ class Phases:
         yield
         self._synchronize()
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def carve(self, name: str, parts: Mapping[str, float]) -> None:
+        """Seconds of the phase ``name`` that go by other names."""
+        for part, seconds in parts.items():
+            self._seconds[name] -= seconds
+            self._seconds[part] = self._seconds.get(part, 0.0) + seconds
 
     def seconds(self) -> dict[str, float]:
         """By phase, with what lies between them as ``other``."""

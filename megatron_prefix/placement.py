@@ -130,6 +130,8 @@ def check_placement(recipe: Recipe) -> None:
             f"student.placement={student.placement} and student.world_size={student.world_size} "
             "are settings of a teacher; leave them out, run.world_size counts all ranks"
         )
+    if student.offload:
+        raise ValueError("student.offload=true is a setting of a teacher; leave it out")
     if bool(recipe.teachers) != bool(recipe.data.domain_column):
         raise ValueError(
             f"data.domain_column={recipe.data.domain_column!r} names each prompt's teacher, and "
@@ -146,6 +148,11 @@ def _check_teacher(recipe: Recipe, teacher: ModelConfig, section: str) -> None:
         raise ValueError(
             f"{section}.world_size={teacher.world_size} needs {section}.placement=separate; a "
             "colocated teacher is on the student's ranks"
+        )
+    if teacher.offload and teacher.placement != "colocated":
+        raise ValueError(
+            f"{section}.offload=true with {section}.placement={teacher.placement}: a teacher that "
+            "has its ranks to itself makes room for nobody; set it to false"
         )
     if teacher.placement != "colocated" and not needs_teacher(recipe):
         raise ValueError(

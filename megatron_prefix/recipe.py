@@ -35,7 +35,7 @@ _SHIPPED = (_PACKAGE.parent / "recipes", _PACKAGE / "recipes")
 _PLACES = (
     "tensor_model_parallel_size pipeline_model_parallel_size num_layers_in_first_pipeline_stage "
     "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel "
-    "recompute_granularity placement world_size"
+    "recompute_granularity placement offload world_size"
 ).split()
 # What a resumed run may change: where it runs, how it is laid out, how long it trains, what it
 # reports. Whatever is not listed identifies the run. The schedules of the prefix length and of the

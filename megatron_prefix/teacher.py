@@ -6,6 +6,7 @@ divergence meets both (docs/architecture.md). Where the trunk is, docs/teachers.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,7 @@ from megatron_prefix.layout import Layout
 from megatron_prefix.mcore.groups import ModelGroups
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.model import MegatronModel
+from megatron_prefix.mcore.offload import HostWeights
 from megatron_prefix.mcore.schedule import run_schedule
 from megatron_prefix.mcore.weights import head_shard, load_hf_weights
 from megatron_prefix.placement import IN_FLIGHT, Route, WorldLayout, routes
@@ -40,16 +42,22 @@ class SeveralTeachers:
     """Each microbatch's targets from the teacher of its domain."""
 
     def __init__(self, teachers: Mapping[str, Teacher], student: ModelGroups) -> None:
-        self._teachers, self._student = dict(teachers), student
+        self.each, self._student = dict(teachers), student
 
     def targets(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> Iterator[Targets]:
         by_domain = {
-            domain: iter(teacher.targets(rollouts, plan))
-            for domain, teacher in self._teachers.items()
+            domain: iter(teacher.targets(rollouts, plan)) for domain, teacher in self.each.items()
         }
         groups = self._student
         own = plan.of_replica(groups.dp_rank, groups.layout.dp) if groups.is_last_stage else ()
         return (next(by_domain[plan.domain(microbatch)]) for microbatch in own)
+
+
+def in_host_memory(teacher: Teacher | None) -> list[HostWeights]:
+    """Of the teachers on this rank whose weights are offloaded, in the order of their turns."""
+    each = teacher.each.values() if isinstance(teacher, SeveralTeachers) else (teacher,)
+    colocated = [one for one in each if isinstance(one, ColocatedTeacher)]
+    return [one.host_weights for one in colocated if one.host_weights]
 
 
 class TeacherLost(RuntimeError):
@@ -103,18 +111,32 @@ def is_spare(index: int, ways: Sequence[Route], groups: ModelGroups) -> bool:
 
 
 class ColocatedTeacher:
-    """A Megatron teacher on the student's own ranks, in a layout of its own."""
+    """A Megatron teacher on the student's own ranks, in a layout of its own.
+
+    With ``offload`` its weights are on the device while it scores, and in host memory otherwise.
+    """
 
     def __init__(
-        self, model: MegatronModel, student: Layout, device: torch.device, domain: str = ""
+        self,
+        model: MegatronModel,
+        student: Layout,
+        device: torch.device,
+        domain: str = "",
+        *,
+        offload: bool = False,
     ) -> None:
         self._model, self._student, self._device = model, student, device
         self._domain = domain
         model.module.requires_grad_(False).eval()
+        self.host_weights = HostWeights(model.module) if offload else None
 
     def reload(self, folder: Path) -> None:
         """Other weights of the same model, from a Hugging Face folder."""
-        load_hf_weights(replace(self._model, hf=replace(self._model.hf, path=folder)))
+        host = self.host_weights
+        with host.here() if host else nullcontext():
+            load_hf_weights(replace(self._model, hf=replace(self._model.hf, path=folder)))
+            if host:
+                host.keep()
 
     def targets(self, rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> list[TeacherTargets]:
         groups = self._model.groups
@@ -123,12 +145,22 @@ class ColocatedTeacher:
         )
         mine = [way.microbatch for way in own_turns(ways, groups)]
         scored: dict[int, Tensor] = {}
-        score_in_turn(
-            self._model,
-            [pack(rollouts, plan, m, self._device) for m in mine],
-            lambda index, hidden: scored.setdefault(mine[index], hidden),
-        )
+        with self._ready_to_score(bool(mine)):
+            score_in_turn(
+                self._model,
+                [pack(rollouts, plan, m, self._device) for m in mine],
+                lambda index, hidden: scored.setdefault(mine[index], hidden),
+            )
         return self._deliver(scored, ways, rollouts, plan)
+
+    def _ready_to_score(self, anything: bool) -> AbstractContextManager[None]:
+        """Within it the weights are on the device, if they are wanted there; not after it."""
+        if self.host_weights is None:
+            return nullcontext()
+        if anything:
+            return self.host_weights.here()
+        self.host_weights.release()  # they may have been expected
+        return nullcontext()
 
     def _deliver(
         self,

@@ -18,8 +18,9 @@ from megatron_prefix.config import Recipe
 from megatron_prefix.lagged import LaggedTeacher
 from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.export import export_hf
+from megatron_prefix.mcore.offload import Offload
 from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
-from megatron_prefix.modes import asks_servers, evaluation_due, probe_due
+from megatron_prefix.modes import asks_servers, evaluation_due, is_supervised, probe_due
 from megatron_prefix.orders import Order, microbatches, share_order
 from megatron_prefix.phases import Phases
 from megatron_prefix.reweigh import Weighted, reweigh
@@ -29,6 +30,7 @@ from megatron_prefix.step_times import gather_hosts, gather_times, time_work
 from megatron_prefix.student import Objective, PrefixSums, forward_backward, score
 from megatron_prefix.teacher import Teacher
 from megatron_prefix.token_kl import by_rollout
+from megatron_prefix.trouble import stop_on_trouble
 from megatron_prefix.types import PrefixBatch, StepMetrics, Targets
 from megatron_prefix.watchdog import NoWatchdog, Watchdog
 
@@ -63,11 +65,8 @@ class Parts:
     export_folder: Path  # of the trained student, as a Hugging Face folder
     token_multiple: int  # packed microbatches are padded to a multiple of this
     watchdog: Watchdog | NoWatchdog = field(default_factory=NoWatchdog)
+    offload: Offload = field(default_factory=Offload)  # of teachers' weights
     lagged: LaggedTeacher | None = None  # where the teacher follows the student
-
-
-class TrainingStopped(RuntimeError):
-    """Too many non-finite steps in a row, or server and trainer disagree."""
 
 
 class Trainer:
@@ -92,6 +91,7 @@ class Trainer:
         self._evaluate_if_due()
         while self._step < self._recipe.train.steps:
             phases = Phases(self._synchronize, self._begins)
+            self._parts.offload.begin_step(used=not is_supervised(self._recipe, self._step))
             with phases.phase("rollout"):
                 order = self._agree(self._decide)
             if order.kind == "save_and_stop":
@@ -119,6 +119,7 @@ class Trainer:
         with phases.phase("teacher"):
             targets = None if order.supervised else self._targets(order, plan)
             weighted = self._weighted(self._own_batches(order, plan), targets)
+        phases.carve("teacher", self._parts.offload.take_waited())
         recalled: list[Tensor] | None = [] if self._recipe.prefix.recall.threshold else None
         with phases.phase("student"):
             sums = forward_backward(
@@ -201,7 +202,8 @@ class Trainer:
         self._judge_times(phases, order.prefix_length)
         if self._parts.conductor:
             metrics = self._parts.conductor.record(metrics, order, phases)
-        self._stop_on_trouble(metrics, sums)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics.skipped else 0
+        stop_on_trouble(self._recipe, metrics, sums, self._skipped_in_a_row)
         return metrics
 
     def _judge_times(self, phases: Phases, length: int) -> None:
@@ -218,27 +220,6 @@ class Trainer:
             verdict = self._slow_phases.judge(self._step, times)
             if verdict:
                 parts.conductor.log.event("slow", verdict, level=logging.WARNING)
-
-    def _stop_on_trouble(self, metrics: StepMetrics, sums: PrefixSums) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics.skipped else 0
-        limit = self._recipe.train.max_skipped_steps
-        if self._skipped_in_a_row >= limit:
-            raise TrainingStopped(
-                f"step {metrics.step}: {limit} steps in a row had a non-finite loss "
-                f"({metrics.loss}) or gradient norm ({metrics.grad_norm}); the weights are those "
-                f"of step {metrics.step - limit}; resume from the last checkpoint with a lower "
-                f"optimizer.lr={self._recipe.optimizer.lr}"
-            )
-        rollout = self._recipe.rollout
-        tolerance = rollout.logprob_tolerance
-        # A replay may well be of other weights, and rollouts that lag are.
-        on_policy = not rollout.replay and metrics.policy_lag == 0
-        if on_policy and sums.worst.difference > tolerance:
-            raise TrainingStopped(
-                f"step {metrics.step}: a sampled token has log-probability {sums.worst.server:.6f} "
-                f"on the server and {sums.worst.trainer:.6f} in the trainer; they may differ by "
-                f"rollout.logprob_tolerance={tolerance}"
-            )
 
     def _decide(self) -> Order:
         assert self._parts.conductor is not None

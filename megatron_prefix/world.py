@@ -92,7 +92,9 @@ def build_teacher(recipe: Recipe, world: World, student: ModelGroups) -> Teacher
             found[domain] = SeparateTeacher(world.links[domain])
         else:
             model = load_model(config, section_of(domain), world.teachers[domain])
-            found[domain] = ColocatedTeacher(model, student.layout, world.device, domain)
+            found[domain] = ColocatedTeacher(
+                model, student.layout, world.device, domain, offload=config.offload
+            )
     return SeveralTeachers(found, student) if len(found) > 1 else found[""]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from megatron_prefix.config import Fp8Config, ModelConfig
 from megatron_prefix.mcore.hf_map.units import DecoderShape
@@ -94,6 +95,15 @@ def saved_activation_bytes(model: ModelConfig, shape: DecoderShape, layers: Sequ
     if model.sequence_parallel:
         whole //= tp
     return max(0, *in_fp8) * (whole + sharded // tp)
+
+
+def drop_weight_copies(module: nn.Module) -> None:
+    """Gives back the FP8 copies of weights that Transformer Engine keeps from a step's first
+    microbatch on: it makes those it does not find anew."""
+    for part in module.modules():
+        copies = getattr(part, "_fp8_workspaces", None)
+        if isinstance(copies, dict):
+            copies.clear()
 
 
 def refuse_machine(fp8: Fp8Config, owner: str) -> None:

@@ -56,9 +56,9 @@ def restored(case: Case, world_size: int, folder: Path) -> tuple[float, list[tor
 
 
 @pytest.mark.parametrize(
-    ("world_size", "student_layout", "teacher_layout"),
-    [(1, (1, 1), (1, 1)), (2, (2, 1), (1, 2)), (2, (1, 2), (2, 1))],
-    ids=["one rank", "tp2, teacher pp2", "pp2, teacher tp2"],
+    ("world_size", "student_layout", "teacher_layout", "offload"),
+    [(1, (1, 1), (1, 1), False), (2, (2, 1), (1, 2), True), (2, (1, 2), (2, 1), False)],
+    ids=["one rank", "tp2, offloaded teacher pp2", "pp2, teacher tp2"],
 )
 def test_a_copy_is_exact_and_comes_back_when_the_run_resumes(
     student: Path,
@@ -66,8 +66,10 @@ def test_a_copy_is_exact_and_comes_back_when_the_run_resumes(
     world_size: int,
     student_layout: tuple[int, int],
     teacher_layout: tuple[int, int],
+    offload: bool,
 ) -> None:
-    case = Case(model_config(student, *student_layout), model_config(student, *teacher_layout))
+    teacher = model_config(student, *teacher_layout, offload=offload)
+    case = Case(model_config(student, *student_layout), teacher)
     before = run_ranks(world_size, moved, case, world_size, tmp_path)
     after = run_ranks(world_size, restored, case, world_size, tmp_path)
     for (alike, apart, together, hidden), (again, same) in zip(before, after, strict=True):

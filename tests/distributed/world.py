@@ -97,7 +97,9 @@ class World:
             head = load_teacher_head(student, teacher.hf, teacher.config.params_dtype, CPU)
         trainable = make_trainable(student, case.optimizer, 100)
         objective = Objective(LossConfig(), head)
-        return cls(trainable, ColocatedTeacher(teacher, groups.layout, CPU), objective)
+        offload = case.teacher.offload
+        scorer = ColocatedTeacher(teacher, groups.layout, CPU, offload=offload)
+        return cls(trainable, scorer, objective)
 
     def step(self, sampled: Sequence[Rollout], *, multiple: int = 8):
         groups = self.student.model.groups

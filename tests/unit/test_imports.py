@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "agreement", "token_kl", "reweigh", "publisher"),
     ("lagged",),
-    ("conductor", "step_metrics", "trainer", "teacher_loop"),
+    ("conductor", "step_metrics", "trouble", "trainer", "teacher_loop"),
     ("supplies", "world", "assemble", "worker"),
     ("agent",),
     ("launch_arguments", "launch", "launcher", "die_with_parent"),
@@ -78,6 +78,7 @@ NEEDS_MEGATRON = (
 NEEDS_MEGATRON += (
     "token_kl",
     "lagged",
+    "trouble",
     "reweigh",
     "teacher_loop",
     "world",
