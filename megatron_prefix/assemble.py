@@ -3,14 +3,14 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from rich import get_console
 
-from megatron_prefix.conductor import Conductor, Evaluator, Prober, Staff
+from megatron_prefix.conductor import Conductor, Prober, Staff
 from megatron_prefix.config import Recipe
 from megatron_prefix.evaluate import EvalResult, evaluate, write_samples
 from megatron_prefix.jsonl import EVALUATION_FOLDER
@@ -24,26 +24,29 @@ from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.offload import Offload
 from megatron_prefix.mcore.optimizer import make_trainable
-from megatron_prefix.modes import needs_servers
+from megatron_prefix.modes import evaluates_aside, needs_shared_servers
 from megatron_prefix.placement import teachers_of
 from megatron_prefix.prefix import Ledger, build_policy, model_shape
 from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.publisher import (
     NoPublisher,
+    Publisher,
     ServerPublisher,
     backend_for,
 )
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.collector import Collector
 from megatron_prefix.rollout.fleet import Fleet
+from megatron_prefix.rollout.pool import Roster
 from megatron_prefix.run_log import RunLog
+from megatron_prefix.side_evaluation import Evaluator
 from megatron_prefix.stop_tokens import agreed_stop_ids
 from megatron_prefix.student import Objective
 from megatron_prefix.supplies import build_source, prompt_stream
 from megatron_prefix.teacher import ColocatedTeacher, Teacher, in_host_memory
 from megatron_prefix.teacher_loop import TeacherLoop
 from megatron_prefix.tokenizers import load_tokenizer
-from megatron_prefix.trainer import Parts, Publisher, Trainer
+from megatron_prefix.trainer import Parts, Trainer
 from megatron_prefix.types import Prompt, Rollout
 from megatron_prefix.watchdog import Watchdog
 from megatron_prefix.world import (
@@ -62,6 +65,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _WATCHDOG_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class _Servers:
+    """Some of the run's servers; ``endpoints`` and ``fleet`` are rank 0's."""
+
+    wanted: bool  # alike on every rank
+    endpoints: Sequence[Endpoint]
+    fleet: Fleet | None
 
 
 @contextlib.contextmanager
@@ -87,7 +99,7 @@ def assemble(
         stack.enter_context(world_of(world.student))
         student = load_model(recipe.student, "student", world.student, recipe.checkpoint.load)
         trainable = make_trainable(student, recipe.optimizer, recipe.train.steps)
-        fleet = _fleet(recipe, endpoints, stack)
+        shared, own = _servers(recipe, endpoints, stack)
         teacher = build_teacher(recipe, world, student.groups)
         objective = build_objective(recipe, student, world.device)
         yield Trainer(
@@ -97,9 +109,12 @@ def assemble(
                 teacher=teacher,
                 objective=objective,
                 lagged=_lagged(recipe, student, teacher, objective, folder),
-                publisher=_publisher(recipe, student, fleet, folder, stack),
+                publisher=_publisher(recipe, student, shared, folder / "sync", stack),
+                evaluation_publisher=_publisher(
+                    recipe, student, own, folder / "sync_evaluation", stack
+                ),
                 checkpointer=Checkpointer(folder / "checkpoints", trainable, recipe.checkpoint),
-                conductor=_conductor(recipe, folder, endpoints, fleet, stop_requested, stack),
+                conductor=_conductor(recipe, folder, shared, own, stop_requested, stack),
                 host_group=world.host_group,
                 device=world.device,
                 export_folder=folder / "hf",
@@ -127,37 +142,49 @@ def _lagged(
 def _publisher(
     recipe: Recipe,
     student: MegatronModel,
-    fleet: Fleet | None,
+    servers: _Servers,
     folder: Path,
     stack: contextlib.ExitStack,
 ) -> Publisher:
-    if not needs_servers(recipe):
+    if not servers.wanted:
         return NoPublisher()
+    fleet = servers.fleet
     if fleet is not None:
         logger.info("waiting for %d SGLang server(s)", len(fleet.members))
         fleet.meet()
     backend = backend_for(this_device())
-    publisher = ServerPublisher(student, recipe.rollout, fleet, backend, folder / "sync")
+    publisher = ServerPublisher(student, recipe.rollout, fleet, backend, folder)
     stack.callback(publisher.close)
     return publisher
 
 
-def _fleet(
+def _servers(
     recipe: Recipe, endpoints: Sequence[Endpoint], stack: contextlib.ExitStack
-) -> Fleet | None:
-    """Rank 0's; None on the others, and where rollouts are replayed."""
-    if not needs_servers(recipe) or not endpoints:
-        return None
+) -> tuple[_Servers, _Servers]:
+    """Those that get the weights of every step, and those that evaluations have for themselves."""
+    aside = evaluates_aside(recipe)
+    shared = len(endpoints) - aside * recipe.eval.own_servers
+    return (
+        _with_fleet(recipe, needs_shared_servers(recipe), endpoints[:shared], stack),
+        _with_fleet(recipe, aside, endpoints[shared:], stack),
+    )
+
+
+def _with_fleet(
+    recipe: Recipe, wanted: bool, endpoints: Sequence[Endpoint], stack: contextlib.ExitStack
+) -> _Servers:
+    if not wanted or not endpoints:
+        return _Servers(wanted, (), None)
     fleet = Fleet(endpoints, recipe.rollout)
     stack.callback(fleet.close)
-    return fleet
+    return _Servers(wanted, endpoints, fleet)
 
 
 def _conductor(
     recipe: Recipe,
     folder: Path,
-    endpoints: Sequence[Endpoint],
-    fleet: Fleet | None,
+    shared: _Servers,
+    own: _Servers,
     stop_requested: Callable[[], bool],
     stack: contextlib.ExitStack,
 ) -> Conductor | None:
@@ -171,6 +198,7 @@ def _conductor(
     )
     recall = Recall(recipe.prefix.recall) if recipe.prefix.recall.threshold else None
     more_teachers = dict(zip(list(teachers)[1:], others, strict=True))
+    endpoints, fleet = shared.endpoints, shared.fleet
     conductor = Conductor(
         recipe,
         Staff(
@@ -188,10 +216,11 @@ def _conductor(
                 folder, recipe.log, recipe.train.steps, console=get_console(), resume_step=step
             ),
             decode=tokenizer.decode,
-            evaluate=_evaluator(recipe, folder, endpoints, fleet, stops, tokenizer, stack),
+            evaluate=_evaluator(recipe, folder, own if own.wanted else shared, stops, tokenizer),
             probe=_prober(recipe, endpoints, fleet, stops, tokenizer, stack),
             stop_requested=stop_requested,
             fleet=fleet,
+            evaluation_fleet=own.fleet,
         ),
     )
     stack.callback(conductor.close)
@@ -201,23 +230,22 @@ def _conductor(
 def _evaluator(
     recipe: Recipe,
     folder: Path,
-    endpoints: Sequence[Endpoint],
-    fleet: Fleet | None,
+    servers: _Servers,
     stops: tuple[int, ...],
     tokenizer: "PreTrainedTokenizerBase",
-    stack: contextlib.ExitStack,
 ) -> Evaluator | None:
-    if not recipe.eval.path or not endpoints:
+    if not recipe.eval.path or not servers.endpoints:
         return None
     greedy = replace(recipe.rollout, temperature=0.0, samples_per_prompt=1, over_sample=1.0)
-    collector = stack.enter_context(Collector(endpoints, greedy, stops, roster=fleet))
 
-    def run(step: int, policy_version: int) -> EvalResult:
+    def run(step: int, policy_version: int, roster: Roster | None) -> EvalResult:
         def answers(prompts: Sequence[Prompt], max_new_tokens: int) -> list[Rollout]:
-            collected = collector.collect(
-                prompts, max_new_tokens=max_new_tokens, policy_version=policy_version
-            )
-            return collected.rollouts
+            # Of its own each time: its event loop belongs to the thread that asks.
+            asked = Collector(servers.endpoints, greedy, stops, roster=roster or servers.fleet)
+            with asked as collector:
+                return collector.collect(
+                    prompts, max_new_tokens=max_new_tokens, policy_version=policy_version
+                ).rollouts
 
         result = evaluate(recipe.eval, tokenizer, answers, recipe.data)
         write_samples(folder / EVALUATION_FOLDER / f"step_{step:08d}.jsonl", result.samples)

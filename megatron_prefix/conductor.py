@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from megatron_prefix.alarms import probe_alarms
 from megatron_prefix.batch import count_loss_tokens, nothing_to_train_on
 from megatron_prefix.config import Recipe
 from megatron_prefix.kl_grid import mean_kl
-from megatron_prefix.modes import is_supervised, written_count
+from megatron_prefix.modes import is_supervised, last_evaluation_due, written_count
 from megatron_prefix.orders import Order
 from megatron_prefix.phases import Phases
 from megatron_prefix.prefix import (
@@ -29,36 +29,13 @@ from megatron_prefix.prefix import (
 )
 from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.rollout.pool import FAULTS
-from megatron_prefix.run_log import Evaluation, RunLog
+from megatron_prefix.run_log import RunLog
+from megatron_prefix.side_evaluation import Answered, Evaluator, ServerFleet, SideEvaluations
 from megatron_prefix.sources import RolloutSource
 from megatron_prefix.types import ProbeMetrics, Rollout, StepMetrics
 
 _WAIT_S = 1.0  # between two looks at servers that are to come back
 Decode = Callable[[Sequence[int]], str]
-
-
-class Answered(Evaluation, Protocol):
-    """An evaluation with what it costs."""
-
-    @property
-    def lengths(self) -> Sequence[tuple[int, int]]: ...  # prompt and sampled tokens, by answer
-
-
-class ServerFleet(Protocol):
-    """The servers, as ``rollout/fleet.py`` keeps them."""
-
-    @property
-    def members(self) -> Sequence[object]: ...  # that may be asked
-
-    def in_step(self, version: int) -> bool: ...
-
-    def expect(self) -> None: ...
-
-    def tell_to(self, tell: Callable[[str], None]) -> None: ...
-
-
-class Evaluator(Protocol):
-    def __call__(self, step: int, policy_version: int) -> Answered: ...
 
 
 # Full-length rollouts of the probes' prompts, with the weights of this policy version.
@@ -79,6 +56,7 @@ class Staff:
     stop_requested: Callable[[], bool]
     recall: Recall | None = None  # caps for prompts that come again; the source's too
     fleet: ServerFleet | None = None  # None: nobody is asked for rollouts
+    evaluation_fleet: ServerFleet | None = None  # None: evaluations share the other
 
 
 class Conductor:
@@ -87,7 +65,9 @@ class Conductor:
     def __init__(self, recipe: Recipe, staff: Staff) -> None:
         self._recipe, self._staff = recipe, staff
         self._log: RunLog | None = None
-        self._evaluated = -1
+        self._aside: SideEvaluations | None = None
+        if staff.evaluate is not None and staff.evaluation_fleet is not None:
+            self._aside = SideEvaluations(staff.evaluate, staff.evaluation_fleet, self)
 
     @property
     def log(self) -> RunLog:
@@ -98,8 +78,9 @@ class Conductor:
 
     def _open_log(self, step: int) -> None:
         self._log = self._staff.open_log(step)
-        if self._staff.fleet is not None:
-            self._staff.fleet.tell_to(self._tell_of_servers)
+        for fleet in (self._staff.fleet, self._staff.evaluation_fleet):
+            if fleet is not None:
+                fleet.tell_to(self._tell_of_servers)
 
     def _tell_of_servers(self, words: str) -> None:
         self.log.event("servers", words, level=logging.WARNING)
@@ -109,11 +90,13 @@ class Conductor:
         self._staff.policy.load_state_dict(state["policy"])
         self._staff.source.load_state_dict(state["source"])
         self._staff.ledger.load_state_dict(state["ledger"])
-        self._evaluated = state["evaluated"]
         if self._staff.recall:
             self._staff.recall.load_state_dict(state.get("recall", {}))
         self._open_log(step)
         self.log.event("resume", f"resumed after step {step}")
+        if self._aside:
+            due = last_evaluation_due(self._recipe, step)
+            self._aside.resume(owed=max(self.evaluated(), default=-1) < due)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -121,7 +104,6 @@ class Conductor:
             "policy": self._staff.policy.state_dict(),
             "source": self._staff.source.state_dict(),
             "ledger": self._staff.ledger.state_dict(),
-            "evaluated": self._evaluated,
             "recall": self._staff.recall.state_dict() if self._staff.recall else {},
         }
 
@@ -130,6 +112,9 @@ class Conductor:
         if self._staff.stop_requested():
             self.log.event("stop", f"stop requested: saving after step {step}")
             return Order("save_and_stop")
+        made_up = self._aside.look(step, policy_version) if self._aside else None
+        if made_up:
+            return made_up
         source = self._staff.source.state_dict()
         written = written_count(self._recipe, step) == self._recipe.train.global_batch_size
         if written:
@@ -289,9 +274,30 @@ class Conductor:
 
     def evaluate(self, step: int, policy_version: int) -> Order:
         """Once a step, where servers are there to ask."""
-        if self._staff.evaluate is None or self._evaluated == step or self._stops_alone():
+        if self._aside:
+            stops = self._staff.stop_requested()  # a resumed run makes it
+            return Order("nothing") if stops else self._aside.begin(step, policy_version)
+        if self._staff.evaluate is None or step in self.evaluated() or self._stops_alone():
             return Order("nothing")
         return self._with_servers(policy_version, lambda: self._evaluate(step, policy_version))
+
+    def finish_evaluations(self, step: int, policy_version: int) -> Order:
+        """After the last step: ``nothing`` once all that were begun are entered."""
+        if self._aside is None:
+            return Order("nothing")
+        if not self._staff.stop_requested():
+            return self._aside.finish(step, policy_version)
+        self.stop_evaluations()
+        return Order("nothing")
+
+    def stop_evaluations(self) -> None:
+        """The run stops, and is saved."""
+        if self._aside:
+            self._aside.stop(self._recipe.eval.stop_wait_s)
+
+    def evaluated(self) -> set[int]:
+        """The steps whose evaluation is in the log."""
+        return self.log.evaluated()
 
     def _stops_alone(self) -> bool:
         """Whether the run is to stop, and no server is there that could be asked before."""
@@ -300,10 +306,14 @@ class Conductor:
 
     def _evaluate(self, step: int, policy_version: int) -> Order:
         assert self._staff.evaluate is not None
-        result = self._staff.evaluate(step, policy_version)
-        self._evaluated = step
-        self.log.evaluation(step, result, self._staff.ledger.measure_answers(result.lengths))
+        self.enter_evaluation(step, self._staff.evaluate(step, policy_version, None))
         return Order("nothing")
+
+    def enter_evaluation(self, step: int, result: Answered) -> None:
+        self.log.evaluation(step, result, self._staff.ledger.measure_answers(result.lengths))
+
+    def tell_of_evaluations(self, words: str) -> None:
+        self.log.event("evaluation", words, level=logging.WARNING)
 
     def close(self) -> None:
         if self._log is not None:

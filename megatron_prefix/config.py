@@ -191,6 +191,10 @@ class EvalConfig:
     max_new_tokens: int = 1024
     samples: int = 200  # the first of the set; 0: all
     interval: int = 0  # steps; 0: before and after only
+    # The last of the run's servers, so many of them, answer these alone: they keep a step's weights
+    # while training goes on. 0: the servers of the rollouts answer, and training waits.
+    own_servers: int = 0
+    stop_wait_s: float = 60.0  # own_servers: a run that is stopped waits so long for their answers
 
 
 @dataclass(frozen=True)

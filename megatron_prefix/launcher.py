@@ -15,7 +15,7 @@ from types import FrameType
 from megatron_prefix import die_with_parent
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, HUNG, SAVED
-from megatron_prefix.modes import needs_servers
+from megatron_prefix.modes import check_own_servers, needs_servers
 from megatron_prefix.placement import WorldLayout, resolve_world_size, world_layout
 from megatron_prefix.recipe import check_run_folder, save_record
 from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
@@ -37,6 +37,7 @@ def launch_local(recipe: Recipe) -> int:
     """
     folder = Path(recipe.run.output_dir, recipe.run.name)
     check_run_folder(folder, recipe)
+    check_own_servers(recipe, len(recipe.rollout.server_urls) or recipe.rollout.num_servers)
     record = save_record(recipe, folder)
     with contextlib.ExitStack() as stack:
         stops = stack.enter_context(_count_signals())

@@ -129,6 +129,8 @@ RANGES: dict[str, Range] = {
     "eval.max_new_tokens": _COUNT,
     "eval.samples": _NOT_NEGATIVE,
     "eval.interval": _NOT_NEGATIVE,
+    "eval.own_servers": _NOT_NEGATIVE,
+    "eval.stop_wait_s": _FINITE,
     "log.log_interval": _COUNT,
     "log.kl_by_position_interval": _NOT_NEGATIVE,
     "log.sample_rollouts_interval": _NOT_NEGATIVE,

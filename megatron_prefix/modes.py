@@ -59,6 +59,31 @@ def needs_servers(recipe: Recipe) -> bool:
     return needs_rollouts(recipe) or bool(recipe.eval.path) or recipe.log.probe_interval > 0
 
 
+def evaluates_aside(recipe: Recipe) -> bool:
+    """Whether servers of their own answer evaluations, beside training."""
+    return bool(recipe.eval.path) and recipe.eval.own_servers > 0 and not recipe.rollout.replay
+
+
+def needs_shared_servers(recipe: Recipe) -> bool:
+    """Whether the run asks the servers that get every step's weights for anything."""
+    if not evaluates_aside(recipe):
+        return needs_servers(recipe)
+    return needs_rollouts(recipe) or recipe.log.probe_interval > 0
+
+
+def check_own_servers(recipe: Recipe, servers: int) -> None:
+    """ValueError where ``eval.own_servers`` are not among ``servers``, or leave none for what else
+    the run asks."""
+    own = recipe.eval.own_servers
+    least = own + needs_shared_servers(recipe)
+    if evaluates_aside(recipe) and servers < least:
+        where = "rollout.server_urls" if recipe.rollout.server_urls else "rollout.num_servers"
+        raise ValueError(
+            f"eval.own_servers={own} of {servers} server(s) in all, and the run needs {least}: "
+            f"raise {where}, or let eval.own_servers=0 share those of the rollouts"
+        )
+
+
 def needs_teacher(recipe: Recipe) -> bool:
     """Whether the run ever scores with the teacher."""
     supervised = recipe.mode.name == "sft" or recipe.mode.warmup_steps >= recipe.train.steps
@@ -80,9 +105,16 @@ def evaluation_due(recipe: Recipe, finished: int) -> bool:
 
 
 def asks_servers(recipe: Recipe, finished: int) -> bool:
-    """Whether servers are asked between step ``finished`` - 1 and the next weight update."""
-    if not needs_servers(recipe):
+    """Whether servers other than ``eval.own_servers`` are asked between step ``finished`` - 1 and
+    the next weight update."""
+    if not needs_shared_servers(recipe):
         return False
     steps, batch = recipe.train.steps, recipe.train.global_batch_size
     samples = finished < steps and written_count(recipe, finished) < batch
-    return samples or probe_due(recipe, finished) or evaluation_due(recipe, finished)
+    evaluates = evaluation_due(recipe, finished) and not evaluates_aside(recipe)
+    return samples or probe_due(recipe, finished) or evaluates
+
+
+def last_evaluation_due(recipe: Recipe, finished: int) -> int:
+    """The last step, up to ``finished``, after which an evaluation was due."""
+    return max(step for step in range(finished + 1) if evaluation_due(recipe, step))

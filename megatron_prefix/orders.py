@@ -16,10 +16,21 @@ from megatron_prefix.types import FinishReason, Rollout
 @dataclass(frozen=True)
 class Order:
     """One turn of the loop. ``nothing``: go on, it was rank 0's alone to do; ``sync``: send the
-    servers the weights once more, then ask again; ``wait``: ask again, no server is there yet;
-    ``done``: there are no more; ``error``: rank 0 failed, and every rank ends with its words."""
+    servers the weights once more, then ask again; ``sync_evaluation``: the same with those that
+    evaluate; ``wait``: ask again, a server or its answers are not there yet; ``done``: there are
+    no more; ``error``: rank 0 failed, and every rank ends with its words."""
 
-    kind: Literal["train", "probe", "nothing", "save_and_stop", "sync", "wait", "done", "error"]
+    kind: Literal[
+        "train",
+        "probe",
+        "nothing",
+        "save_and_stop",
+        "sync",
+        "sync_evaluation",
+        "wait",
+        "done",
+        "error",
+    ]
     prefix_length: int = 0
     rollouts: tuple[Rollout, ...] = ()
     message: str = ""

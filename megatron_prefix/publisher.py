@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,19 @@ from megatron_prefix.rollout.weights import WeightGroup, publish_from_disk
 
 logger = logging.getLogger(__name__)
 Bucket = list[tuple[str, Tensor]]
+
+
+class Publisher(Protocol):
+    """Brings the student's weights to whatever samples from them."""
+
+    def prepare(self) -> None:
+        """No rollout is wanted until the next ``publish`` or ``cancel``. Not collective."""
+
+    def cancel(self) -> None:
+        """Nothing will be published after all. Not collective."""
+
+    def publish(self, version: int) -> None:
+        """Collective over the world; returns when the servers hold ``version``."""
 
 
 class NoPublisher:

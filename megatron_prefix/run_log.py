@@ -180,6 +180,10 @@ class RunLog:
             result.seconds,
         )  # fmt: skip
 
+    def evaluated(self) -> set[int]:
+        """The steps whose evaluation is in ``evaluations.jsonl``."""
+        return {each["step"] for each in jsonl.read_records(self._folder / jsonl.EVALUATIONS)}
+
     def probe(self, metrics: ProbeMetrics) -> None:
         """Full-length rollouts, scored and not trained on, with the weights after a step."""
         assert self._probes is not None, "log.probe_interval=0"

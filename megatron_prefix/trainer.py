@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
 from megatron_prefix.modes import asks_servers, evaluation_due, is_supervised, probe_due
 from megatron_prefix.orders import Order, microbatches, share_order
 from megatron_prefix.phases import Phases
+from megatron_prefix.publisher import NoPublisher, Publisher
 from megatron_prefix.reweigh import Weighted, reweigh
 from megatron_prefix.slow_phases import SlowPhases
 from megatron_prefix.step_metrics import step_metrics
@@ -35,19 +36,6 @@ from megatron_prefix.types import PrefixBatch, StepMetrics, Targets
 from megatron_prefix.watchdog import NoWatchdog, Watchdog
 
 logger = logging.getLogger(__name__)
-
-
-class Publisher(Protocol):
-    """Brings the student's weights to whatever samples from them."""
-
-    def prepare(self) -> None:
-        """No rollout is wanted until the next ``publish`` or ``cancel``. Not collective."""
-
-    def cancel(self) -> None:
-        """Nothing will be published after all. Not collective."""
-
-    def publish(self, version: int) -> None:
-        """Collective over the world; returns when the servers hold ``version``."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +55,8 @@ class Parts:
     watchdog: Watchdog | NoWatchdog = field(default_factory=NoWatchdog)
     offload: Offload = field(default_factory=Offload)  # of teachers' weights
     lagged: LaggedTeacher | None = None  # where the teacher follows the student
+    # To servers that evaluate while training goes on.
+    evaluation_publisher: Publisher = field(default_factory=NoPublisher)
 
 
 class Trainer:
@@ -96,6 +86,8 @@ class Trainer:
                 order = self._agree(self._decide)
             if order.kind == "save_and_stop":
                 self._save(wait=True)
+                if self._parts.conductor:
+                    self._parts.conductor.stop_evaluations()
                 return False
             self.train_step(order, phases)
             self._after_step()
@@ -104,6 +96,7 @@ class Trainer:
             self._begins("export")
             model = self._parts.student.model
             export_hf(model, self._parts.export_folder, model.config.params_dtype)
+        self._agree(self._finish_evaluations)
         share_order(lambda: Order("done"), self._parts.host_group)  # a teacher elsewhere waits
         return True
 
@@ -276,6 +269,10 @@ class Trainer:
         assert self._parts.conductor is not None
         return self._parts.conductor.evaluate(self._step, self._policy_version)
 
+    def _finish_evaluations(self) -> Order:
+        assert self._parts.conductor is not None
+        return self._parts.conductor.finish_evaluations(self._step, self._policy_version)
+
     def _agree(self, decide: Callable[[], Order]) -> Order:
         """What rank 0 decides, once servers are there that hold the current weights."""
         while True:
@@ -283,6 +280,8 @@ class Trainer:
             order = share_order(decide, self._parts.host_group)
             if order.kind == "sync":
                 self._publish()
+            elif order.kind == "sync_evaluation":
+                self._parts.evaluation_publisher.publish(self._policy_version)
             elif order.kind != "wait":
                 return order
 

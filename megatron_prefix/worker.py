@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, SAVED
-from megatron_prefix.modes import needs_servers
+from megatron_prefix.modes import check_own_servers, needs_servers
 from megatron_prefix.recipe import load_record
 from megatron_prefix.rollout.addresses import await_endpoints, read_endpoints, recipe_endpoints
 from megatron_prefix.rollout.client import Endpoint
@@ -63,10 +63,14 @@ class Servers:
         if not needs_servers(recipe):
             return []
         if self.endpoints is None:
-            return recipe_endpoints(rollout)
-        if self.endpoints.is_dir():
-            return await_endpoints(self.endpoints, self.files, rollout.start_timeout_s, stop)
-        return read_endpoints(self.endpoints)
+            found: list[Endpoint] | None = recipe_endpoints(rollout)
+        elif self.endpoints.is_dir():
+            found = await_endpoints(self.endpoints, self.files, rollout.start_timeout_s, stop)
+        else:
+            found = read_endpoints(self.endpoints)
+        if found is not None:
+            check_own_servers(recipe, len(found))
+        return found
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -25,7 +26,8 @@ PROBLEMS = EvalSet(
     answers=tuple("abcdefghijkl"),
     dropped=0,
 )
-STEPS, SAMPLES = 2, 40
+STEPS, MIDDLE, SAMPLES = 3, 1, 40
+ROOT = Path(__file__).parents[2]
 
 
 def contains(generated: Generated, answer: str) -> bool | None:
@@ -84,42 +86,73 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_evaluating_the_export_gives_the_runs_own_answers(tmp_path: Path) -> None:
-    files = sort_chain.prepare_data(tmp_path / "data")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose evaluations have a server of their own; every step is saved."""
+    root = tmp_path_factory.mktemp("trained")
+    files = sort_chain.prepare_data(root / "data")
     settings = {
         "run.name": "short",
-        "run.output_dir": tmp_path,
+        "run.output_dir": root,
         "student.hf_path": sort_chain.model_folder("student_b"),
         "data.path": files.train,
+        "rollout.num_servers": 2,
         "eval.path": files.held_out,
         "eval.samples": SAMPLES,
+        "eval.interval": 1,
+        "eval.own_servers": 1,
+        "checkpoint.save_interval": 1,
+        "checkpoint.keep_last": 0,
         "train.steps": STEPS,
         "optimizer.lr_warmup_steps": 1,
     }
     words = [f"{key}={value}" for key, value in settings.items()]
-    trained = command("train", "quickstart", *words)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    run = tmp_path / "short"
-    own = (run / "evaluations" / f"step_{STEPS:08d}.jsonl").read_text().splitlines()
-    assert len(own) == SAMPLES
-    evaluated = command("eval", str(run), "--json")
+    result = command("train", "quickstart", *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return root / "short"
+
+
+def test_evaluating_an_exported_step_gives_the_runs_own_answers(trained: Path) -> None:
+    """Those of an earlier step, which a server of its own gave while training went on."""
+    export = trained / f"hf_step_{MIDDLE:08d}"
+    checkpoint = trained / "checkpoints" / f"step_{MIDDLE:08d}"
+    tool = [sys.executable, ROOT / "tools" / "convert_megatron_to_hf.py"]
+    subprocess.run([*tool, "--checkpoint", checkpoint, "--output", export], check=True)
+    evaluated = command("eval", str(trained), "--step", str(MIDDLE), "--json")
     assert evaluated.returncode == 0, evaluated.stderr
-    answers = (run / "evals" / "held_out" / "samples.jsonl").read_text().splitlines()
-    inside, offline = (
-        {(row := json.loads(line))["row"]: row for line in lines} for lines in (own, answers)
+    answers = trained / "evals" / f"held_out-step{MIDDLE}" / "samples.jsonl"
+    inside, offline, end = (
+        {(row := json.loads(line))["row"]: row for line in path.read_text().splitlines()}
+        for path in (own_answers(trained, MIDDLE), answers, own_answers(trained, STEPS))
     )
-    assert inside == offline
+    assert len(inside) == SAMPLES and inside == offline != end
     summary = json.loads(evaluated.stdout)
-    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").open()]
-    assert summary["accuracy"] == evaluations[-1]["accuracy"]
-    assert summary["truncated"] == evaluations[-1]["truncated"]
-    shape = model_shape(json.loads((run / "hf" / "config.json").read_text()))
-    answered = [(sort_chain.PROMPT_LENGTH, answer["tokens"]) for answer in inside.values()]
-    cost = Ledger(shape, shape, 75).measure_answers(answered).total
-    assert evaluations[-1]["flops"] == cost
-    ledger = json.loads((run / "ledger.json").read_text())
-    assert ledger["evaluation"] == sum(each["flops"] for each in evaluations)
+    told = evaluations(trained)[MIDDLE]
+    assert summary["accuracy"] == told["accuracy"] and summary["truncated"] == told["truncated"]
     assert summary["interval"][0] < summary["accuracy"] < summary["interval"][1]
-    again = command("eval", str(run), "--json")  # nothing is left to ask: no server starts
+    # Nothing is left to ask: no server starts.
+    again = command("eval", str(trained), "--step", str(MIDDLE), "--json")
     assert json.loads(again.stdout)["accuracy"] == summary["accuracy"]
     assert "starting" in evaluated.stderr and "starting" not in again.stderr
+
+
+def test_every_evaluation_is_entered_once_with_what_it_cost(trained: Path) -> None:
+    entered = evaluations(trained)
+    lines = (trained / "evaluations.jsonl").read_text().splitlines()
+    assert sorted(entered) == list(range(STEPS + 1)) and len(lines) == STEPS + 1
+    shape = model_shape(json.loads((trained / "hf" / "config.json").read_text()))
+    ledger = Ledger(shape, shape, 75)
+    for step, told in entered.items():
+        rows = [json.loads(line) for line in own_answers(trained, step).open()]
+        answered = [(sort_chain.PROMPT_LENGTH, row["tokens"]) for row in rows]
+        assert told["flops"] == ledger.measure_answers(answered).total
+    account = json.loads((trained / "ledger.json").read_text())
+    assert account["evaluation"] == sum(told["flops"] for told in entered.values())
+
+
+def own_answers(run: Path, step: int) -> Path:
+    return run / "evaluations" / f"step_{step:08d}.jsonl"
+
+
+def evaluations(run: Path) -> dict[int, dict[str, Any]]:
+    return {(each := json.loads(line))["step"]: each for line in (run / "evaluations.jsonl").open()}

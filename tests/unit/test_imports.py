@@ -46,6 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "agreement", "token_kl", "reweigh", "publisher"),
     ("lagged",),
+    ("side_evaluation",),
     ("conductor", "step_metrics", "trouble", "trainer", "teacher_loop"),
     ("supplies", "world", "assemble", "worker"),
     ("agent",),
