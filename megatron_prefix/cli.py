@@ -18,8 +18,9 @@ from megatron_prefix.launch_arguments import EXAMPLES as _LAUNCH_EXAMPLES
 from megatron_prefix.launch_arguments import add_launch_arguments
 from megatron_prefix.report_arguments import EXAMPLES as _REPORT_EXAMPLES
 from megatron_prefix.report_arguments import add_report_arguments
+from megatron_prefix.run_commands import RUN_COMMANDS
 
-_WITHOUT_RECIPE = ("eval", "report", "doctor")
+_WITHOUT_RECIPE = ("eval", "report", "doctor", *RUN_COMMANDS)
 
 _RECIPES = """\
 RECIPE is a Python file with `def recipe() -> Recipe`, the name of one in recipes/, an importable
@@ -40,6 +41,7 @@ examples:
   megatron-prefix plan recipes/quickstart.py         what would it cost? starts nothing
   megatron-prefix train recipes/quickstart.py        run it
   megatron-prefix train recipes/quickstart.py train.steps=50 prefix.policy=anchored
+  megatron-prefix status runs/quickstart             where does it stand? also: logs, cancel
   megatron-prefix eval runs/quickstart               how good is what it trained?
   megatron-prefix report runs/quickstart             one page with pictures of all of it
 """,
@@ -64,6 +66,7 @@ recipe that does not fit is refused, with the smallest change that would: exit c
     "report": _REPORT_EXAMPLES,
     "advise": _ADVISE_EXAMPLES,
     "launch": _LAUNCH_EXAMPLES,
+    **{name: verb.examples for name, verb in RUN_COMMANDS.items()},
     "prepare": """\
 examples:
   megatron-prefix prepare quickstart run.world_size=16
@@ -131,6 +134,8 @@ def build_parser() -> argparse.ArgumentParser:
     start = _command(commands, "launch", "run a recipe on a cluster, through nemo-run", _launch)
     _recipe_arguments(start)
     add_launch_arguments(start)
+    for name, verb in RUN_COMMANDS.items():
+        verb.add_arguments(_command(commands, name, verb.summary, verb.run))
     _recipe_arguments(
         _command(commands, "prepare", "check a recipe, write its record, print its path", _prepare)
     )
@@ -178,8 +183,11 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _load(arguments: argparse.Namespace) -> Recipe:
     from megatron_prefix.recipe import load_recipe
+    from megatron_prefix.secret_keys import check_secrets
 
-    return load_recipe(arguments.recipe, arguments.overlay, arguments.overrides)
+    recipe = load_recipe(arguments.recipe, arguments.overlay, arguments.overrides)
+    check_secrets(recipe)
+    return recipe
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -218,10 +226,13 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
+    from megatron_prefix.jobs import note_own_job
     from megatron_prefix.recipe import save_record
 
     recipe = _load(arguments)
-    print(save_record(recipe, _checked_folder(recipe)))
+    record = save_record(recipe, _checked_folder(recipe))
+    note_own_job(record.parent)
+    print(record)
     return DONE
 
 

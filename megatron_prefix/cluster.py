@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.modes import needs_servers
+from megatron_prefix.secret_keys import key_prefix, names_a_secret, referenced
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _FIRST_PORT = 20000  # of rendezvous; the job's number follows, since jobs may share a node
@@ -27,7 +28,7 @@ mkdir -p -- "$endpoints/$run_attempt"
 finish() {
   code=$?
   rm -rf -- "$endpoints"
-  if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
+  if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID" || echo "saved, and not requeued"; fi
   exit "$code"
 }
 trap finish EXIT"""
@@ -115,9 +116,15 @@ def _check_words(cluster: Cluster) -> None:
     for word in (*words, *cluster.mounts, *cluster.modules):
         if _CONTROL.search(word):
             raise ValueError(f"{word!r} has a control character; leave it out")
-    for name, _ in cluster.env:
+    for name, value in cluster.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"--env {name!r} is no variable's name; give NAME=value")
+        secret = names_a_secret(name) and value and not referenced(value)
+        if secret or key_prefix(value):
+            raise ValueError(
+                f"--env {name}=... would write a secret into the steps' scripts; export {name} and "
+                f"give --env {name}, or --env {name}='${{oc.env:OTHER}}'"
+            )
 
 
 def quote(word: object) -> str:
@@ -168,6 +175,12 @@ def _endpoints(record: Path) -> str:
     return f'{quote(record.parent / "endpoints")}/"$run_attempt"'
 
 
+def _value(value: str) -> str:
+    """As it is, or, of a reference, what the step's environment holds: sbatch handed it on."""
+    name = referenced(value)
+    return f'"${{{name}?was not in the environment of sbatch}}"' if name else quote(value)
+
+
 def _script(
     cluster: Cluster, folder: Path, words: list[str], more: str = "", check: list[str] | None = None
 ) -> str:
@@ -175,7 +188,7 @@ def _script(
     python = cluster.python or ("python" if cluster.container else sys.executable)
     lines = ["set -e"]
     lines += [f"module load {quote(name)}" for name in cluster.modules]
-    lines += [f"export {name}={quote(value)}" for name, value in cluster.env]
+    lines += [f"export {name}={_value(value)}" for name, value in cluster.env]
     lines += [f"cd -- {quote(folder)}"]
     if check:
         lines += [" ".join(map(quote, [python, *check]))]

@@ -83,7 +83,10 @@ class RolloutConfig:
     """SGLang servers: how they are reached, started, asked and kept in step."""
 
     server_urls: tuple[str, ...] = ()  # running servers; empty: start num_servers here
-    api_key_file: str = ""  # holds the key of the servers at server_urls; mode 600
+    # Of the key of the servers at server_urls: a file that holds it, with mode 600, or the variable
+    # that does, as ${oc.env:NAME}; never the key itself, which would be recorded.
+    api_key_file: str = ""
+    api_key: str = ""
     num_servers: int = 1
     device: str = "auto"  # auto | cuda | cpu: where servers that we start run
     dtype: str = "auto"  # auto: the student's params_dtype

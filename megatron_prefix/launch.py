@@ -8,7 +8,10 @@ of the recipe and of the user go into the steps' own scripts, which ``cluster.py
 import contextlib
 import dataclasses
 import re
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +26,7 @@ from megatron_prefix.cluster import (
 )
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED
+from megatron_prefix.jobs import LocalStart, note_slurm_job, read_starts
 
 if TYPE_CHECKING:
     import nemo_run
@@ -31,6 +35,7 @@ _JOB_NAMES = "megatron-prefix."
 _UNQUOTED = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 _MONITOR_S = 5  # between two looks at the steps
 _DRY = "DRYRUN"
+_LOOK_S = 0.1  # between two looks at a process that starts
 
 
 def launch(record: Path, recipe: Recipe, cluster: Cluster, *, detach: bool = False) -> int:
@@ -39,15 +44,55 @@ def launch(record: Path, recipe: Recipe, cluster: Cluster, *, detach: bool = Fal
     Returns 0, or 1 where it was seen to fail. Steps run from the current folder, which has to be
     there on every node, as the run folder has.
     """
+    if detach and cluster.executor == "local":  # nemo-run's ends with the process that started it
+        return _start_here(record, cluster)
     from nemo_run.config import get_nemorun_home
     from torchx.specs.api import AppState
 
     with _experiment(record, recipe, cluster, Path(get_nemorun_home())) as experiment:
         experiment.run(detach=detach, tail_logs=not detach)
+        if cluster.executor == "slurm":
+            _note(record.parent, experiment)
     if detach:
         return DONE
     ended_well = all(job.state == AppState.SUCCEEDED for job in experiment.jobs)
     return DONE if ended_well else FAILED
+
+
+def _note(folder: Path, experiment: "nemo_run.Experiment") -> None:
+    """The job's number, and where its steps' output will be."""
+    for job in experiment.jobs:
+        number = int(job.handle.rpartition("/")[2])
+        logs = job.executor.job_dir if hasattr(job, "executor") else job.executors[0].job_dir
+        note_slurm_job(folder, number, logs)
+        print(f"job {number}: megatron-prefix status|logs|cancel {quote(folder)}", flush=True)
+
+
+def _start_here(record: Path, cluster: Cluster) -> int:
+    """In a session of its own, once it is known to the run folder; its exit code where it ended
+    before that."""
+    folder = record.parent
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    output = logs / f"local-{len(list(logs.glob('local-*.out')))}.out"
+    with output.open("xb") as file:
+        process = subprocess.Popen(
+            ["bash", "-s"],  # a script's words would be seen by all on this machine
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    assert process.stdin is not None
+    with process.stdin as pipe:
+        pipe.write(trainer_script(cluster, record, Path.cwd()).encode())
+    while not any(isinstance(s, LocalStart) and s.pid == process.pid for s in read_starts(folder)):
+        if process.poll() is not None:
+            sys.stderr.write(output.read_text(encoding="utf-8", errors="replace"))
+            return process.returncode
+        time.sleep(_LOOK_S)
+    print(f"process {process.pid}: megatron-prefix status|logs|cancel {quote(folder)}", flush=True)
+    return DONE
 
 
 def dry_run(record: Path, recipe: Recipe, cluster: Cluster) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_prefix.cluster import Cluster
 from megatron_prefix.recipe import factory_beside
+from megatron_prefix.secret_keys import names_a_secret
 
 EXAMPLES = """\
 examples:
@@ -17,7 +18,7 @@ examples:
   megatron-prefix launch RECIPE --executor slurm --nodes 5 --server-nodes 1 --heterogeneous \\
       --gpus-per-node 8 --server-gpus-per-node 4
 A recipe's file may have `def cluster() -> Cluster` with these settings; options win over it.
-Afterwards: nemo experiment status|logs|cancel ID, as printed, or squeue and scancel.
+Afterwards: megatron-prefix status|logs|cancel runs/NAME.
 """
 
 
@@ -25,7 +26,9 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Options left out are None: the recipe's ``cluster()`` or the defaults decide."""
     parser.add_argument("--executor", choices=("local", "slurm"), help="default: local")
     parser.add_argument("--dryrun", action="store_true", help="print the scripts, write nothing")
-    parser.add_argument("--detach", action="store_true", help="do not wait for a slurm job's end")
+    parser.add_argument(
+        "--detach", action="store_true", help="return once it is submitted or started"
+    )
     _add_sizes(parser.add_argument_group("sizes"))
     _add_words(parser.add_argument_group("slurm"))
 
@@ -64,8 +67,8 @@ def _add_words(group: "argparse._ArgumentGroup") -> None:
 def cluster_of(arguments: argparse.Namespace) -> Cluster:
     """The recipe's own cluster, with the options that were given over it.
 
-    ``--env NAME`` takes the value that NAME has here: only for what is no secret, since the steps'
-    scripts hold it; sbatch hands the whole environment on by itself.
+    ``--env NAME`` takes the value that NAME has here, and the steps' scripts hold it; where NAME is
+    called like a secret they refer to it instead: sbatch hands the whole environment on.
     """
     given: dict[str, Any] = {
         field.name: value
@@ -88,4 +91,6 @@ def _variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals and name not in os.environ:
         raise ValueError(f"--env {name}: no such variable here; give {name}=value")
+    if not equals and names_a_secret(name):
+        return name, f"${{oc.env:{name}}}"
     return name, value if equals else os.environ[name]

@@ -15,6 +15,7 @@ from types import FrameType
 from megatron_prefix import die_with_parent
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, HUNG, SAVED
+from megatron_prefix.jobs import note_end, note_this_process
 from megatron_prefix.modes import check_own_servers, needs_servers
 from megatron_prefix.placement import WorldLayout, resolve_world_size, world_layout
 from megatron_prefix.recipe import check_run_folder, save_record
@@ -39,8 +40,18 @@ def launch_local(recipe: Recipe) -> int:
     check_run_folder(folder, recipe)
     check_own_servers(recipe, len(recipe.rollout.server_urls) or recipe.rollout.num_servers)
     record = save_record(recipe, folder)
+    with _count_signals() as stops:
+        start, code = note_this_process(folder), FAILED
+        try:
+            code = _run(recipe, record, stops)
+        finally:
+            note_end(folder, start, code)
+    return code
+
+
+def _run(recipe: Recipe, record: Path, stops: list[int]) -> int:
+    folder = record.parent
     with contextlib.ExitStack() as stack:
-        stops = stack.enter_context(_count_signals())
         supervisor = _start_servers(recipe, folder, stack)
         endpoints = stack.enter_context(_endpoints_file(recipe, supervisor))
         arguments = [str(record), "--endpoints", str(endpoints)]

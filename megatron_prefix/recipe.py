@@ -48,7 +48,7 @@ OUTSIDE_IDENTITY = frozenset(
         f"rollout.{key}"
         for key in (
             "server_urls",
-            "api_key_file",
+            *("api_key_file", "api_key"),
             "num_servers",
             "device",
             "server_tensor_parallel_size",

@@ -13,13 +13,17 @@ from urllib.parse import urlsplit
 from megatron_prefix.config import RolloutConfig
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.protocol import ServerUnavailable
+from megatron_prefix.secret_keys import resolve
 
 _POLL_S = 0.5
 
 
 def recipe_endpoints(rollout: RolloutConfig) -> list[Endpoint]:
-    """The servers at ``rollout.server_urls``, with the key in ``rollout.api_key_file``."""
-    key = Path(rollout.api_key_file).read_text().strip() if rollout.api_key_file else ""
+    """The servers at ``rollout.server_urls``, with the key in ``rollout.api_key_file`` or behind
+    ``rollout.api_key``."""
+    key = resolve("rollout.api_key", rollout.api_key)
+    if rollout.api_key_file:
+        key = Path(rollout.api_key_file).read_text().strip()
     return [
         Endpoint(url, key, rollout.request_timeout_s, rollout.retries)
         for url in rollout.server_urls

@@ -56,7 +56,7 @@ mkdir -p -- "$endpoints/$run_attempt"
 finish() {
   code=$?
   rm -rf -- "$endpoints"
-  if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
+  if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID" || echo "saved, and not requeued"; fi
   exit "$code"
 }
 trap finish EXIT

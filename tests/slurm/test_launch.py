@@ -148,7 +148,29 @@ def test_the_run_ends_well_and_leaves_nothing_running(
     assert not [path for folder in (Path.cwd(), job.root) for path in folder.rglob("INJECTED")]
 
 
-def test_a_detached_run_is_requeued_after_a_signal_and_goes_on(
+def ask_later(slurm: VirtualSlurm, *words: str) -> "subprocess.Popen[str]":
+    return slurm.popen(sys.executable, "-m", "megatron_prefix.cli", *words)
+
+
+def ask(slurm: VirtualSlurm, *words: str) -> str:
+    return slurm.run(sys.executable, "-m", "megatron_prefix.cli", *words)
+
+
+def check_cancelled(slurm: VirtualSlurm, job: Job, number: int, before: dict, told: str) -> None:
+    """``before``: what status said; ``told``: what cancel said."""
+    assert (before["active"], before["attempts"]) == (True, 2)
+    assert before["starts"][0]["name"] == f"job {number}"
+    assert before["starts"][0]["state"] == "RUNNING"
+    assert 0 < before["step"] < before["steps"] == STEPS
+    steps = [record["step"] for record in job.records("detached")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) < STEPS
+    assert f"step {len(steps)} is saved: the same command goes on" in told
+    assert slurm.wait_for_end(number, PATIENCE_S) == "FAILED"
+    assert (slurm.job(number)["ExitCode"], slurm.job(number)["Restarts"]) == ("75:0", "1")
+
+
+def test_a_detached_run_is_requeued_after_a_signal_and_saved_when_it_is_cancelled(
     virtual_slurm: VirtualSlurm, job: Job
 ) -> None:
     launched = Launched(virtual_slurm, job, "--detach", "--nodes", "2", *job.settings("detached"))
@@ -159,8 +181,18 @@ def test_a_detached_run_is_requeued_after_a_signal_and_goes_on(
     with frozen_until_signalled(virtual_slurm):
         virtual_slurm.run("scancel", "--signal=USR1", str(number))
     virtual_slurm.wait_for_restart(number, 1, PATIENCE_S)
-    assert virtual_slurm.wait_for_end(number, PATIENCE_S) == "COMPLETED"
-    assert [record["step"] for record in job.records("detached")] == list(range(1, STEPS + 1))
+    done = len(job.records("detached"))
+    wait_until(lambda: len(job.records("detached")) >= done + 3, "3 more steps", PATIENCE_S)
+    with frozen_until_signalled(virtual_slurm):
+        (state,) = json.loads(ask(virtual_slurm, "status", str(job.folder("detached")), "--json"))
+        ending = ask_later(virtual_slurm, "cancel", str(job.folder("detached")))
+    told, errors = ending.communicate(timeout=PATIENCE_S)
+    assert ending.returncode == 0, told + errors
+    check_cancelled(virtual_slurm, job, number, state, told)
+    follow = ask(virtual_slurm, "logs", str(job.folder("detached")), "--follow", "-n", "0")
+    assert "0: step" in follow, "the newest attempt's"
+    listed = ask(virtual_slurm, "logs", str(job.folder("detached")), "--list")
+    assert [line.split()[0] for line in listed.splitlines()] == [f"{number}.0", f"{number}.1"]
     logs = sorted(path.name for path in launched.home.rglob(f"log-*_{number}_*.out"))
     assert [name.rpartition("_")[2] for name in logs] == ["0.out", "1.out"]
     (script,) = launched.home.rglob("detached_sbatch.sh")

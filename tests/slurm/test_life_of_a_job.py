@@ -176,5 +176,6 @@ def test_one_node_saves_on_a_signal_and_goes_on(virtual_slurm: VirtualSlurm, job
     assert [record["step"] for record in job.records("alone")] == list(range(1, STEPS + 1))
     told = (job.root.parent / "alone.out").read_text()
     assert f"attempt {number}.0 ended with exit code 75" in told
-    logs = [job.root / f"slurm-{number}.{attempt}.out" for attempt in (0, 1)]
+    folder = job.folder("alone") / "logs"
+    logs = [folder / f"job-{number}.{attempt}" / "trainer.out" for attempt in (0, 1)]
     assert all(log.stat().st_size for log in logs)

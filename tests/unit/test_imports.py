@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe", "cluster", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
     + ("account", "pilot", "advise", "advise_arguments")
+    + ("jobs", "secret_keys", "attempts", "slurm_queue", "run_state", "cancel")
     + (
         "jsonl",
         "kl_grid",
@@ -51,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("supplies", "world", "assemble", "worker"),
     ("agent",),
     ("launch_arguments", "launch", "launcher", "die_with_parent"),
-    ("advise_job",),
+    ("advise_job", "run_commands"),
     ("cli",),
 )
 # What may import these packages of others.
@@ -63,8 +64,9 @@ EDGES = {
     "nemo_run": ("launch",),
 }
 # What a module may import of ours, where the layers alone would allow more.
-ONLY = {"recipe": ("config",), "cluster": ("config", "modes"), "loss": ("loss",)}
-ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes"), "modes": ("config",)}
+ONLY = {"recipe": ("config",), "cluster": ("config", "modes", "secret_keys")}
+ONLY |= {"loss": ("loss",), "secret_keys": ("config",)}
+ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes", "jobs"), "modes": ("config",)}
 # Importing these may bring Megatron along; importing any other must not.
 NEEDS_MEGATRON = (
     "mcore",

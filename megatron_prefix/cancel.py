@@ -1,0 +1,98 @@
+"""Ends a run: its ranks save first, nothing requeues it, and it can be gone on with later."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prefix.jobs import LocalStart, SlurmJob, read_starts
+from megatron_prefix.slurm_queue import (
+    JobState,
+    cancel_job,
+    job_state,
+    keep_from_requeue,
+    signal_steps,
+)
+
+_POLL_S = 1.0
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Patience:
+    save_s: float  # given to a save; 0: none is asked for
+    end_s: float = 60.0  # given to what was cut off
+
+
+def cancel_run(folder: Path, patience: Patience, say: Say) -> bool:
+    """Whether all that ran had time to end by itself. True where nothing ran.
+
+    Jobs that wait leave the queue first, so that none starts where another ends. ValueError where
+    a process is another machine's, or Slurm does not answer.
+    """
+    starts = read_starts(folder)
+    jobs = [job_state(start.number) for start in starts if isinstance(start, SlurmJob)]
+    processes = [start for start in starts if isinstance(start, LocalStart) and not _over(start)]
+    for job in jobs:
+        if job.waits:
+            cancel_job(job.number)
+            say(f"job {job.number} was {job.state}: taken out of the queue")
+    ended = [_end_job(job, patience, say) for job in jobs if job.runs]
+    ended += [_end_process(process, patience, say) for process in processes]
+    return all(ended)
+
+
+def _over(start: LocalStart) -> bool:
+    """ValueError where only another machine knows, and its run may be going on."""
+    if start.ended is not None:
+        return True
+    if not start.is_here:
+        raise ValueError(
+            f"process {start.pid} of {start.host} started this run and may run still; give the "
+            f"command on {start.host}"
+        )
+    return not start.runs()
+
+
+def _end_job(job: JobState, patience: Patience, say: Say) -> bool:
+    keep_from_requeue(job.number)
+    if patience.save_s:
+        signal_steps(job.number, "USR1")
+        say(f"job {job.number}: told to save; up to {patience.save_s:g} s (--now: without)")
+        if _wait(lambda: not job_state(job.number).runs, patience.save_s):
+            state = job_state(job.number)
+            if state.waits:  # it was on its way back into the queue already
+                cancel_job(job.number)
+            say(f"job {job.number}: ended by itself")
+            return True
+    cancel_job(job.number)
+    say(f"job {job.number}: cancelled")
+    _wait(lambda: not job_state(job.number).runs, patience.end_s)
+    return not patience.save_s
+
+
+def _end_process(start: LocalStart, patience: Patience, say: Say) -> bool:
+    """A launcher's first signal saves, its second ends at once; SIGKILL, and the kernel ends its
+    ranks and servers."""
+    name = f"process {start.pid}"
+    if patience.save_s:
+        os.kill(start.pid, signal.SIGTERM)
+        say(f"{name}: told to save; up to {patience.save_s:g} s (--now: without)")
+        if _wait(lambda: not start.runs(), patience.save_s):
+            say(f"{name}: ended by itself")
+            return True
+    os.kill(start.pid, signal.SIGKILL)
+    say(f"{name}: killed")
+    _wait(lambda: not start.runs(), patience.end_s)
+    return not patience.save_s
+
+
+def _wait(done: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
