@@ -162,3 +162,13 @@ class Held:
     weights: int
     gradients: int = 0
     optimizer: int = 0
+    # Of the optimizer, by the rank that holds the shard: of what data-parallel ranks share, and of
+    # what expert-data-parallel ones do. Empty: all hold as much.
+    dense_shards: tuple[int, ...] = field(default=(), compare=False)
+    expert_shards: tuple[int, ...] = field(default=(), compare=False)
+
+    def optimizer_of(self, dp: int, expert_dp: int) -> int:
+        """Bytes of the optimizer on another rank of the stage."""
+        if not self.dense_shards:
+            return self.optimizer
+        return self.dense_shards[dp] + (self.expert_shards[expert_dp] if self.expert_shards else 0)

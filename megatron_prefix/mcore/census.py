@@ -64,7 +64,8 @@ def _answer(question: Question) -> Held:
             parameters = list(model.module.parameters())
             return Held(_elements(parameters), _bytes(parameters))
         student = make_trainable(model, question.optimizer, total_steps=1)
-        return count_student(student.ddp, student.optimizer)
+        sharded = question.optimizer.use_distributed_optimizer
+        return count_student(student.ddp, student.optimizer, sharded=sharded)
 
 
 @contextmanager
@@ -83,8 +84,9 @@ def _fake_world(world_size: int, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def count_student(ddp: Any, optimizer: Any) -> Held:
-    """What Megatron's DDP and optimizer hold, built on memory or on meta alike."""
+def count_student(ddp: Any, optimizer: Any, *, sharded: bool) -> Held:
+    """What Megatron's DDP and optimizer hold, built on memory or on meta alike; ``sharded``: over
+    the ranks that hold the same parameters."""
     parameters = list(ddp.parameters())
     buffers = [*ddp.buffers, *ddp.expert_parallel_buffers]
     masters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -95,7 +97,29 @@ def count_student(ddp: Any, optimizer: Any) -> Held:
         weights=sum(own.values()),
         gradients=_bytes([buffer.grad_data for buffer in buffers]),
         optimizer=sum(copies.values()) + MOMENTS * 4 * _elements(masters),
+        dense_shards=_shards(ddp.buffers) if sharded else (),
+        expert_shards=_shards(ddp.expert_parallel_buffers) if sharded else (),
     )
+
+
+def _shards(buffers: Iterable[Any]) -> tuple[int, ...]:
+    """Bytes of the distributed optimizer on each of the ranks that share ``buffers``.
+
+    Megatron cuts each bucket, padding and all, into as many equal parts as there are ranks; state
+    is made for the parameters' elements in them, and a copy of those that are not fp32.
+    """
+    shards: list[int] = []
+    for buffer in buffers:
+        ranks = buffer.data_parallel_group.size()
+        shards = shards or [0] * ranks
+        for parameter, (start, end, index) in buffer.param_index_map.items():
+            bucket = buffer.buckets[index]
+            size = bucket.grad_data.numel() // ranks
+            width = 4 * MOMENTS + (0 if parameter.dtype == torch.float32 else 4)
+            for rank in range(ranks):
+                first = bucket.offset + rank * size
+                shards[rank] += width * max(0, min(end, first + size) - max(start, first))
+    return tuple(shards)
 
 
 def _elements(tensors: Iterable[Tensor]) -> int:

@@ -3,10 +3,11 @@ import; Megatron's modules are built by ``mcore/census.py``, in a process of its
 
 from megatron_prefix.plan.build import count_held
 from megatron_prefix.plan.command import plan_recipe, run_plan
-from megatron_prefix.plan.cost import CostPlan, first_prompt_lengths
+from megatron_prefix.plan.cost import CostPlan
 from megatron_prefix.plan.fit import Change, Fit, measure_fit, with_remedy
 from megatron_prefix.plan.make import ModelPlan, Plan, make_plan, rank_groups
 from megatron_prefix.plan.memory import RankPlan, Stage, arithmetic
+from megatron_prefix.plan.seen import Seen, look_at_prompts
 from megatron_prefix.plan.sizes import ModelSizes
 
 __all__ = [
@@ -17,10 +18,11 @@ __all__ = [
     "ModelSizes",
     "Plan",
     "RankPlan",
+    "Seen",
     "Stage",
     "arithmetic",
     "count_held",
-    "first_prompt_lengths",
+    "look_at_prompts",
     "make_plan",
     "measure_fit",
     "plan_recipe",

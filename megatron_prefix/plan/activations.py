@@ -194,7 +194,7 @@ def _at_head(model: ValidModel, widths: Widths, stage: int, batch: Microbatch) -
     return 2 * batch.positions * widths.element * widths.hidden
 
 
-def kl_workspace(rows: int, positions: int, *, ranks: int, fused: bool) -> int:
+def kl_workspace(rows: int, positions: int, *, ranks: int, fused: bool, chunk_size: int = 0) -> int:
     """Bytes of the loss's logits: two buffers for each chunk in flight (``loss/task.py``).
 
     ``rows``: of this rank's vocabulary shard; ``ranks``: that share the vocabulary.
@@ -202,6 +202,7 @@ def kl_workspace(rows: int, positions: int, *, ranks: int, fused: bool) -> int:
     # Brings torch along, which `plan --help` need not wait for.
     from megatron_prefix.loss.task import CPU_LIMITS, GPU_LIMITS, chosen_chunk
 
-    flights = 1 if ranks == 1 else 2
+    buffers = 2 if ranks == 1 else 4
     limits = GPU_LIMITS if fused else CPU_LIMITS
-    return 2 * flights * chosen_chunk(positions, rows * flights, limits) * rows * FP32
+    chunk = chunk_size or chosen_chunk(positions, rows * buffers, limits)
+    return buffers * min(chunk, positions) * rows * FP32

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prefix.plan.memory import Stage, stages
 from megatron_prefix.plan.stages import stage_layers
+from megatron_prefix.plan.teachers import teachers_that_score
 from megatron_prefix.types import Held
 from megatron_prefix.validate import ValidModel, ValidRun
 
@@ -18,8 +19,8 @@ Census = Callable[[Sequence["Question"]], list[Held]]
 
 
 def count_held(run: ValidRun, census: Census | None = None) -> dict[Stage, Held]:
-    """What the first rank of each stage holds; its neighbours differ by some padding of shards of
-    the optimizer. Stages that are built alike are built once.
+    """What the first rank of each stage holds, with the optimizer's shards of its neighbours.
+    Stages that are built alike are built once.
 
     Takes seconds, most of them for importing Megatron-Core. ``census``: how the questions are
     answered; None starts a process.
@@ -46,7 +47,7 @@ def _without_stderr() -> None:
 
 
 def _model(run: ValidRun, stage: Stage) -> ValidModel:
-    return run.student if stage.owner == "student" else run.teacher
+    return run.student if stage.owner == "student" else teachers_that_score(run)[stage.domain]
 
 
 def _kind(run: ValidRun, stage: Stage) -> tuple[object, ...]:
@@ -55,7 +56,7 @@ def _kind(run: ValidRun, stage: Stage) -> tuple[object, ...]:
     layers = stage_layers(model.layers, stage.number)
     sparse = tuple(layer in model.hf.shape.sparse_layers for layer in layers)
     ends = stage.number == 0, stage.number == model.layout.pp - 1
-    return stage.owner, ends, sparse
+    return stage.owner, stage.domain, ends, sparse
 
 
 def question(run: ValidRun, stage: Stage, rank: int | None = None) -> "Question":

@@ -7,10 +7,10 @@ from dataclasses import replace
 from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import Recipe
 from megatron_prefix.plan.build import count_held
-from megatron_prefix.plan.cost import first_prompt_lengths
 from megatron_prefix.plan.fit import measure_fit, refusal, with_remedy
 from megatron_prefix.plan.make import Plan, make_plan
 from megatron_prefix.plan.memory import RankPlan, Stage, plan_ranks
+from megatron_prefix.plan.seen import Seen, look_at_prompts
 from megatron_prefix.plan.sizes import ModelSizes
 from megatron_prefix.plan.view import plan_json, print_plan
 from megatron_prefix.types import Held
@@ -37,9 +37,8 @@ def plan_recipe(recipe: Recipe, cluster: Cluster, *, quick: bool) -> Plan:
     if cluster.world_size and not recipe.run.world_size:
         recipe = replace(recipe, run=replace(recipe.run, world_size=cluster.world_size))
     run = validate(recipe, read, sizes_only=not read.all_here(recipe))
-    plan = make_plan(
-        run, first_prompt_lengths(run) if read.all_here(recipe) else (), _held(run, quick)
-    )
+    seen = look_at_prompts(run) if read.all_here(recipe) else Seen()
+    plan = make_plan(run, seen, _held(run, quick))
     fit = measure_fit(recipe, plan.ranks, servers_elsewhere=cluster.server_nodes > 0)
     if fit and not fit.fits:
 

@@ -1,27 +1,24 @@
-"""Tokens and FLOPs of a whole run, by its policy's lengths."""
+"""Tokens and FLOPs of a whole run, by its policy's lengths and its mode's steps."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.modes import needs_prompts
+from megatron_prefix.modes import evaluation_due, is_supervised, probe_due, written_count
+from megatron_prefix.plan.seen import Seen
 from megatron_prefix.prefix import (
     ModelShape,
     StepCost,
     build_policy,
     loss_start,
     model_shape,
-    step_flops,
+    rollout_flops,
 )
-from megatron_prefix.prefix.policy import ScheduledPolicy
-from megatron_prefix.preflight import open_prompts
+from megatron_prefix.prefix.flops import BACKWARD, head_flops
+from megatron_prefix.prefix.policy import PrefixPolicy, ScheduledPolicy
 from megatron_prefix.types import Flops
 from megatron_prefix.validate import ValidRun
-from megatron_prefix.validate_data import is_local
-from megatron_prefix.written import written_data
-
-PROMPTS_LOOKED_AT = 256
 
 
 @dataclass(frozen=True)
@@ -38,73 +35,155 @@ class CostPlan:
     longest_prefix: int
     mean_prefix: float
     run: StepCost
+    domain_shares: dict[str, float] = field(default_factory=dict)  # by domain, of the rollouts
+    supervised_steps: int = 0  # that no teacher scores
+    written_rollouts: int = 0  # that no server samples
+    # Beside training, and no part of ``run``: full-length rollouts, and answers at their bound.
+    probes: int = 0
+    probe_flops: float = 0.0
+    evaluations: int = 0
+    answers: int = 0  # of one evaluation; 0 where how many there are is not known
+    evaluation_flops: float = 0.0
 
     @property
     def mean_step_flops(self) -> float:
         return self.run.flops.total / self.steps
 
 
-def plan_cost(run: ValidRun, prompt_lengths: Sequence[int]) -> CostPlan:
-    """``prompt_lengths``: tokens of some of the run's prompts, if known."""
-    recipe = run.recipe
+@dataclass(frozen=True)
+class _Kind:
+    """What steps of one cost have in common."""
+
+    length: int
+    start: int  # of the loss
+    written: int  # rollouts
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """FLOPs of one rollout, in the mean over the domains."""
+
+    student: ModelShape
+    teachers: tuple[tuple[ModelShape, float], ...]  # with their shares
+    prompt: int
+    teacher_prompt: int
+
+    def rollout(self, length: int, start: int = 0, heads: int = 1) -> Flops:
+        """``heads``: how often the teacher's is applied."""
+        total = Flops()
+        for teacher, share in self.teachers:
+            cost = rollout_flops(self.student, teacher, self.prompt, length, start)
+            own = rollout_flops(self.student, teacher, self.teacher_prompt, length, start).teacher
+            own += (heads - 1) * head_flops(teacher, max(length - start, 0))
+            total += _times(Flops(cost.rollout, own, cost.student), share)
+        return total
+
+
+def plan_cost(run: ValidRun, seen: Seen) -> CostPlan:
+    """``seen``: what is known of the run's prompts."""
+    recipe, steps = run.recipe, range(run.recipe.train.steps)
     policy = build_policy(recipe.prefix, recipe.train.steps)
-    steps = range(recipe.train.steps)
-    windows = Counter((policy.length(step), loss_start(policy, step)) for step in steps)
-    lengths = [length for length, _ in windows.elements()]
-    prompt, source = _prompt_tokens(recipe, prompt_lengths)
-    shapes = (model_shape(run.student.hf.config), model_shape(run.teacher.hf.config))
-    batch = recipe.train.global_batch_size
+    kinds = Counter(_kind(recipe, policy, step) for step in steps)
+    lengths = [kind.length for kind in kinds.elements()]
+    costs, batch = _costs(run, seen), recipe.train.global_batch_size
+    probes = [step for step in range(len(steps) + 1) if probe_due(recipe, step)]
+    evaluations = sum(evaluation_due(recipe, step) for step in range(len(steps) + 1))
+    answers = len(seen.evaluated) or recipe.eval.samples
     return CostPlan(
-        steps=recipe.train.steps,
+        steps=len(steps),
         rollouts_a_step=batch,
         microbatches_a_replica=batch // recipe.train.micro_batch_size // run.student.layout.dp,
-        prompt_tokens=prompt,
-        prompt_tokens_from=source,
+        prompt_tokens=costs.prompt,
+        prompt_tokens_from=_source(seen),
         lengths_known=isinstance(policy, ScheduledPolicy),
         shortest_prefix=min(lengths),
         longest_prefix=max(lengths),
-        mean_prefix=sum(lengths) / recipe.train.steps,
-        run=_run_cost(shapes, prompt, windows, batch, recipe.prefix.max_length),
+        mean_prefix=sum(lengths) / len(steps),
+        run=_run_cost(recipe, costs, kinds),
+        domain_shares=seen.shares(["", *run.more_teachers]) if run.more_teachers else {},
+        supervised_steps=sum(kind.supervised for kind in kinds.elements()),
+        written_rollouts=sum(kind.written for kind in kinds.elements()),
+        probes=len(probes),
+        probe_flops=sum(_probe_flops(recipe, costs, policy, step) for step in probes),
+        evaluations=evaluations,
+        answers=answers if evaluations else 0,
+        evaluation_flops=evaluations * _answers_flops(recipe, costs, seen),
     )
 
 
-def _prompt_tokens(recipe: Recipe, prompt_lengths: Sequence[int]) -> tuple[int, str]:
-    if not prompt_lengths:
-        return recipe.data.max_prompt_length, "data.max_prompt_length, an upper bound"
-    mean = round(sum(prompt_lengths) / len(prompt_lengths))
-    return mean, f"mean of the first {len(prompt_lengths)} prompts"
+def _kind(recipe: Recipe, policy: PrefixPolicy, step: int) -> _Kind:
+    return _Kind(
+        policy.length(step),
+        loss_start(policy, step),
+        written_count(recipe, step),
+        is_supervised(recipe, step),
+    )
 
 
-def _run_cost(
-    shapes: tuple[ModelShape, ModelShape],
-    prompt: int,
-    windows: Counter[tuple[int, int]],
-    batch: int,
-    full: int,
-) -> StepCost:
-    """``windows``: how many steps have which prefix length and start of the loss."""
-    steps = windows.total()
+def _costs(run: ValidRun, seen: Seen) -> _Costs:
+    most = run.recipe.data.max_prompt_length
+    prompt = _mean(seen.lengths, most)
+    own = run.recipe.mode.teacher_prompt.max_length or prompt
+    teachers = {"": run.teacher, **run.more_teachers}
+    shares = seen.shares(list(teachers))
+    return _Costs(
+        student=model_shape(run.student.hf.config),
+        teachers=tuple((model_shape(t.hf.config), shares[name]) for name, t in teachers.items()),
+        prompt=prompt,
+        teacher_prompt=_mean(seen.teacher_lengths, own),
+    )
 
-    def one(length: int, start: int) -> Flops:
-        return step_flops(*shapes, [(prompt, length)], start)
 
+def _mean(lengths: Sequence[int], unknown: int) -> int:
+    return round(sum(lengths) / len(lengths)) if lengths else unknown
+
+
+def _source(seen: Seen) -> str:
+    if not seen.lengths:
+        return "data.max_prompt_length, an upper bound"
+    return f"mean of the first {len(seen.lengths)} prompts"
+
+
+def _run_cost(recipe: Recipe, costs: _Costs, kinds: Counter[_Kind]) -> StepCost:
+    batch, full = recipe.train.global_batch_size, recipe.prefix.max_length
+    rollouts = kinds.total() * batch
     return StepCost(
-        flops=sum((_times(one(*each), count * batch) for each, count in windows.items()), Flops()),
-        flops_full=_times(one(full, 0), steps * batch),
-        prompt_tokens=prompt * steps * batch,
-        prefix_tokens=sum(length * count for (length, _), count in windows.items()) * batch,
-        full_tokens=full * steps * batch,
+        flops=sum((_times(_step(recipe, costs, k), n) for k, n in kinds.items()), Flops()),
+        flops_full=_times(costs.rollout(full), rollouts),
+        prompt_tokens=costs.prompt * rollouts,
+        prefix_tokens=sum(kind.length * count for kind, count in kinds.items()) * batch,
+        full_tokens=full * rollouts,
     )
 
 
-def _times(flops: Flops, count: int) -> Flops:
+def _step(recipe: Recipe, costs: _Costs, kind: _Kind) -> Flops:
+    """As the ledger counts it: what was written costs no sampling, cross-entropy no teacher."""
+    batch = recipe.train.global_batch_size
+    heads = 1 if recipe.loss.weights.rule == "uniform" else 2
+    one = costs.rollout(kind.length, kind.start, heads)
+    return Flops(
+        rollout=one.rollout * (batch - kind.written),
+        teacher=0.0 if kind.supervised else one.teacher * batch,
+        student=one.student * batch,
+    )
+
+
+def _probe_flops(recipe: Recipe, costs: _Costs, policy: PrefixPolicy, finished: int) -> float:
+    """Of one: two passes forward and backward where it compares gradients, else one forward."""
+    length = recipe.prefix.max_length
+    gradients = 2 if recipe.log.probe_agreement and policy.length(finished) < length else 0
+    one = costs.rollout(length)
+    student = one.student / BACKWARD * (BACKWARD * gradients or 1)
+    return recipe.log.probe_rollouts * (one.rollout + one.teacher + student)
+
+
+def _answers_flops(recipe: Recipe, costs: _Costs, seen: Seen) -> float:
+    """Of one evaluation: the sampler's part, every answer at its bound."""
+    prompts = Counter(seen.evaluated) or Counter({costs.prompt: recipe.eval.samples})
+    models, longest = (costs.student, costs.teachers[0][0]), recipe.eval.max_new_tokens
+    return sum(count * rollout_flops(*models, p, longest).rollout for p, count in prompts.items())
+
+
+def _times(flops: Flops, count: float) -> Flops:
     return Flops(flops.rollout * count, flops.teacher * count, flops.student * count)
-
-
-def first_prompt_lengths(run: ValidRun) -> list[int]:
-    """Tokens of the first prompts of a data set on this machine; none for a hub id or a replay."""
-    recipe = run.recipe
-    data = recipe.data if needs_prompts(recipe) else written_data(recipe)
-    if recipe.rollout.replay or not is_local(data.path):
-        return []
-    return [len(prompt.input_ids) for prompt in open_prompts(run.recipe).take(PROMPTS_LOOKED_AT)]

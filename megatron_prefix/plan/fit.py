@@ -7,8 +7,10 @@ from itertools import combinations
 from typing import Any
 
 from megatron_prefix.config import Recipe
+from megatron_prefix.placement import section_of, teachers_of
 from megatron_prefix.plan.memory import RankPlan, arithmetic, model_sizes, on_gpus, plan_ranks
 from megatron_prefix.plan.sizes import ModelSizes
+from megatron_prefix.plan.teachers import teachers_that_score
 from megatron_prefix.validate import ValidRun, validate
 
 GIB = 1024**3
@@ -29,7 +31,11 @@ class Change:
         return f"{self.key}={value}"
 
     def of(self, recipe: Recipe) -> Recipe:
-        section, _, name = self.key.partition(".")
+        section, _, name = self.key.rpartition(".")
+        if section.startswith("teachers."):
+            domain = section.removeprefix("teachers.")
+            teacher = replace(recipe.teachers[domain], **{name: self.value})
+            return replace(recipe, teachers={**recipe.teachers, domain: teacher})
         changed = replace(getattr(recipe, section), **{name: self.value})
         return replace(recipe, **{section: changed})
 
@@ -140,21 +146,33 @@ def single_changes(run: ValidRun) -> list[Change]:
     """What may make room, from what costs nothing to what costs cards."""
     return [
         *_free_changes(run.recipe),
+        *_offloads(run),
         *_halvings("train.micro_batch_size", run.recipe.train.micro_batch_size),
         *_recompute(run.recipe),
-        *_layouts(run, "teacher"),
+        *(
+            change
+            for name in teachers_that_score(run)
+            for change in _layouts(run, section_of(name))
+        ),
         *_layouts(run, "student"),
         *_doublings("run.world_size", run.world_size, 4 * run.world_size),
     ]
 
 
 def _free_changes(recipe: Recipe) -> Iterator[Change]:
-    for owner in ("student", "teacher"):
-        model = getattr(recipe, owner)
+    teachers = {section_of(name): model for name, model in teachers_of(recipe).items()}
+    for owner, model in {"student": recipe.student, **teachers}.items():
         if model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
             yield Change(f"{owner}.sequence_parallel", True)
     if not recipe.optimizer.use_distributed_optimizer:
         yield Change("optimizer.use_distributed_optimizer", True)
+
+
+def _offloads(run: ValidRun) -> Iterator[Change]:
+    """Of colocated teachers. On a GPU it costs the copy's time where sampling is shorter."""
+    for domain, teacher in teachers_that_score(run).items():
+        if not teacher.layout.first_rank and not teacher.config.offload:
+            yield Change(f"{section_of(domain)}.offload", True)
 
 
 def _recompute(recipe: Recipe) -> Iterator[Change]:
@@ -163,8 +181,9 @@ def _recompute(recipe: Recipe) -> Iterator[Change]:
 
 
 def _layouts(run: ValidRun, owner: str) -> Iterator[Change]:
-    model = getattr(run.recipe, owner)
-    valid = run.student if owner == "student" else run.teacher
+    models = {section_of(name): model for name, model in teachers_that_score(run).items()}
+    valid = {"student": run.student, **models}[owner]
+    model = valid.config
     bounds = {
         "expert_model_parallel_size": valid.hf.shape.num_experts,
         "tensor_model_parallel_size": CARDS_A_NODE,

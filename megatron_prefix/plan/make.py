@@ -1,13 +1,14 @@
 """What a recipe comes to: nothing is started and no weight is read."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.layout import Layout, padded_vocab_size
 from megatron_prefix.plan.cost import CostPlan, plan_cost
 from megatron_prefix.plan.fit import Fit
 from megatron_prefix.plan.memory import RankPlan, Stage, plan_ranks
+from megatron_prefix.plan.seen import Seen
 from megatron_prefix.plan.stages import whole_parameters
 from megatron_prefix.types import Held
 from megatron_prefix.validate import ValidModel, ValidRun
@@ -42,15 +43,16 @@ class Plan:
     cost: CostPlan
     shapes: tuple[str, ...] = ()  # files of shapes that stood in for folders not here yet
     fit: Fit | None = None  # None: the recipe does not say how much a card holds
+    more_teachers: dict[str, ModelPlan] = field(default_factory=dict)  # by domain
 
 
 def make_plan(
     run: ValidRun,
-    prompt_lengths: Sequence[int] = (),
+    seen: Seen | None = None,
     held: Mapping[Stage, Held] | None = None,
 ) -> Plan:
-    """The plan of a validated run; ``prompt_lengths``: tokens of some of its prompts, if known;
-    ``held``: what was counted on the modules of each stage, without which arithmetic does."""
+    """The plan of a validated run; ``seen``: what is known of its prompts, if anything; ``held``:
+    what was counted on the modules of each stage, without which arithmetic does."""
     return Plan(
         recipe=run.recipe,
         world_size=run.world_size,
@@ -58,7 +60,8 @@ def make_plan(
         teacher=_plan_model(run.teacher),
         built=held is not None,
         ranks=plan_ranks(run, held),
-        cost=plan_cost(run, prompt_lengths),
+        cost=plan_cost(run, seen or Seen()),
+        more_teachers={name: _plan_model(model) for name, model in run.more_teachers.items()},
     )
 
 

@@ -12,25 +12,31 @@ from typing import Literal
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.layout import Layout, padded_vocab_size
+from megatron_prefix.placement import section_of
 from megatron_prefix.plan.activations import (
     DTYPE_BYTES,
     Microbatch,
     kl_workspace,
-    scoring_peak,
     training_peak,
 )
 from megatron_prefix.plan.stages import LayerSizes, layer_sizes, stage_parameters
+from megatron_prefix.plan.teachers import (
+    Place,
+    TeacherPart,
+    hidden_bytes,
+    hidden_states,
+    place,
+    scoring,
+    stage_at,
+    teachers_that_score,
+)
 from megatron_prefix.types import Held
 from megatron_prefix.validate import ValidModel, ValidRun
 
 # Of a weight in FP8: Transformer Engine keeps one for the forward, a transposed one for the
 # backward, and the bf16 weight besides (fp8_param is off).
 FP8_COPIES = {"student": 2, "teacher": 1}
-# Hidden states on their way from a separate teacher, and those in use (``teacher.py``).
-MICROBATCHES_UNDER_WAY = 3
-# (tp, dp, pp); nothing where the rank holds no part of it, beside a separate teacher.
-Place = tuple[int, int, int] | tuple[()]
-Stages = tuple[int, int]  # of student and teacher; -1: no part of it
+Stages = tuple[int, tuple[tuple[str, int], ...]]  # of the student, and of each teacher by domain
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,20 @@ class Stage:
 
     owner: Literal["student", "teacher"]
     number: int
+    domain: str = ""  # of a teacher
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes that a part of a step takes, beside what is held and the hidden states."""
+
+    activations: int
+    workspace: int = 0
+    weights: int = 0  # of an offloaded teacher
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.workspace + self.weights
 
 
 @dataclass(frozen=True)
@@ -47,75 +67,115 @@ class RankPlan:
 
     rank: int
     student_at: Place
-    teacher_at: Place
+    teachers: tuple[TeacherPart, ...]  # that have a part on this rank
     student_parameters: int
     student_weights: int
     student_gradients: int
     student_optimizer: int
-    teacher_weights: int
-    teacher_head: int  # the LM head's shard on the student's last stage
-    fp8_weights: int  # FP8 copies of both models' weights; an estimate, as all that follows
-    activations: int  # the student's, at the worst moment of forward and backward
+    student_fp8: int  # FP8 copies of its weights; an estimate
+    teacher_head: int  # the LM heads' shards on the student's last stage
+    activations: int  # the student's, at the worst moment of forward and backward; an estimate
     kl_workspace: int
-    teacher_hidden: int  # the teacher's hidden states of a step's prefix positions
-    teacher_activations: int  # of its forward, before the student's step
+    teacher_hidden: int  # teachers' hidden states of a step's prefix positions
+
+    @property
+    def teacher_at(self) -> Place:
+        """Of the recipe's section ``teacher``."""
+        return next((part.at for part in self.teachers if not part.domain), ())
+
+    @property
+    def teacher_weights(self) -> int:
+        return sum(part.weights for part in self.teachers)
+
+    @property
+    def resident(self) -> int:
+        """Of :attr:`teacher_weights`, what never leaves the device."""
+        return sum(part.weights for part in self.teachers if not part.offload)
+
+    @property
+    def fp8_weights(self) -> int:
+        """FP8 copies of the weights that never leave the device."""
+        return self.student_fp8 + sum(part.fp8 for part in self.teachers if not part.offload)
+
+    @property
+    def in_host_memory(self) -> int:
+        """Offloaded weights."""
+        return self.teacher_weights - self.resident
 
     @property
     def held(self) -> int:
         """From the start to the end of the run."""
-        return (
-            self.student_weights
-            + self.student_gradients
-            + self.student_optimizer
-            + self.teacher_weights
-            + self.teacher_head
-            + self.fp8_weights
-        )
+        student = self.student_weights + self.student_gradients + self.student_optimizer
+        return student + self.resident + self.teacher_head + self.fp8_weights
+
+    @property
+    def worst(self) -> Moment:
+        """Of a step: a teacher's forward, or the student's forward and backward."""
+        moments = [Moment(self.activations, self.kl_workspace)]
+        for part in self.teachers:
+            moments.append(Moment(part.activations, 0, part.on_device if part.offload else 0))
+        return max(moments, key=lambda moment: moment.total)
 
     @property
     def working(self) -> int:
-        """At the worst moment of a step: the teacher's forward, or the student's step."""
-        student = self.activations + self.kl_workspace
-        return self.teacher_hidden + max(student, self.teacher_activations)
+        """At the worst moment of a step."""
+        return self.teacher_hidden + self.worst.total
 
     @property
     def total(self) -> int:
         return self.held + self.working
+
+    @property
+    def saved_by_offload(self) -> int:
+        """Bytes that the rank would need more with all teachers resident."""
+        resident = tuple(replace(part, offload=False) for part in self.teachers)
+        return replace(self, teachers=resident).total - self.total
 
 
 def plan_ranks(run: ValidRun, held: Mapping[Stage, Held] | None = None) -> tuple[RankPlan, ...]:
     """Every rank of the world; ``held`` by arithmetic where it was not counted."""
     held = arithmetic(run) if held is None else held
     kinds: dict[Stages, RankPlan] = {}
-    ranks = []
-    for rank in range(run.world_size):
-        student, teacher = (place(model, rank) for model in (run.student, run.teacher))
-        kind = stage_at(student), stage_at(teacher)
-        if kind not in kinds:
-            kinds[kind] = _plan_rank(run, held, kind)
-        ranks.append(replace(kinds[kind], rank=rank, student_at=student, teacher_at=teacher))
-    return tuple(ranks)
+    return tuple(_plan_rank(run, held, kinds, rank) for rank in range(run.world_size))
 
 
-def place(model: ValidModel, rank: int) -> Place:
-    """Where a rank stands in a model's grid."""
-    return model.layout.coordinates(rank) if rank in model.layout.ranks else ()
-
-
-def stage_at(place: Place) -> int:
-    """-1 for a rank without a part of the model."""
-    return place[2] if place else -1
+def _plan_rank(
+    run: ValidRun, held: Mapping[Stage, Held], kinds: dict[Stages, RankPlan], rank: int
+) -> RankPlan:
+    """``kinds``: of those ranks that were planned before, which differ by their place alone and by
+    their shard of the optimizer."""
+    student, teachers = place(run.student, rank), teachers_that_score(run)
+    at = {domain: place(teacher, rank) for domain, teacher in teachers.items()}
+    kind = stage_at(student), tuple((domain, stage_at(there)) for domain, there in at.items())
+    if kind not in kinds:
+        kinds[kind] = _plan_kind(run, held, kind)
+    one, layout = kinds[kind], run.student.layout
+    optimizer = one.student_optimizer
+    if student:
+        shard = layout.expert_coordinates(rank)[2]
+        optimizer = held[Stage("student", student[2])].optimizer_of(student[1], shard)
+    return replace(
+        one,
+        rank=rank,
+        student_at=student,
+        student_optimizer=optimizer,
+        teachers=tuple(replace(part, at=at[part.domain]) for part in one.teachers),
+    )
 
 
 def stages(run: ValidRun) -> list[Stage]:
-    """Every stage of both models."""
-    students = [Stage("student", number) for number in range(run.student.layout.pp)]
-    return students + [Stage("teacher", number) for number in range(run.teacher.layout.pp)]
+    """Every stage of all models that are loaded."""
+    found = [Stage("student", number) for number in range(run.student.layout.pp)]
+    for domain, teacher in teachers_that_score(run).items():
+        found += [Stage("teacher", number, domain) for number in range(teacher.layout.pp)]
+    return found
 
 
 def model_sizes(run: ValidRun) -> dict[str, dict[int, LayerSizes]]:
-    """Both models' layers, which no layout changes."""
-    return {"student": layer_sizes(run.student.hf), "teacher": layer_sizes(run.teacher.hf)}
+    """All models' layers by the recipe's sections; no layout changes them."""
+    teachers = {section_of(name): model for name, model in teachers_that_score(run).items()}
+    models = {"student": run.student, **teachers}
+    return {section: layer_sizes(model.hf) for section, model in models.items()}
 
 
 def arithmetic(
@@ -123,10 +183,11 @@ def arithmetic(
 ) -> dict[Stage, Held]:
     """What ``mcore/census.py`` counts, but for the padding of Megatron's buffers."""
     sizes = sizes or model_sizes(run)
+    teachers = teachers_that_score(run)
     return {
         stage: _student_held(run, sizes["student"], stage.number)
         if stage.owner == "student"
-        else _teacher_held(run, sizes["teacher"], stage.number)
+        else _teacher_held(teachers[stage.domain], sizes[section_of(stage.domain)], stage.number)
         for stage in stages(run)
     }
 
@@ -147,32 +208,40 @@ def _student_held(run: ValidRun, sizes: Mapping[int, LayerSizes], stage: int) ->
     )
 
 
-def _teacher_held(run: ValidRun, sizes: Mapping[int, LayerSizes], stage: int) -> Held:
-    parameters = stage_parameters(run.teacher, sizes, stage, with_head=False).total
-    return Held(parameters, parameters * DTYPE_BYTES[run.teacher.config.params_dtype])
+def _teacher_held(teacher: ValidModel, sizes: Mapping[int, LayerSizes], stage: int) -> Held:
+    parameters = stage_parameters(teacher, sizes, stage, with_head=False).total
+    return Held(parameters, parameters * DTYPE_BYTES[teacher.config.params_dtype])
 
 
-def _plan_rank(run: ValidRun, held: Mapping[Stage, Held], kind: Stages) -> RankPlan:
+def _plan_kind(run: ValidRun, held: Mapping[Stage, Held], kind: Stages) -> RankPlan:
     """Of a rank of these stages; which rank it is, is filled in later."""
-    student = held[Stage("student", kind[0])] if kind[0] >= 0 else Held(0, 0)
-    teacher = held[Stage("teacher", kind[1])] if kind[1] >= 0 else Held(0, 0)
-    learns = _learning(run, kind[0])
+    stage, at = kind[0], dict(kind[1])
+    student = held[Stage("student", stage)] if stage >= 0 else Held(0, 0)
+    batch, learns = largest_microbatch(run.recipe, run.student.layout), _learning(run, stage)
     return RankPlan(
         rank=-1,
         student_at=(),
-        teacher_at=(),
+        teachers=tuple(
+            TeacherPart(
+                domain=domain,
+                at=(),
+                weights=held[Stage("teacher", at[domain], domain)].weights,
+                fp8=_fp8_bytes(teacher, "teacher", held[Stage("teacher", at[domain], domain)]),
+                activations=scoring(run, teacher, at[domain], batch),
+                offload=teacher.config.offload,
+            )
+            for domain, teacher in teachers_that_score(run).items()
+            if at[domain] >= 0
+        ),
         student_parameters=student.parameters,
         student_weights=student.weights,
         student_gradients=student.gradients,
         student_optimizer=student.optimizer,
-        teacher_weights=teacher.weights,
+        student_fp8=_fp8_bytes(run.student, "student", student),
         teacher_head=learns.head,
-        fp8_weights=_fp8_bytes(run.student, "student", student)
-        + _fp8_bytes(run.teacher, "teacher", teacher),
         activations=learns.activations,
         kl_workspace=learns.workspace,
-        teacher_hidden=_hidden_states(run, kind),
-        teacher_activations=_scoring(run, kind[1]),
+        teacher_hidden=hidden_states(run, stage, at, batch),
     )
 
 
@@ -181,7 +250,7 @@ class _Learning:
     """Bytes of the student's step."""
 
     activations: int = 0
-    head: int = 0  # the teacher's
+    head: int = 0  # the teachers'
     workspace: int = 0
 
 
@@ -195,15 +264,10 @@ def _learning(run: ValidRun, stage: int) -> _Learning:
         return _Learning(activations)
     tp = student.layout.tp
     rows = padded_vocab_size(student.hf.shape.vocab_size, tp) // tp
-    workspace = kl_workspace(rows, batch.positions, ranks=tp, fused=fused)
-    return _Learning(activations, rows * _hidden_bytes(run.teacher), workspace)
-
-
-def _scoring(run: ValidRun, stage: int) -> int:
-    if stage < 0:
-        return 0
-    batch = largest_microbatch(run.recipe, run.student.layout)
-    return round(scoring_peak(run.teacher, stage, batch.tokens))
+    heads = sum(rows * hidden_bytes(teacher) for teacher in teachers_that_score(run).values())
+    chunk = run.recipe.loss.chunk_size
+    workspace = kl_workspace(rows, batch.positions, ranks=tp, fused=fused, chunk_size=chunk)
+    return _Learning(activations, heads, workspace)
 
 
 def on_gpus(recipe: Recipe) -> bool:
@@ -220,29 +284,6 @@ def largest_microbatch(recipe: Recipe, layout: Layout) -> Microbatch:
         positions=micro * prefix,
         in_a_step=recipe.train.global_batch_size // micro // layout.dp,
     )
-
-
-def _hidden_bytes(model: ValidModel) -> int:
-    """Of one hidden state, or one row of the head."""
-    return model.hf.shape.hidden_size * DTYPE_BYTES[model.config.params_dtype]
-
-
-def _hidden_states(run: ValidRun, kind: Stages) -> int:
-    """A colocated teacher's are there for a whole step, on its last stage for its own microbatches
-    and on the student's for its; a separate teacher's a few microbatches at a time."""
-    student, teacher = run.student.layout, run.teacher.layout
-    batch = largest_microbatch(run.recipe, student)
-    replicas = [
-        model.dp
-        for model, stage in zip((student, teacher), kind, strict=True)
-        if stage == model.pp - 1
-    ]
-    if not replicas:
-        return 0
-    microbatches = student.dp * batch.in_a_step // min(replicas)
-    if teacher.first_rank:
-        microbatches = min(microbatches, MICROBATCHES_UNDER_WAY)
-    return microbatches * batch.positions * _hidden_bytes(run.teacher)
 
 
 def _fp8_bytes(model: ValidModel, owner: str, held: Held) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.hf_folder import HfFolder, check_sizes
+from megatron_prefix.placement import teachers_of
 from megatron_prefix.validate import read_model
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ class ModelSizes:
         return self._read[hf_path]
 
     def all_here(self, recipe: Recipe) -> bool:
-        """Whether both models' folders are on this machine, tokenizers and all."""
-        return all(Path(m.hf_path).is_dir() for m in (recipe.student, recipe.teacher))
+        """Whether all models' folders are on this machine, tokenizers and all."""
+        models = (recipe.student, *teachers_of(recipe).values())
+        return all(Path(model.hf_path).is_dir() for model in models)
 
     def _find(self, hf_path: str, owner: str) -> "HfModel":
         file = self._known.get(Path(hf_path).name)

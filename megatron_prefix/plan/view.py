@@ -1,7 +1,7 @@
 """A plan as tables for people, or as JSON with every number exact."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from rich.table import Table
 
 from megatron_prefix.plan.fit import GIB, Fit
 from megatron_prefix.plan.make import ModelPlan, Plan
-from megatron_prefix.plan.memory import RankPlan, on_gpus, stage_at
+from megatron_prefix.plan.memory import RankPlan, on_gpus
+from megatron_prefix.plan.teachers import stage_at
 
 KINDS_SHOWN = 6
 
@@ -21,6 +22,7 @@ def plan_json(plan: Plan) -> str:
     content: dict[str, Any] = asdict(plan)
     for rank, record in zip(plan.ranks, content["ranks"], strict=True):
         record["held"], record["working"], record["total"] = rank.held, rank.working, rank.total
+        record["saved_by_offload"] = rank.saved_by_offload
     if plan.fit:
         content["fit"] |= {"fits": plan.fit.fits, "free": plan.fit.free}
     cost = content["cost"]
@@ -39,8 +41,9 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _models(plan: Plan) -> Table:
-    table = _table(f"Models over {plan.world_size} ranks", ["", "student", "teacher"])
-    both = (plan.student, plan.teacher)
+    names = ["", "student", "teacher", *(f"teachers.{name}" for name in plan.more_teachers)]
+    table = _table(f"Models over {plan.world_size} ranks", names)
+    both = (plan.student, plan.teacher, *plan.more_teachers.values())
     rows = {
         "folder": [model.hf_path for model in both],
         "architecture": [model.architecture for model in both],
@@ -58,7 +61,7 @@ def _models(plan: Plan) -> Table:
     }
     if plan.student.fp8_bytes_saved:
         saved = f"{plan.student.fp8_bytes_saved:,} bytes a token and rank"
-        rows["activations saved by FP8"] = [saved, "keeps none"]
+        rows["activations saved by FP8"] = [saved, *["keeps none"] * (len(both) - 1)]
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
@@ -100,9 +103,10 @@ def _shown(kinds: list[list[RankPlan]]) -> list[list[RankPlan]]:
 
 def rank_kinds(ranks: Sequence[RankPlan]) -> list[list[RankPlan]]:
     """Ranks of the same stages, which hold the same."""
-    kinds: dict[tuple[int, int], list[RankPlan]] = {}
+    kinds: dict[tuple[object, ...], list[RankPlan]] = {}
     for rank in ranks:
-        kinds.setdefault((stage_at(rank.student_at), stage_at(rank.teacher_at)), []).append(rank)
+        parts = tuple((part.domain, stage_at(part.at)) for part in rank.teachers)
+        kinds.setdefault((stage_at(rank.student_at), parts), []).append(rank)
     return list(kinds.values())
 
 
@@ -116,25 +120,32 @@ class _Kind:
 
 
 def _kind(plan: Plan, ranks: Sequence[RankPlan]) -> _Kind:
-    one = ranks[0]
+    one = max(ranks, key=lambda rank: rank.total)
     student = _stage(stage_at(one.student_at), plan.student.pipeline_model_parallel_size)
-    teacher = _stage(stage_at(one.teacher_at), plan.teacher.pipeline_model_parallel_size)
+    names = [_teacher_stage(plan, one, domain) for domain in ("", *plan.more_teachers)]
+    worst = one.worst
     return _Kind(
-        name=student if student == teacher else f"{student} / {teacher}",
+        name=student if {*names} == {student} else " / ".join([student, *names]),
         ranks=_spans([rank.rank for rank in ranks]),
         bytes={
             "student's weights": one.student_weights,
             "gradients": one.student_gradients,
             "optimizer": one.student_optimizer,
-            "teacher's weights": one.teacher_weights,
+            "teacher's weights": one.resident + worst.weights,
             "teacher's LM head": one.teacher_head,
             "FP8 copies": one.fp8_weights,
             "teacher's hidden states": one.teacher_hidden,
-            "activations": one.working - one.teacher_hidden - one.kl_workspace,
-            "KL workspace": one.kl_workspace,
+            "activations": worst.activations,
+            "KL workspace": worst.workspace,
             "sum": one.total,
         },
     )
+
+
+def _teacher_stage(plan: Plan, rank: RankPlan, domain: str) -> str:
+    part = next((part for part in rank.teachers if part.domain == domain), None)
+    model = plan.more_teachers[domain] if domain else plan.teacher
+    return _stage(stage_at(part.at) if part else -1, model.pipeline_model_parallel_size)
 
 
 def _stage(number: int, stages: int) -> str:
@@ -186,6 +197,12 @@ def _costs(plan: Plan) -> Table:
         pairs[f"  of it {part}"] = (scaled(spent), scaled(full), spent / full)
     for name, (spent_cell, full_cell, share) in pairs.items():
         table.add_row(name, spent_cell, full_cell, f"{share:.3f}")
+    if cost.probes:
+        table.add_row(f"FLOPs of {cost.probes} probes", scaled(cost.probe_flops), "", "")
+    if cost.evaluations:
+        name = f"FLOPs of {cost.evaluations} evaluations, at most"
+        known = scaled(cost.evaluation_flops) if cost.answers else "not known"
+        table.add_row(name, known, "", "")
     return table
 
 
@@ -195,7 +212,9 @@ def _assumptions(plan: Plan) -> str:
         f"Prompts have {cost.prompt_tokens} tokens ({cost.prompt_tokens_from}); every rollout "
         "fills its prefix length.",
         f"Each student replica takes {cost.microbatches_a_replica} microbatches a step.",
+        *_of_the_mode(plan),
         _how_counted(plan),
+        *_offloaded(plan),
         *(_stand_in(Path(file)) for file in plan.shapes),
         *([_fit_line(plan.fit)] if plan.fit else []),
     ]
@@ -205,6 +224,33 @@ def _assumptions(plan: Plan) -> str:
             "the least it can cost."
         )
     return "\n".join(lines)
+
+
+def _of_the_mode(plan: Plan) -> Iterator[str]:
+    cost = plan.cost
+    if cost.supervised_steps:
+        yield f"No teacher scores {cost.supervised_steps} of the {cost.steps} steps."
+    if cost.written_rollouts:
+        total = cost.steps * cost.rollouts_a_step
+        yield f"{cost.written_rollouts} of {total} rollouts are written before: nothing is sampled."
+    if cost.domain_shares:
+        shares = [f"{name or 'teacher'} {share:.0%}" for name, share in cost.domain_shares.items()]
+        yield f"Rollouts by their teacher: {', '.join(shares)}."
+
+
+def _offloaded(plan: Plan) -> Iterator[str]:
+    fullest = max(plan.ranks, key=lambda rank: rank.in_host_memory)
+    if fullest.in_host_memory:
+        saved = max(rank.saved_by_offload for rank in plan.ranks)
+        yield (
+            f"Offloaded teachers: {_sized(fullest.in_host_memory)} of host memory for rank "
+            f"{fullest.rank}, and {_sized(saved)} less on its device than with them resident."
+        )
+
+
+def _sized(size: int) -> str:
+    unit, one = _unit(size)
+    return f"{size / one:.2f} {unit}"
 
 
 def _how_counted(plan: Plan) -> str:

@@ -1,7 +1,7 @@
 """The plan's bytes a rank are those that Megatron-Core allocates, to the last one."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,21 @@ from megatron_prefix.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore.census import Question, take_census
-from megatron_prefix.mcore.groups import build_groups, initialize_megatron
+from megatron_prefix.mcore.groups import ModelGroups, initialize_megatron, world_of
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import build_model
 from megatron_prefix.mcore.optimizer import TrainableStudent, make_trainable
-from megatron_prefix.mcore.weights import head_shard
+from megatron_prefix.placement import teachers_of
 from megatron_prefix.plan import Stage, count_held, make_plan
 from megatron_prefix.plan.build import question
+from megatron_prefix.plan.teachers import teachers_that_score
 from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.types import Held
 from megatron_prefix.validate import ValidRun, validate
+from megatron_prefix.world import build_objective, join
 from tests.distributed.ranks import run_ranks
-from tests.distributed.world import model_config
+from tests.distributed.world import CPU, model_config
 from tests.tiny_models import (
     write_tiny_deepseek_v2,
     write_tiny_deepseek_v3,
@@ -43,34 +44,41 @@ from tests.tiny_models import (
 )
 
 
-def allocated(recipe: Recipe) -> tuple[Held, Held, int]:
-    """On one rank after one step of the optimizer: what the student and the teacher hold, and the
-    bytes of the teacher's head."""
+@dataclass(frozen=True)
+class Allocated:
+    """On one rank after one step of the optimizer."""
+
+    student: Held | None  # where it has a part of it
+    teachers: dict[str, Held]  # by domain, those of which it has a part
+    heads: int  # bytes of all teachers' LM heads
+
+
+def allocated(recipe: Recipe) -> Allocated:
     initialize_megatron(0)
-    models = {}
-    for owner in ("student", "teacher"):
-        config = getattr(recipe, owner)
-        groups = build_groups(model_layout(config, dist.get_world_size()))
-        hf = read_hf_model(config.hf_path)
-        models[owner] = build_model(config, hf, groups, owner=owner, with_head=owner == "student")
-    student, teacher = models["student"], models["teacher"]
-    head = 0
-    if student.groups.is_last_stage:
-        vocab = student.hf.shape.vocab_size
-        shard = head_shard(
-            teacher.hf,
-            student.vocab_rows,
-            student.groups.tp_rank,
-            vocab,
-            teacher.config.params_dtype,
-        )
-        head = shard.numel() * shard.element_size()
-    trainable = make_trainable(student, recipe.optimizer, 1)
-    trainable.zero_grad()
-    assert trainable.update().updated
+    world = join(recipe)
+    teachers = {
+        domain: scored(teachers_of(recipe)[domain], groups)
+        for domain, groups in world.teachers.items()
+    }
+    if world.student is None:
+        return Allocated(None, teachers, 0)
+    with world_of(world.student):
+        hf = read_hf_model(recipe.student.hf_path)
+        student = build_model(recipe.student, hf, world.student, owner="student", with_head=True)
+        objective = build_objective(recipe, student, CPU)
+        first = [objective.teacher_head] if objective.teacher_head else []
+        heads = [head.weight for head in (*first, *objective.more_heads.values())]
+        trainable = make_trainable(student, recipe.optimizer, 1)
+        trainable.zero_grad()
+        assert trainable.update().updated
+        return Allocated(student_held(trainable), teachers, nbytes(heads))
+
+
+def scored(config: ModelConfig, groups: ModelGroups) -> Held:
+    hf = read_hf_model(config.hf_path)
+    teacher = build_model(config, hf, groups, owner="teacher", with_head=False)
     parameters = list(teacher.module.parameters())
-    scored = Held(sum(p.numel() for p in parameters), nbytes(parameters))
-    return student_held(trainable), scored, head
+    return Held(sum(p.numel() for p in parameters), nbytes(parameters))
 
 
 def student_held(student: TrainableStudent) -> Held:
@@ -129,6 +137,29 @@ def test_plan_equals_what_is_allocated(
     check_plan(recipe)
 
 
+def test_plan_of_several_teachers_equals_what_is_allocated(tmp_path: Path) -> None:
+    """Two beside the student, one of them offloaded, and one on a rank of its own; the student has
+    a first, a middle and a last stage."""
+    write_tiny_qwen3(tmp_path / "student", vocab_size=265, num_hidden_layers=3)
+    write_tiny_llama(tmp_path / "teacher", vocab_size=272, num_hidden_layers=3)
+    write_tiny_qwen3_moe(tmp_path / "math", vocab_size=265)
+    write_tiny_qwen3(tmp_path / "code", vocab_size=272, hidden_size=96)
+    recipe = recipe_of(
+        tmp_path,
+        model_config(tmp_path / "student", pp=3),
+        model_config(tmp_path / "teacher", pp=3, offload=True),
+        world=4,
+    )
+    teachers = {
+        "math": model_config(tmp_path / "math", expert_model_parallel_size=1),
+        "code": model_config(tmp_path / "code", placement="separate"),
+    }
+    for name in teachers:
+        write_byte_tokenizer(tmp_path / name)
+    data = replace(recipe.data, domain_column="domain")
+    check_plan(replace(recipe, data=data, teachers=teachers))
+
+
 @pytest.mark.parametrize("sharded", [True, False])
 def test_plan_of_bf16_knows_the_fp32_copies(sharded: bool, tmp_path: Path) -> None:
     write_tiny_qwen3(tmp_path / "student", vocab_size=265, tie_word_embeddings=False)
@@ -179,26 +210,33 @@ def check_plan(recipe: Recipe) -> None:
     roughly = make_plan(run)
     assert plan.built and not roughly.built
     real = run_ranks(plan.world_size, allocated, recipe)
-    assert census_in_a_fork(every_rank(run)) == [held for rank in real for held in rank[:2]]
-    for place, (student, teacher, head), counted in zip(
-        plan.ranks, real, roughly.ranks, strict=True
-    ):
+    assert census_in_a_fork(every_rank(run)) == [held for rank in real for held in parts(rank)]
+    for place, there, counted in zip(plan.ranks, real, roughly.ranks, strict=True):
+        student = there.student or Held(0, 0)
         assert place.student_parameters == student.parameters == counted.student_parameters
         assert place.student_weights == student.weights
         assert place.student_gradients == student.gradients
-        if place.student_at[:2] == (0, 0):
-            assert place.student_optimizer == student.optimizer
-        # Shards of the optimizer differ by the padding between parameters, 64 elements each.
-        assert place.student_optimizer == pytest.approx(student.optimizer, rel=0.01)
-        assert place.teacher_weights == teacher.weights == counted.teacher_weights
-        assert place.teacher_head == head
+        assert place.student_optimizer == student.optimizer
+        # By arithmetic, shards of the optimizer miss the padding between parameters.
+        assert counted.student_optimizer == pytest.approx(student.optimizer, rel=0.01)
+        teachers = {part.domain: part.weights for part in place.teachers}
+        assert teachers == {domain: held.weights for domain, held in there.teachers.items()}
+        assert counted.teacher_weights == place.teacher_weights
+        assert place.teacher_head == there.heads
+
+
+def parts(rank: Allocated) -> list[Held]:
+    return ([rank.student] if rank.student else []) + list(rank.teachers.values())
 
 
 def every_rank(run: ValidRun) -> list[Question]:
-    """The student's and the teacher's question of each."""
+    """The question of each model's part on each rank."""
     asked = []
+    models = {Stage("student", 0): run.student}
+    models |= {Stage("teacher", 0, name): each for name, each in teachers_that_score(run).items()}
     for rank in range(run.world_size):
-        for owner, model in (("student", run.student), ("teacher", run.teacher)):
-            stage = Stage(owner, model.layout.coordinates(rank)[2])
-            asked.append(question(run, stage, rank))
+        for kind, model in models.items():
+            if rank in model.layout.ranks:
+                stage = replace(kind, number=model.layout.coordinates(rank)[2])
+                asked.append(question(run, stage, rank))
     return asked

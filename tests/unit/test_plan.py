@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+import torch
 from rich.console import Console
 
 from megatron_prefix.config import (
@@ -19,11 +20,14 @@ from megatron_prefix.config import (
 )
 from megatron_prefix.hf_folder import read_hf_folder
 from megatron_prefix.layout import Layout, padded_vocab_size
+from megatron_prefix.loss import Workspace, prefix_divergence
 from megatron_prefix.plan import (
-    first_prompt_lengths,
+    Seen,
+    look_at_prompts,
     make_plan,
     rank_groups,
 )
+from megatron_prefix.plan.activations import kl_workspace
 from megatron_prefix.plan.view import plan_json, print_plan, rank_kinds
 from megatron_prefix.prefix import model_shape, step_flops
 from megatron_prefix.tokenizers import write_byte_tokenizer
@@ -155,7 +159,7 @@ def test_vocabulary_is_padded_to_eight_rows_a_shard(vocab: int, tp: int, padded:
 
 def test_costs_are_the_policys_steps_one_by_one(recipe: Recipe) -> None:
     run = laid_out(recipe, (1, 1), (1, 1))
-    cost = make_plan(run, prompt_lengths=[10, 20, 30]).cost
+    cost = make_plan(run, Seen(lengths=(10, 20, 30), teacher_lengths=(10, 20, 30))).cost
     shapes = model_shape(run.student.hf.config), model_shape(run.teacher.hf.config)
     lengths = [75 if step % 8 == 7 else 9 for step in range(20)]
     steps = [step_flops(*shapes, [(20, length)] * 32) for length in lengths]
@@ -179,10 +183,9 @@ def test_a_policy_that_moves_with_the_data_is_said_to(recipe: Recipe) -> None:
 
 def test_prompt_lengths_come_from_the_data_where_it_is_here(recipe: Recipe) -> None:
     run = laid_out(recipe, (1, 1), (1, 1))
-    lengths = first_prompt_lengths(run)
-    assert set(lengths) == {10, 20, 30}
+    assert set(look_at_prompts(run).lengths) == {10, 20, 30}
     elsewhere = replace(run, recipe=replace(recipe, data=replace(recipe.data, path="some/hub-id")))
-    assert first_prompt_lengths(elsewhere) == []
+    assert look_at_prompts(elsewhere) == Seen()
     cost = make_plan(elsewhere).cost
     assert cost.prompt_tokens == 64
     assert "upper bound" in cost.prompt_tokens_from
@@ -227,7 +230,7 @@ def test_a_separate_teacher_is_a_kind_of_rank_of_its_own(recipe: Recipe) -> None
     for alone, shared in zip(ranks[:2], together, strict=True):
         assert alone.student_weights == shared.student_weights
         assert alone.teacher_head == shared.teacher_head
-        assert (alone.teacher_weights, alone.teacher_activations) == (0, 0)
+        assert alone.teacher_weights == 0 and not alone.teachers
     for alone, shared in zip(ranks[2:], together, strict=True):
         assert alone.teacher_weights == shared.teacher_weights
         assert alone.student_parameters == alone.activations == alone.kl_workspace == 0
@@ -243,3 +246,17 @@ def test_fp8_keeps_copies_of_weights(recipe: Recipe) -> None:
     rank = make_plan(laid_out(narrow, (1, 1), (1, 1))).ranks[0]
     assert rank.fp8_weights == rank.teacher_weights // 2 and plain.fp8_weights == 0
     assert rank.total == plain.total + rank.fp8_weights
+
+
+@pytest.mark.parametrize(("positions", "chunk_size"), [(1, 0), (300, 0), (1000, 0), (1000, 64)])
+def test_the_workspace_is_what_the_loss_takes(positions: int, chunk_size: int) -> None:
+    rows, width = 40000, 4  # so many that the loss cuts 300 positions into chunks
+    workspace = Workspace(huge_pages=False)
+    head, hidden = torch.ones(rows, width), torch.ones(positions, width)
+    weight = torch.full((positions,), 1 / positions)
+    models = (hidden, head, hidden, head)
+    chunk = chunk_size or None
+    prefix_divergence(*models, weight, vocab_size=rows, chunk_size=chunk, workspace=workspace)
+    taken = sum(buffer.nbytes for buffer in workspace._flat)
+    planned = kl_workspace(rows, positions, ranks=1, fused=False, chunk_size=chunk_size)
+    assert planned == taken

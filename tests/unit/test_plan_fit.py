@@ -62,8 +62,23 @@ def test_a_server_on_the_cards_needs_a_share() -> None:
         quick(replace(big(), rollout=many))
 
 
-def test_the_change_named_is_the_first_that_fits() -> None:
+def test_a_teacher_in_host_memory_is_the_smallest_change_where_that_makes_room() -> None:
     recipe = big("run.gpu_memory_gib=64")
+    fit = quick(recipe)
+    assert list(map(str, fit.changes)) == ["teacher.offload=true"]
+    assert fit.needs_then == needs(recipe, fit.changes) <= fit.free < fit.needs
+
+
+def test_a_change_of_one_of_several_teachers_is_that_ones() -> None:
+    recipe = big()
+    recipe = replace(recipe, teachers={"math": recipe.teacher, "code": recipe.teacher})
+    changed = Change("teachers.math.offload", True).of(recipe)
+    offloaded = {name: teacher.offload for name, teacher in changed.teachers.items()}
+    assert offloaded == {"math": True, "code": False} and not changed.teacher.offload
+
+
+def test_the_change_named_is_the_first_that_fits() -> None:
+    recipe = big("run.gpu_memory_gib=54", "teacher.offload=true")
     fit = quick(recipe)
     assert not fit.fits and len(fit.changes) == 1
     assert fit.needs_then == needs(recipe, fit.changes) <= fit.free
