@@ -92,10 +92,10 @@ class CutOffConfig:
 @dataclass(frozen=True)
 class MarginalConfig:
     """``marginal``: full length every ``audit_every`` steps; in between the length at which the
-    audits showed the most KL a computed token, its logarithm averaged over audits."""
+    audits showed the most KL a computed token, the shortest of the last ``audits`` of them."""
 
     audit_every: int = 12
-    momentum: float = 0.7  # share of the average that a new audit leaves standing
+    audits: int = 4  # the last ones, of which the shortest counts
 
 
 @dataclass(frozen=True)

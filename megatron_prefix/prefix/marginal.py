@@ -3,11 +3,13 @@
 Audited by full-length training steps, like the adaptive window of arXiv 2605.28396; the rule is
 ours. With ``m(i)`` the KL that position ``i`` of an audit showed and ``P`` the prompt's tokens,
 which every prefix pays for again, the length is ``argmax_L sum_{i<L} m(i) / (P + L)``: the most KL
-a computed token. KL that lies early gives a short prefix; KL spread evenly, a full one. Audits
-are averaged as logarithms: once little KL is left, one noisy audit may answer anything.
+a computed token. KL that lies early gives a short prefix; KL spread evenly, a full one. The
+shortest of the last audits' lengths counts: a student that stumbles for a few steps spreads its KL,
+and the audits, which train, are what helps it up; a weakness that lasts is in all of them.
 """
 
 import math
+from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
@@ -21,29 +23,27 @@ class MarginalPolicy:
 
     def __init__(self, config: PrefixConfig, total_steps: int) -> None:
         s = self._settings = config.marginal
+        if s.audit_every < 1 or s.audits < 1:
+            raise ValueError(f"prefix.marginal: {s}; try audit_every 12, audits 4")
         self._min, self._max = config.min_length, config.max_length
-        self._log_length = math.nan  # natural logarithm of tokens; NaN before the first audit
-        if not (s.audit_every >= 1 and 0.0 <= s.momentum < 1.0):
-            raise ValueError(f"prefix.marginal: {s}; try audit_every 12, momentum 0.7")
+        self._lengths: deque[int] = deque(maxlen=s.audits)  # what each said, in tokens
 
     def length(self, step: int) -> int:
-        if step % self._settings.audit_every == 0 or math.isnan(self._log_length):
+        if step % self._settings.audit_every == 0 or not self._lengths:
             return self._max
-        return min(max(round(math.exp(self._log_length)), self._min), self._max)
+        return min(max(min(self._lengths), self._min), self._max)
 
     def observe(self, observation: PrefixObservation) -> None:
         if observation.step % self._settings.audit_every or not math.isfinite(observation.mean_kl):
             return
-        best = math.log(min(max(richest_length(observation), self._min), self._max))
-        old = best if math.isnan(self._log_length) else self._log_length
-        keep = self._settings.momentum
-        self._log_length = keep * old + (1.0 - keep) * best
+        self._lengths.append(richest_length(observation))
 
     def state_dict(self) -> State:
-        return {} if math.isnan(self._log_length) else {"log_length": self._log_length}
+        return {f"audit_{age}": length for age, length in enumerate(reversed(self._lengths))}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self._log_length = state.get("log_length", math.nan)
+        self._lengths.clear()
+        self._lengths.extendleft(int(state[f"audit_{age}"]) for age in range(len(state)))
 
 
 def richest_length(observation: PrefixObservation) -> int:

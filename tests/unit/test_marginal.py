@@ -37,13 +37,18 @@ def test_marginal_cuts_where_an_audit_showed_the_most_kl_a_token(
     assert [policy.length(step) for step in range(5)] == [6, best, best, 6, best]
 
 
-def test_marginal_averages_its_audits_and_listens_to_no_other_step() -> None:
-    config = PrefixConfig("marginal", 2, 6, marginal=MarginalConfig(audit_every=3, momentum=0.5))
+def test_the_shortest_of_the_last_audits_counts_and_no_other_step() -> None:
+    config = PrefixConfig("marginal", 2, 6, marginal=MarginalConfig(audit_every=3, audits=3))
     policy = build_policy(config, 100)
     for step in range(3):
         policy.observe(audit(step, [0.5] * 6, [8] * 6))
     assert policy.length(4) == 6
-    policy.observe(audit(3, [9.0, 0, 0, 0, 0, 0], [8] * 6))  # best is 1, min_length 2
-    assert policy.length(4) == 3  # of sqrt(6 * 2)
-    policy.observe(audit(6, [math.nan] * 6, [0] * 6))
-    assert policy.length(4) == 3
+    policy.observe(audit(3, [3.0, 0, 0, 0, 0, 0], [8] * 6))  # 1, below min_length
+    assert policy.length(4) == 2
+    policy.observe(audit(6, [1.0, 1.0, 1.0, 0, 0, 0], [8] * 6))
+    policy.observe(audit(9, [math.nan] * 6, [0] * 6))
+    assert policy.length(4) == 2  # of 6, 1, 3
+    policy.observe(audit(12, [0.5] * 6, [8] * 6))
+    assert policy.length(4) == 2  # of 1, 3, 6
+    policy.observe(audit(15, [0.5] * 6, [8] * 6))
+    assert policy.length(4) == 3  # of 3, 6, 6

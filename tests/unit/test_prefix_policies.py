@@ -107,7 +107,7 @@ def configs(draw: st.DrawFn) -> PrefixConfig:
             on_tail=draw(st.sampled_from(ON_TAIL)),
             tail_tolerance=draw(st.floats(0.0, 1.0)),
         ),
-        marginal=MarginalConfig(draw(st.integers(1, 12)), draw(st.floats(0.0, 0.99))),
+        marginal=MarginalConfig(draw(st.integers(1, 12)), draw(st.integers(1, 7))),
         audited=AuditedConfig(draw(st.floats(1.01, 4.0)), 0.3, draw(st.floats(0.31, 1.0))),
     )
 
@@ -301,7 +301,7 @@ def test_a_users_length_out_of_bounds_is_named(length: int) -> None:
         ({"policy": "late", "late": LateConfig(-0.1)}, "prefix.late.full_after=-0.1"),
         ({"policy": "anchored", "anchored": AnchoredConfig(0)}, "prefix.anchored.every=0"),
         ({"policy": "marginal", "marginal": MarginalConfig(0)}, "audit_every=0"),
-        ({"policy": "marginal", "marginal": MarginalConfig(momentum=1.0)}, "momentum=1.0"),
+        ({"policy": "marginal", "marginal": MarginalConfig(audits=0)}, "audits=0"),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(factor=1.0)}, "factor=1.0"),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(on_tail="x")}, "on_tail='x'"),
         ({"policy": "audited", "audited": AuditedConfig(low=0.9)}, "low=0.9"),
