@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("F32", "BF16", "F16", "F8_E4M3")
+DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "MXFP4")
 SCALE = "_scale_inv"  # behind the name of an FP8 weight: its scales, one a block of 128 x 128
 BLOCK = 128
+# Behind the name of a weight in MXFP4: values and scales (mcore/mxfp4.py).
+MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
+MXFP4_BYTES = 16  # of a block of 32 values
 _INDEX = "model.safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 _SIZES = (
@@ -32,7 +35,7 @@ REDUNDANT = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 class TensorEntry:
     """One tensor of a folder, by its file's header."""
 
-    dtype: str  # safetensors' name, like BF16
+    dtype: str  # safetensors' name, like BF16; MXFP4 for a weight of two tensors
     shape: tuple[int, ...]
     file: Path
     start: int  # of its bytes in the file
@@ -49,8 +52,9 @@ def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
     """Config and tensor table of ``hf_path``; ``owner`` ("student", "teacher") is for messages.
 
     ValueError for a folder that is missing, without weights, incomplete, truncated, pickled, or
-    quantised in another way than DeepSeek's FP8; a student must not be quantised at all. Whether
-    the tensors are the architecture's is for :func:`check_tensors`.
+    quantised in another way than DeepSeek's FP8 or GPT-OSS's MXFP4; a student must not be quantised
+    at all. A weight in MXFP4 counts as one tensor. Whether the tensors are the architecture's is
+    for :func:`check_tensors`.
     """
     if not hf_path:
         raise ValueError(f"{owner}.hf_path is not set; give the folder of a checkpoint")
@@ -64,6 +68,7 @@ def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
     tensors: dict[str, TensorEntry] = {}
     for file in _weight_files(path, where):
         tensors |= read_header(file)
+    tensors = _join_mxfp4(tensors, where)
     for name, entry in tensors.items():
         if entry.dtype not in DTYPES:
             raise ValueError(
@@ -154,18 +159,44 @@ def _check_scales(tensors: Mapping[str, TensorEntry], where: str) -> None:
             )
 
 
+def _join_mxfp4(tensors: Mapping[str, TensorEntry], where: str) -> dict[str, TensorEntry]:
+    """The weight [E, 32 * G, R] in place of its blocks [E, R, G, 16] and scales [E, R, G]."""
+    joined = dict(tensors)
+    for name, blocks in tensors.items():
+        if not (name.endswith(MXFP4_BLOCKS) and blocks.dtype == "U8"):
+            continue
+        weight = name.removesuffix(MXFP4_BLOCKS)
+        scales = tensors.get(weight + MXFP4_SCALES)
+        *grid, size = blocks.shape
+        if scales is None or (scales.dtype, list(scales.shape)) != ("U8", grid) or len(grid) != 3:
+            found = f"{scales.dtype} {list(scales.shape)}" if scales else "missing"
+            raise ValueError(
+                f"{where}: {weight + MXFP4_SCALES} is {found}, not U8 {grid} beside {name}; fetch "
+                "the checkpoint again"
+            )
+        if size != MXFP4_BYTES:
+            raise ValueError(f"{where}: {name} has blocks of {2 * size} values; MXFP4 has 32")
+        experts, rows, groups = grid
+        del joined[name], joined[weight + MXFP4_SCALES]
+        shape = (experts, 2 * MXFP4_BYTES * groups, rows)
+        joined[weight] = TensorEntry("MXFP4", shape, blocks.file, blocks.start)
+    return joined
+
+
 def _read_config(path: Path, where: str, owner: str) -> dict[str, Any]:
     config = _read_json(path / "config.json", where)
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures):
         raise ValueError(f"{where}: config.json names no architecture; add `architectures`")
     quantization = config.get("quantization_config") or {}
-    known = quantization.get("quant_method") == "fp8"
-    known = known and quantization.get("weight_block_size") == [BLOCK, BLOCK]
+    method = quantization.get("quant_method")
+    known = method == "mxfp4"
+    known = known or method == "fp8" and quantization.get("weight_block_size") == [BLOCK, BLOCK]
     if known and owner == "student":
         raise ValueError(
-            f"{where} is in FP8, and a student trains in bf16 or fp32; dequantise it with "
-            "tools/convert_hf_to_megatron.py and tools/convert_megatron_to_hf.py"
+            f"{where} is in {str(method).upper()}, and a student trains in bf16 or fp32; "
+            "dequantise it with tools/convert_hf_to_megatron.py and "
+            "tools/convert_megatron_to_hf.py"
         )
     if quantization and not known:
         raise ValueError(

@@ -187,6 +187,7 @@ def read_model(hf_path: str, owner: str) -> "HfModel":
     """
     # Brings torch along, which a mistyped setting need not wait for.
     from megatron_prefix.mcore.hf_map import FAMILIES, read_hf_model
+    from megatron_prefix.mcore.hf_map.units import hf_tensors
 
     folder = read_hf_folder(hf_path, owner)
     if folder.config["architectures"][0] in FAMILIES:
@@ -197,12 +198,7 @@ def read_model(hf_path: str, owner: str) -> "HfModel":
         raise ValueError(f"{owner}.hf_path={hf_path}: {error}") from error
     except KeyError as error:
         raise ValueError(f"{owner}.hf_path={hf_path}: config.json has no {error}") from error
-    expected = {
-        name: shape
-        for unit in hf.units
-        for name, shape in zip(unit.hf_names, unit.hf_shapes, strict=True)
-    }
-    check_tensors(folder, expected, owner, hf.skipped)
+    check_tensors(folder, hf_tensors(hf.units), owner, hf.skipped)
     hf.report_skipped(folder.tensors)
     return hf
 
@@ -247,6 +243,11 @@ def _check_experts(hf: "HfModel", model: ModelConfig, owner: str) -> None:
         raise ValueError(
             f"{owner}.expert_model_parallel_size={ep} does not divide the {shape.num_experts} "
             f"experts of {hf.path}; try {fits[-1]}"
+        )
+    if hf.settings.get("add_bias_linear") and (etp or tp) > 1:
+        raise ValueError(
+            f"{owner}.expert_tensor_parallel_size={etp or tp} would cut the experts of {hf.path}, "
+            "which have biases: Megatron-Core cannot; set it to 1"
         )
     if shape.moe_ffn_hidden_size % (etp or tp):
         raise ValueError(

@@ -33,7 +33,7 @@ def _spread_norms_and_biases(model: torch.nn.Module) -> None:
     """Freshly made norms are all ones and biases all zeros, which would hide a lost tensor."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
             assert torch.isfinite(parameter).all(), name
         for name, buffer in model.named_buffers():
@@ -135,3 +135,14 @@ def write_tiny_deepseek_v2(folder: Path, *, seed: int = 0, **overrides: Any) -> 
     sizes = _sizes(overrides, **(_LATENT | routing | overrides))
     del sizes["head_dim"]
     return _write(Path(folder), "DeepseekV2", sizes, seed)
+
+
+def write_tiny_gpt_oss(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """GPT-OSS: sinks, a window of four tokens in every other layer, YaRN, biases, four experts of
+    which two are chosen; ``overrides`` are GptOssConfig's fields."""
+    own = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}
+    # The gate's clamp at 7 would never bind in a model so small.
+    yarn = {key: value for key, value in YARN.items() if not key.startswith("mscale")}
+    own |= {"rope_parameters": yarn | {"truncate": False}, "swiglu_limit": 1.0}
+    sizes = _sizes(overrides, **(own | {"tie_word_embeddings": False} | overrides))
+    return _write(Path(folder), "GptOss", sizes, seed)

@@ -16,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from torch import Tensor
 
-from megatron_prefix.hf_folder import SCALE
+from megatron_prefix.hf_folder import BLOCK, SCALE
 from megatron_prefix.mcore.contents import MegatronContents
 from megatron_prefix.mcore.dist_files import DistFile, DistReader, Written, write_table
 from megatron_prefix.mcore.dist_keys import VOCABULARY, Place, place_of
@@ -30,7 +30,7 @@ from megatron_prefix.mcore.fp8_blocks import (
     quantize_blocks,
 )
 from megatron_prefix.mcore.hf_map import HfModel
-from megatron_prefix.mcore.hf_map.units import Unit
+from megatron_prefix.mcore.hf_map.units import Unit, joined
 from megatron_prefix.mcore.steps import refuse_other_model
 from megatron_prefix.mcore.tensor_files import HfReader, write_tensors
 
@@ -51,6 +51,13 @@ class Conversion:
     ranks: int = 1
     shard_bytes: int = SHARD_BYTES
 
+    def __post_init__(self) -> None:
+        if self.dtype == "fp8" and any(unit.stacked for unit in self.hf.units):
+            raise ValueError(
+                f"--dtype fp8: blocks of {BLOCK} x {BLOCK} are for matrices, and "
+                f"{self.hf.config['architectures'][0]} has its experts stacked; choose bf16"
+            )
+
     def dtype_of(self, unit: Unit) -> torch.dtype:
         """A router's bias stays in fp32; of FP8 only what ``quantized`` says is."""
         if unit.fp32_buffer:
@@ -64,7 +71,8 @@ class Conversion:
         filled = 0
         for unit in self.hf.units:
             size = torch.Size(unit.shape).numel() * self.dtype_of(unit).itemsize
-            if not files or filled + size > self.shard_bytes:
+            within = unit.stacked > 0 and unit.expert > 0  # a stack is one tensor of one file
+            if not files or filled + size * (unit.stacked or 1) > self.shard_bytes and not within:
                 files.append([])
                 filled = 0
             files[-1].append(unit)
@@ -80,7 +88,7 @@ class Conversion:
 
 def quantized(unit: Unit, hf: HfModel) -> bool:
     """Whether FP8 weights have this unit in FP8: linear layers of the trunk, but no router."""
-    inside = 0 <= unit.layer < hf.shape.num_layers
+    inside = 0 <= unit.layer < hf.shape.num_layers and not unit.stacked
     return inside and len(unit.shape) == 2 and "router" not in unit.megatron_name
 
 
@@ -164,7 +172,7 @@ def _packed(
 ) -> Iterator[tuple[Unit, Tensor]]:
     """Each unit as Megatron has it, with the vocabulary's padding."""
     for unit in units:
-        tensors = [source.tensor(name) for name in unit.hf_names]
+        tensors = source.of_unit(unit)
         for name, tensor in zip(unit.hf_names, tensors, strict=True):
             _look_at(name, tensor, share)
         packed = unit.pack(tensors).to(job.dtype_of(unit))
@@ -220,7 +228,13 @@ def _finish_step(step: Path, shares: Sequence[_Share]) -> None:
 def _unpacked(
     job: Conversion, source: DistReader, units: Sequence[Unit], share: _Share
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each unit's tensors as Hugging Face has them, FP8's scales behind their weights."""
+    """The units' tensors as Hugging Face has them, FP8's scales behind their weights."""
+    return joined(_by_unit(job, source, units, share))
+
+
+def _by_unit(
+    job: Conversion, source: DistReader, units: Sequence[Unit], share: _Share
+) -> Iterator[tuple[Unit, str, Tensor]]:
     for unit in units:
         place, dtype = place_of(unit, job.hf), job.dtype_of(unit)
         if unit.megatron_name in VOCABULARY:
@@ -232,10 +246,10 @@ def _unpacked(
             _look_at(name, tensor, share)
             if dtype == E4M3:
                 weight, scale = quantize_blocks(tensor)
-                yield name, weight
-                yield name + SCALE, scale
+                yield unit, name, weight
+                yield unit, name + SCALE, scale
             else:
-                yield name, tensor.to(dtype)
+                yield unit, name, tensor.to(dtype)
 
 
 def _load_all(
@@ -268,7 +282,7 @@ def _shapes(job: Conversion, units: Sequence[Unit]) -> Shapes:
     shapes: Shapes = {}
     for unit in units:
         dtype = job.dtype_of(unit)
-        for name, shape in zip(unit.hf_names, unit.hf_shapes, strict=True):
+        for name, shape in zip(unit.hf_names, unit.whole_hf_shapes, strict=True):
             shapes[name] = (tuple(shape), dtype)
             if dtype == E4M3:
                 shapes[name + SCALE] = (block_grid(shape), torch.float32)

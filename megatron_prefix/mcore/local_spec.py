@@ -61,10 +61,19 @@ class PackedAttention(nn.Module):
         where = _padded_index(packed_seq_params)
         q, k, v = (_unpack(t, where).transpose(1, 2) for t in (query, key, value))
         # Right padding is masked by causality alone: no real query sees a padded key.
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        out = self.attend(q, k, v)
         return _repack(out.transpose(1, 2).flatten(2), where, packed_seq_params)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [B, h, S, d], key and value [B, groups, S, d] -> [B, h, S, d]."""
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
 
 
 def _padded_index(params: PackedSeqParams) -> Tensor | tuple[int, int]:
@@ -93,7 +102,9 @@ def _repack(padded: Tensor, where: Tensor | tuple[int, int], params: PackedSeqPa
     return padded[torch.arange(where.shape[1], device=starts.device) < lengths[:, None]]
 
 
-def local_block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
+def local_block_spec(
+    config: TransformerConfig, pp_rank: int, core_attention: type[PackedAttention]
+) -> TransformerBlockSubmodules:
     """Megatron's local decoder block of one pipeline stage, with the modules of this file."""
     spec = gpt_layer_specs.get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=pp_rank
@@ -104,7 +115,7 @@ def local_block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBloc
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
         submodules.sharded_state_dict_keys_map = _checkpoint_keys(config, submodules.mlp)
         attention = submodules.self_attention.submodules
-        attention.core_attention = PackedAttention
+        attention.core_attention = core_attention
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, name, IdentityOp) not in (IdentityOp, None):
                 setattr(attention, name, RMSNorm)

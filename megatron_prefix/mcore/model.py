@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions import fused_bias_geglu
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -19,13 +20,16 @@ from torch import Tensor
 
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.layout import layers_by_stage, padded_vocab_size
+from megatron_prefix.mcore.biased_experts import finish_biased_experts, quick_gelu
 from megatron_prefix.mcore.fp8 import fp8_settings
 from megatron_prefix.mcore.group_router import use_group_router
 from megatron_prefix.mcore.groups import ModelGroups
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.latent_attention import PackedYarnRotaryEmbedding, use_latent_attention
 from megatron_prefix.mcore.local_rotary import PackedRotaryEmbedding
-from megatron_prefix.mcore.local_spec import local_block_spec
+from megatron_prefix.mcore.local_spec import PackedAttention, local_block_spec
+from megatron_prefix.mcore.sink_attention import SinkAttention
+from megatron_prefix.mcore.yarn import YarnTransformerConfig
 from megatron_prefix.types import PrefixBatch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -71,8 +75,7 @@ def transformer_config(
         shape.num_layers, groups.layout.pp, model.num_layers_in_first_pipeline_stage
     )
     uneven = {"num_layers_in_first_pipeline_stage": layers[0]} if len(set(layers)) > 1 else {}
-    kind = MLATransformerConfig if hf.latent_attention else TransformerConfig
-    return kind(
+    settings = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -82,7 +85,7 @@ def transformer_config(
         layernorm_epsilon=shape.rms_norm_eps,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=_gate(hf, te),
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -113,8 +116,26 @@ def transformer_config(
         **uneven,
         **recompute,
         **fp8_settings(model.fp8, owner),
-        **hf.settings,
     )
+    return _config_kind(hf)(**(settings | hf.settings))
+
+
+def _config_kind(hf: HfModel) -> type[TransformerConfig]:
+    if hf.latent_attention:
+        return MLATransformerConfig
+    return YarnTransformerConfig if _yarn(hf) else TransformerConfig
+
+
+def _yarn(hf: HfModel) -> bool:
+    """Of attention that is not latent, which has rotary embeddings of its own."""
+    return "yarn_rotary_scaling_factor" in hf.settings
+
+
+def _gate(hf: HfModel, te: bool) -> Callable[[Tensor], Tensor]:
+    """What the gate of an MLP or an expert goes through; GPT-OSS's has an offset beside it."""
+    if "glu_linear_offset" not in hf.settings:
+        return F.silu
+    return fused_bias_geglu.quick_gelu if te else quick_gelu  # known to its fused kernels by name
 
 
 def build_model(
@@ -130,7 +151,7 @@ def build_model(
         _block_spec(config, groups.pp_rank),
         vocab_size=padded_vocab_size(shape.vocab_size, groups.layout.tp),
         max_sequence_length=shape.max_position_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="yarn" if _yarn(hf) else "rope",
         rotary_base=shape.rope_theta,
         rope_scaling=hf.rope_scaling_factor > 0,
         rope_scaling_factor=hf.rope_scaling_factor or 8.0,
@@ -143,8 +164,11 @@ def build_model(
         module.output_layer = None
     if not uses_transformer_engine() and not hf.latent_attention:
         # Rebinding the class keeps the buffers (and the rope scaling) that Megatron computed.
-        module.rotary_pos_emb.__class__ = PackedRotaryEmbedding
+        module.rotary_pos_emb.__class__ = (
+            PackedYarnRotaryEmbedding if _yarn(hf) else PackedRotaryEmbedding
+        )
     freeze_expert_biases(module)
+    finish_biased_experts(module)
     if torch.cuda.is_available():
         module.cuda(torch.cuda.current_device())
     layers = layers_by_stage(
@@ -179,7 +203,8 @@ def _block_spec(config: TransformerConfig, pp_rank: int) -> Any:
             config, use_transformer_engine=True, normalization="RMSNorm", pp_rank=pp_rank
         )
     else:
-        spec = local_block_spec(config, pp_rank)
+        sinks = config.softmax_type == "learnable"
+        spec = local_block_spec(config, pp_rank, SinkAttention if sinks else PackedAttention)
     if config.multi_latent_attention:
         use_latent_attention(spec, local=not uses_transformer_engine())
     use_group_router(spec, config)

@@ -13,6 +13,7 @@ from megatron_prefix.hf_folder import (
     read_hf_folder,
 )
 from megatron_prefix.mcore.hf_map import FAMILIES, HfModel, read_hf_model
+from megatron_prefix.mcore.hf_map.units import hf_tensors
 
 
 def open_source(path: Path) -> tuple[HfFolder, HfModel]:
@@ -66,7 +67,7 @@ def params_dtype(folder: HfFolder, hf: HfModel) -> str:
 
 def tensor_problems(folder: HfFolder, hf: HfModel) -> list[str]:
     """Every tensor that is missing, of another shape or unknown, with what is wrong."""
-    expected = expected_shapes(hf)
+    expected = hf_tensors(hf.units)
     found = [f"{name} is missing" for name in expected if name not in folder.tensors]
     for name, entry in folder.tensors.items():
         if name in expected and entry.shape != expected[name]:
@@ -76,15 +77,6 @@ def tensor_problems(folder: HfFolder, hf: HfModel) -> list[str]:
         if not known and not tied_head and not is_scale(folder.tensors, name):
             found.append(f"{name} has no place in a {folder.config['architectures'][0]}")
     return found
-
-
-def expected_shapes(hf: HfModel) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor of the model by name."""
-    return {
-        name: tuple(shape)
-        for unit in hf.units
-        for name, shape in zip(unit.hf_names, unit.hf_shapes, strict=True)
-    }
 
 
 def _refuse(path: Path, problems: Iterable[str]) -> None:

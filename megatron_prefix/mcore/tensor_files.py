@@ -13,20 +13,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_prefix.hf_folder import SCALE, TensorEntry, read_header
+from megatron_prefix.hf_folder import (
+    MXFP4_BLOCKS,
+    MXFP4_SCALES,
+    SCALE,
+    TensorEntry,
+    read_header,
+)
 from megatron_prefix.mcore.fp8_blocks import dequantize_blocks
+from megatron_prefix.mcore.hf_map.units import Unit
+from megatron_prefix.mcore.mxfp4 import dequantize_mxfp4
 
 TORCH_DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
 }
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class HfReader:
-    """Tensors of a safetensors folder by name, one at a time; FP8 ones come dequantised, in fp32.
+    """Tensors of a safetensors folder by name, one at a time; those in FP8 and MXFP4 come
+    dequantised, in fp32.
 
     The files themselves say where a tensor is: an index may be stale.
     """
@@ -43,8 +53,17 @@ class HfReader:
             return stored
         return dequantize_blocks(stored, read_tensor(self._entries[name + SCALE]))
 
+    def of_unit(self, unit: Unit) -> list[Tensor]:
+        """A unit's tensors as its name map shapes them: of a stack of experts, its own."""
+        if not unit.stacked:
+            return [self.tensor(name) for name in unit.hf_names]
+        return [self.rows(name, unit.expert, unit.expert + 1)[0] for name in unit.hf_names]
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start:stop`` of a matrix, clipped to those it has."""
+        """``start:stop`` along the first axis of a tensor, clipped to what it has."""
+        if name not in self._entries:
+            parts = (self._entries[name + tail] for tail in (MXFP4_BLOCKS, MXFP4_SCALES))
+            return dequantize_mxfp4(*(read_tensor(part, start, stop) for part in parts))
         entry = self._entries[name]
         stop = min(stop, entry.shape[0])
         start = min(start, stop)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_prefix.mcore.dist_keys import VOCABULARY
 from megatron_prefix.mcore.hf_map import HfModel
-from megatron_prefix.mcore.hf_map.units import Unit
+from megatron_prefix.mcore.hf_map.units import Unit, joined
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.tensor_files import HfReader
 
@@ -24,7 +24,7 @@ FUSED_NORMS = {
 }
 # An expert's parameter as SequentialMLP names it, and as Transformer Engine's grouped linear does.
 LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<index>\d+)\.(?P<name>.+)")
-GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<name>linear_fc[12]\.weight)(?P<index>\d+)")
+GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<name>linear_fc[12]\.(weight|bias))(?P<index>\d+)")
 
 
 def shard(full: Tensor, unit: Unit, tp: int, rank: int) -> Tensor:
@@ -88,7 +88,7 @@ def load_hf_weights(model: MegatronModel) -> None:
         if unit.megatron_name in VOCABULARY:
             weight = vocab_rows(reader, unit.hf_names[0], model.vocab_rows, tp_rank)
         else:
-            full = unit.pack([reader.tensor(name) for name in unit.hf_names])
+            full = unit.pack(reader.of_unit(unit))
             dense = (groups.layout.tp, tp_rank)
             expert = (groups.layout.expert_tp, groups.expert_tp_rank)
             weight = shard(full, unit, *(dense if unit.expert < 0 else expert))
@@ -119,7 +119,8 @@ def hf_buckets(
 
     Collective: every rank iterates; other ranks get empty lists. Replica 0 alone sends. A bucket
     holds units of one stage and at most ``max_bytes`` (or one unit, or one expert of each
-    expert-parallel rank), so no rank holds more.
+    expert-parallel rank, or all experts where Hugging Face has them in one tensor), so no rank
+    holds more.
     """
     for bucket in _bucket_plan(model, max_bytes, dtype):
         in_fp32 = bucket.units[0].fp32_buffer
@@ -152,7 +153,10 @@ def _bucket_plan(model: MegatronModel, max_bytes: int, dtype: torch.dtype) -> li
     filled = 0
     for parcel in _parcels(model):
         kind = _parcel_kind(parcel, model)
-        size = sum(prod(s) for unit in parcel for s in unit.hf_shapes) * dtype.itemsize
+        size = sum(prod(s) for unit in parcel for s in unit.whole_hf_shapes) * dtype.itemsize
+        if buckets and _of_one_stack(parcel[0], buckets[-1].parcels[-1][0]):
+            buckets[-1] = _Bucket(kind, (*buckets[-1].parcels, parcel))
+            continue
         if not buckets or buckets[-1].kind != kind or filled + size > max_bytes:
             buckets.append(_Bucket(kind, (parcel,)))
             filled = 0
@@ -160,6 +164,10 @@ def _bucket_plan(model: MegatronModel, max_bytes: int, dtype: torch.dtype) -> li
             buckets[-1] = _Bucket(kind, (*buckets[-1].parcels, parcel))
         filled += size
     return buckets
+
+
+def _of_one_stack(unit: Unit, other: Unit) -> bool:
+    return unit.stacked > 0 and unit.hf_names == other.hf_names
 
 
 def _parcel_kind(parcel: Sequence[Unit], model: MegatronModel) -> tuple[int, bool, bool]:
@@ -212,8 +220,9 @@ def _gather_bucket(
         flat = torch.empty(sum(sizes), dtype=dtype, device=device)
         dist.recv(flat, source)
         tensors = [t.view(s) for t, s in zip(flat.split(sizes), shapes, strict=True)]
-    names = [name for unit in bucket.units for name in unit.hf_names]
-    return list(zip(names, tensors, strict=True))
+    names = [(unit, name) for unit in bucket.units for name in unit.hf_names]
+    parts = zip(names, tensors, strict=True)
+    return list(joined((unit, name, tensor) for (unit, name), tensor in parts))
 
 
 def _unshard_all(model: MegatronModel, bucket: _Bucket, dtype: torch.dtype) -> list[Tensor]:

@@ -34,6 +34,9 @@ class ModelShape:
     # token. A server that absorbs those products into queries and outputs does others.
     latent_weights: int = 0  # of one layer's projections; 0: they follow from the heads
     latent_pair: int = 0  # widths of a head's query and of its value, together
+    # Of ``layers``, those whose tokens meet the last ``window`` keys alone.
+    windowed_layers: int = 0
+    window: int = 0
 
     @property
     def attention_weights(self) -> int:
@@ -53,8 +56,8 @@ class ModelShape:
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
-    """The shape behind a Hugging Face ``config.json`` of the Llama, Qwen, Qwen3-MoE, Mixtral or
-    DeepSeek manner."""
+    """The shape behind a Hugging Face ``config.json`` of the Llama, Qwen, Qwen3-MoE, Mixtral,
+    DeepSeek or GPT-OSS manner."""
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     heads, experts = config["num_attention_heads"], _num_experts(config)
     sparse = _sparse_layers(config, layers)
@@ -70,6 +73,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         ffn_columns=sparse * active + (layers - sparse) * config["intermediate_size"],
         vocab=config["vocab_size"],
         router_columns=sparse * experts,
+        windowed_layers=(config.get("layer_types") or []).count("sliding_attention"),
+        window=config.get("sliding_window") or 0,
         **_latent(config),
     )
 
@@ -110,9 +115,16 @@ def trunk_flops(shape: ModelShape, tokens: int) -> float:
     Token i attends to i + 1 keys, with one product for the scores and one for the values. A cache
     changes when a key is computed, never how many are met: prefill and decode sum to the same.
     """
-    pairs = tokens * (tokens + 1) / 2
-    attention = 2.0 * shape.layers * shape.heads * shape.pair_width * pairs
+    met = (shape.layers - shape.windowed_layers) * _pairs(tokens, tokens)
+    met += shape.windowed_layers * _pairs(tokens, shape.window)
+    attention = 2.0 * shape.heads * shape.pair_width * met
     return 2.0 * shape.trunk_weights * tokens + attention
+
+
+def _pairs(tokens: int, window: int) -> float:
+    """Keys that all the tokens of a sequence meet together, each at most ``window``."""
+    growing = min(tokens, window)
+    return growing * (growing + 1) / 2 + (tokens - growing) * window
 
 
 def head_flops(shape: ModelShape, positions: int) -> float:

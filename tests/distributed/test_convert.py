@@ -23,6 +23,7 @@ from tests.distributed.world import Case, World, model_config, rollouts
 from tests.tiny_models import (
     write_tiny_deepseek_v2,
     write_tiny_deepseek_v3,
+    write_tiny_gpt_oss,
     write_tiny_llama,
     write_tiny_mixtral,
     write_tiny_qwen2,
@@ -39,6 +40,7 @@ WRITERS = {
     "mixtral": write_tiny_mixtral,
     "deepseek-v2": write_tiny_deepseek_v2,
     "deepseek-v3": write_tiny_deepseek_v3,
+    "gpt-oss": write_tiny_gpt_oss,
 }
 
 

@@ -10,6 +10,7 @@ from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore.groups import build_groups, initialize_megatron
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import build_model
+from megatron_prefix.validate import check_model
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import ADAM, steps_from
 from tests.distributed.test_layouts import STEPS, check_same_training
@@ -17,6 +18,7 @@ from tests.distributed.world import Case, model_config, train
 from tests.tiny_models import (
     write_tiny_deepseek_v2,
     write_tiny_deepseek_v3,
+    write_tiny_gpt_oss,
     write_tiny_mixtral,
     write_tiny_qwen3_moe,
 )
@@ -34,6 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "mixtral": write_tiny_mixtral(root / "mixtral", **sizes),
         "teacher": write_tiny_qwen3_moe(root / "teacher", seed=1, hidden_size=96, **sizes),
         "deepseek-v3": write_tiny_deepseek_v3(root / "v3", **sizes),
+        "gpt-oss": write_tiny_gpt_oss(root / "oss", **sizes),
         "deepseek-v2": write_tiny_deepseek_v2(root / "v2", seed=1, hidden_size=96, **sizes),
     }
 
@@ -85,6 +88,20 @@ def test_latent_attention_trains_as_on_one_rank(name: str, models: dict[str, Pat
     check_same_training(ranks, one, models["deepseek-v3"])
 
 
+@pytest.mark.parametrize("name", ["tp2, ep2", "pp2, ep2", "recompute, ep2"])
+def test_sinks_windows_and_biases_train_as_on_one_rank(name: str, models: dict[str, Path]) -> None:
+    world_size, student, teacher = LAYOUTS[name]
+
+    def case(student: dict, teacher: dict) -> Case:
+        return Case(
+            model_config(models["gpt-oss"], **student), model_config(models["teacher"], **teacher)
+        )
+
+    (one,) = run_ranks(1, train, case({}, {}), 1, STEPS)
+    ranks = run_ranks(world_size, train, case(student, teacher), world_size, STEPS)
+    check_same_training(ranks, one, models["gpt-oss"])
+
+
 CHECKPOINTS = {
     "same layout": (2, EP2, 2, EP2),
     "ep2 to one rank": (2, EP2, 1, {}),
@@ -126,3 +143,11 @@ def test_experts_cut_and_spread_at_once_want_a_gpu(models: dict[str, Path]) -> N
     config = model_config(models["mixtral"], **TP2, **EP2)
     with pytest.raises(RuntimeError, match="ValueError: teacher.expert_tensor_parallel_size=2 .*1"):
         run_ranks(4, build, config, 4)
+
+
+def test_experts_with_biases_are_not_cut(models: dict[str, Path]) -> None:
+    hf = read_hf_model(str(models["gpt-oss"]))
+    with pytest.raises(ValueError, match="student.expert_tensor_parallel_size=2 .* set it to 1"):
+        check_model(hf, model_config(models["gpt-oss"], **TP2), "student")
+    whole = model_config(models["gpt-oss"], **TP2, expert_tensor_parallel_size=1)
+    assert check_model(hf, whole, "student") == (2,)

@@ -12,6 +12,7 @@ from tests.tiny_models import (
     YARN,
     write_tiny_deepseek_v2,
     write_tiny_deepseek_v3,
+    write_tiny_gpt_oss,
     write_tiny_llama,
     write_tiny_mixtral,
     write_tiny_qwen2,
@@ -19,7 +20,7 @@ from tests.tiny_models import (
     write_tiny_qwen3_moe,
 )
 
-V2, V3 = write_tiny_deepseek_v2, write_tiny_deepseek_v3
+V2, V3, OSS = write_tiny_deepseek_v2, write_tiny_deepseek_v3, write_tiny_gpt_oss
 GROUPS = {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 1}
 
 
@@ -27,7 +28,7 @@ GROUPS = {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 1}
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Callable[..., Path], Path]:
     root = tmp_path_factory.mktemp("models")
     writers = (write_tiny_llama, write_tiny_mixtral, write_tiny_qwen2, write_tiny_qwen3)
-    writers += (write_tiny_qwen3_moe, V2, V3)
+    writers += (write_tiny_qwen3_moe, V2, V3, OSS)
     return {write: write(root / write.__name__) for write in writers}
 
 
@@ -55,6 +56,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Callable[..., Path
         (V2, {"norm_topk_prob": True}, "norm_topk_prob=True: DeepSeek-V2 is supported"),
         (V2, {"topk_method": "noaux_tc"}, "topk_method='noaux_tc': DeepSeek-V2 is supported"),
         (V2, GROUPS, "experts of a DeepSeek-V2 must divide into groups"),
+        (OSS, {"attention_bias": False}, "attention_bias=False: GPT-OSS is supported with True"),
+        (OSS, {"swiglu_alpha": 1.5}, "swiglu_alpha=1.5: GPT-OSS is supported with 1.702"),
+        (OSS, {"layer_types": ["full_attention"]}, "layer_types names 1 layers and num_hidden_la"),
+        (OSS, {"layer_types": ["chunked_attention"] * 2}, "layer_types has 'chunked_attention'"),
+        (OSS, {"sliding_window": None}, "sliding_window=None: sliding_attention needs 1 token"),
+        (OSS, {"rope_parameters": {"rope_type": "yarn"}}, "config.json has no rope_theta"),
+        (OSS, {"rope_parameters": YARN | {"rope_type": "linear"}}, "rope_type='linear': GPT-OSS"),
+        (OSS, {"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor=2.0"),
     ],
 )
 def test_a_variant_that_is_computed_otherwise_is_refused(

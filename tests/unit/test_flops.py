@@ -17,6 +17,7 @@ from megatron_prefix.types import FinishReason, Flops, Rollout
 from tests.tiny_models import (
     write_tiny_deepseek_v2,
     write_tiny_deepseek_v3,
+    write_tiny_gpt_oss,
     write_tiny_llama,
     write_tiny_mixtral,
     write_tiny_qwen2,
@@ -33,7 +34,7 @@ WRITERS = [
     write_tiny_mixtral,
 ]
 # transformers' cache holds the latents and expands all of them anew for every token.
-WITHOUT_CACHE = [*WRITERS, write_tiny_deepseek_v2, write_tiny_deepseek_v3]
+WITHOUT_CACHE = [*WRITERS, write_tiny_deepseek_v2, write_tiny_deepseek_v3, write_tiny_gpt_oss]
 SIZES: dict[str, Any] = {"vocab_size": 320, "head_dim": 24, "intermediate_size": 112}
 
 
@@ -58,8 +59,10 @@ def tokens(count: int) -> torch.Tensor:
 
 
 def not_causal(shape: ModelShape, count: int) -> float:
-    """What torch's eager attention multiplies beyond the causal half: it masks afterwards."""
-    return 2.0 * shape.layers * shape.heads * shape.pair_width * (count * count - count) / 2
+    """What torch's eager attention multiplies beyond the causal half, or beyond a window's share
+    of it: it masks afterwards."""
+    attention = trunk_flops(shape, count) - 2.0 * shape.trunk_weights * count
+    return 2.0 * shape.layers * shape.heads * shape.pair_width * count * count - attention
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -114,6 +117,15 @@ def test_head_and_attention_are_counted_exactly() -> None:
     # One token attends to itself: a product of 6 for each score and each value, 2 heads, 2 layers.
     assert trunk_flops(shape, 1) == 2 * weights + 2 * 2 * 6 * 2 * 2
     assert trunk_flops(shape, 3) - 3 * 2 * weights == (1 + 2 + 3) * 2 * 2 * 6 * 2 * 2
+
+
+def test_a_window_of_keys_is_counted_exactly() -> None:
+    shape = ModelShape(3, 8, heads=2, kv_heads=1, head_dim=6, ffn_columns=0, vocab=50)
+    windowed = replace(shape, windowed_layers=2, window=3)
+    spared = trunk_flops(shape, 5) - trunk_flops(windowed, 5)
+    # The fourth and the fifth token meet one and two keys fewer.
+    assert spared == 2 * (1 + 2) * 2 * 2 * 6 * 2
+    assert trunk_flops(windowed, 3) == trunk_flops(shape, 3)
 
 
 def test_mixture_of_experts_counts_active_experts_and_the_router() -> None:

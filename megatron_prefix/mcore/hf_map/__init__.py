@@ -11,6 +11,7 @@ from typing import Any
 from megatron_prefix.mcore.hf_map import (
     deepseek_v2,
     deepseek_v3,
+    gpt_oss,
     llama,
     mixtral,
     qwen2,
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FAMILIES: dict[str, ModuleType] = {
     family.ARCHITECTURE: family
-    for family in (llama, qwen2, qwen3, qwen3_moe, mixtral, deepseek_v2, deepseek_v3)
+    for family in (llama, qwen2, qwen3, qwen3_moe, mixtral, deepseek_v2, deepseek_v3, gpt_oss)
 }
 
 
