@@ -23,6 +23,7 @@ from rich.table import Table
 from megatron_prefix.config import CheckpointConfig, ModelConfig, OptimizerConfig
 from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore.cpu import adapt_to_cpu
+from megatron_prefix.worker import keep_out_of_collections
 
 if TYPE_CHECKING:
     from megatron_prefix.mcore.checkpoint import Checkpointer
@@ -73,6 +74,7 @@ def measure(folder: Path, model: Path, saves: int) -> tuple[list[Row], int]:
     load_hf_weights(student)
     trainable = make_trainable(student, OptimizerConfig(), 100)
     trainable.update()  # Adam's moments are made by the first one
+    keep_out_of_collections()
     settings = CheckpointConfig(keep_last=1)
     savers = {
         kind: Checkpointer(folder / kind, trainable, replace(settings, async_save=asynchronous))

@@ -5,11 +5,17 @@ any moment of a step, SIGKILL of a rank during a save, SIGKILL of a server, SIGS
 next one comes when all is well again. Recovery is the time from the fault to the next finished
 step that had not been finished before; the ranks' starts and imports are left out (the ranks log
 how long those took), and servers start beside it, while the other one serves.
+
+At the end the recorded rollouts are replayed by a run that nobody disturbs: every loss and gradient
+norm has to be the same to the last bit, and every prompt is there once, in its order. What was
+found so far is written to --json after each fault; --minutes ends the faults early.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -19,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +37,13 @@ from rich.table import Table
 from megatron_prefix.exit_codes import SAVED
 from megatron_prefix.jsonl import METRICS, read_records
 from megatron_prefix.mcore.step_folders import saved_steps, step_of
+from megatron_prefix.rollout.records import load_rollouts
 from megatron_prefix.tasks import sort_chain
 
 SAVE_INTERVAL = 5
 STEPS = 1_000_000  # the run is ended by a signal
 PATIENCE_S = 900.0
+HANG_TIMEOUT_S = 5  # no server is asked for more than a second of work here
 KINDS = ("rank", "rank during a save", "server", "server hangs")
 
 
@@ -50,7 +58,39 @@ class Row:
     steps_redone: int  # finished once more, since the newest whole checkpoint
     steps_lost_beyond_last_save: int
     recovery_s: float  # without starts and imports of ranks
-    starts_s: float  # those
+    noticed_s: float  # of it: until the ranks are told to start again; 0 where they stayed
+    restored_s: float  # of it: from then until the checkpoint is loaded
+    starts_s: float  # starts and imports of ranks
+
+
+def start(
+    folder: Path, settings: Sequence[str], output: Path, scratch: Path
+) -> subprocess.Popen[bytes]:
+    common = [
+        f"run.output_dir={folder}",
+        f"train.steps={STEPS}",
+        "eval.path=",
+        "checkpoint.export_hf=false",
+        "log.tensorboard=false",
+        "log.log_interval=1",
+    ]
+    command = [sys.executable, "-m", "megatron_prefix.cli", "train", "quickstart"]
+    with output.open("w") as file:
+        return subprocess.Popen(
+            [*command, *common, *settings],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(scratch)},
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """All faults of a run."""
+
+    rows: list[Row]
+    steps: int
+    differing_steps: int  # whose loss or gradient a replay without faults does not have
 
 
 class Run:
@@ -62,26 +102,15 @@ class Run:
         self.output = folder / "output"
         settings = [
             "run.name=faults",
-            f"run.output_dir={folder}",
             f"run.max_restarts={faults}",
-            f"train.steps={STEPS}",
-            "eval.path=",
             f"checkpoint.save_interval={SAVE_INTERVAL}",
-            "checkpoint.export_hf=false",
             "rollout.num_servers=2",
             f"rollout.server_restarts={faults}",
             "rollout.start_timeout_s=600",
-            "rollout.hang_timeout_s=10",
-            "log.tensorboard=false",
-            "log.log_interval=1",
+            f"rollout.hang_timeout_s={HANG_TIMEOUT_S}",
+            "rollout.record=true",
         ]
-        with self.output.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_prefix.cli", "train", "quickstart", *settings],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "TMPDIR": str(self.scratch)},
-            )
+        self.process = start(folder, settings, self.output, self.scratch)
 
     def alive(self) -> bool:
         return self.process.poll() is None
@@ -95,6 +124,12 @@ class Run:
     def finished(self) -> int:
         steps = self.steps()
         return steps[-1] if steps else 0
+
+    def start_seconds(self) -> float:
+        """Of the rank that took longest, at its last start: the others wait for it."""
+        logs = [log.read_text() for log in (self.folder / "logs").glob("rank_?.log")]
+        starts = [re.findall(r"took ([\d.]+) s to start", log) for log in logs]
+        return max(float(values[-1]) for values in starts)
 
     def newest_save(self) -> int:
         whole = saved_steps(self.folder / "checkpoints")
@@ -140,27 +175,51 @@ def break_something(run: Run, kind: str, chance: random.Random) -> None:
             process.send_signal(signal.SIGSTOP)
 
 
+class Moments:
+    """When a run that was broken said what, seconds from the fault."""
+
+    def __init__(self, run: Run, said: int) -> None:
+        self._run, self._said, self._start = run, said, time.monotonic()
+        self._before = run.finished()
+        self.again = self.resumed = self.well = 0.0  # 0: not yet
+
+    def told(self) -> str:
+        return self._run.said()[self._said :]
+
+    def recovered(self) -> bool:
+        """Whether a step was finished that had not been before."""
+        now, told = time.monotonic() - self._start, self.told()
+        if not self.again and "the ranks start again" in told:
+            self.again = now
+        if not self.resumed and "resumed after step" in told:
+            self.resumed = now
+        # A step that was under way in ranks that stay may still end: two more are new in any case.
+        if self._run.finished() > self._before + (not self.resumed):
+            self.well = now
+        return bool(self.well)
+
+
 def one_fault(run: Run, kind: str, chance: random.Random) -> Row:
     said = len(run.said())
     break_something(run, kind, chance)
-    start = time.monotonic()
+    moments = Moments(run, said)
     saved, before = run.newest_save(), run.finished()
-    # A step that was under way may still end: two more are new in any case.
-    survived = run.wait(lambda: run.finished() > before + 1)
-    seconds, told = time.monotonic() - start, run.said()[said:]
+    survived = run.wait(moments.recovered)
+    told = moments.told()
     resumed = [int(step) for step in re.findall(r"resumed after step (\d+)", told)]
-    resumed_after = resumed[-1] if resumed else -1
-    starts = [float(value) for value in re.findall(r"took ([\d.]+) s to start", told)]
+    starts_s = run.start_seconds() if resumed else 0.0
     well = survived and run.wait(run.all_well)
     return Row(
         fault=kind,
         at_step=before,
         survived=well,
-        resumed_after=resumed_after,
-        steps_redone=before - resumed_after if resumed else 0,
-        steps_lost_beyond_last_save=max(0, saved - resumed_after) if resumed else 0,
-        recovery_s=seconds - max(starts, default=0.0),
-        starts_s=max(starts, default=0.0),
+        resumed_after=resumed[-1] if resumed else -1,
+        steps_redone=before - resumed[-1] if resumed else 0,
+        steps_lost_beyond_last_save=max(0, saved - resumed[-1]) if resumed else 0,
+        recovery_s=moments.well - starts_s,
+        noticed_s=moments.again,
+        restored_s=moments.resumed - moments.again - starts_s if resumed else 0.0,
+        starts_s=starts_s,
     )
 
 
@@ -176,31 +235,62 @@ def running(faults: int) -> Iterator[Run]:
             run.process.wait()
 
 
-def run_faults(faults: int, seed: int) -> list[Row]:
-    chance = random.Random(seed)
+def run_faults(
+    faults: int, seed: int, minutes: float, keep: Callable[[list[Row]], object]
+) -> Found:
+    chance, deadline = random.Random(seed), time.monotonic() + 60 * minutes
     kinds = [KINDS[place % len(KINDS)] for place in range(faults)]
     chance.shuffle(kinds)
+    rows: list[Row] = []
     with running(faults) as run:
         if not run.wait(lambda: run.finished() >= 2 * SAVE_INTERVAL):
             raise SystemExit(f"the run did not start:\n{run.said()}")
-        rows = []
         for kind in kinds:
+            if time.monotonic() > deadline:
+                break
             rows.append(one_fault(run, kind, chance))
+            keep(rows)
             print(f"{len(rows)} of {faults}: {rows[-1]}", flush=True)
             if not rows[-1].survived:
-                print(run.said()[-4000:])
-                return rows
+                raise SystemExit(run.said()[-4000:])
         run.process.send_signal(signal.SIGTERM)
         code = run.process.wait(PATIENCE_S)
-        steps = run.steps()
-    if code != SAVED or steps != list(range(1, len(steps) + 1)):
-        raise SystemExit(f"exit code {code}, or steps counted twice or left out: {steps}")
-    return rows
+        if code != SAVED:
+            raise SystemExit(f"exit code {code}:\n{run.said()[-4000:]}")
+        steps = counted_once(run)
+        return Found(rows, steps, differing_steps(run, steps))
 
 
-def summary(faults: int, rows: list[Row]) -> dict[str, Any]:
+def counted_once(run: Run) -> int:
+    """Steps of the run, each once and each prompt once; ends the benchmark where that is not so."""
+    steps = run.steps()
+    prompts = [
+        rollout.prompt_index
+        for step in range(len(steps))
+        for rollout in load_rollouts(run.folder / "rollouts", step)
+    ]
+    if steps != list(range(1, len(steps) + 1)) or prompts != list(range(len(prompts))):
+        raise SystemExit(f"steps or prompts counted twice or left out: {steps}")
+    return len(steps)
+
+
+def differing_steps(run: Run, steps: int) -> int:
+    """Steps in which an undisturbed run on the same rollouts has another loss or gradient."""
+    parent, replayed = run.folder.parent, run.folder.parent / "replayed"
+    settings = ["run.name=replayed", "checkpoint.save_interval=0", "rollout.record=false"]
+    settings.append(f"rollout.replay={run.folder / 'rollouts'}")
+    process = start(parent, settings, parent / "replayed.output", run.scratch)
+    process.wait(PATIENCE_S)  # it ends where the recording does
+    # Which may hold the rollouts of a step that was not taken any more.
+    again = list(itertools.islice(read_records(replayed / METRICS), steps))
+    names = ("step", "loss", "grad_norm", "prefix_tokens")
+    pairs = zip(read_records(run.folder / METRICS), again, strict=True)
+    return sum(any(live[name] != other[name] for name in names) for live, other in pairs)
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
     return {
-        "faults": faults,
+        "faults": len(rows),
         "survived": sum(row.survived for row in rows),
         "steps_lost_beyond_last_save": sum(row.steps_lost_beyond_last_save for row in rows),
         "recovery_seconds": max(row.recovery_s for row in rows),
@@ -213,19 +303,24 @@ def show(found: dict[str, Any]) -> None:
     table = Table(title="Faults of one SORT-CHAIN run, in their order")
     for name in ("fault", "at step", "survived", "resumed after", "steps redone"):
         table.add_column(name, justify="left" if name == "fault" else "right")
-    for name in ("lost beyond save", "recovery s", "rank start s"):
+    for name in ("lost beyond save", "recovery s", "noticed", "restored", "rank start s"):
         table.add_column(name, justify="right")
     for row in found["rows"]:
         resumed = str(row["resumed_after"]) if row["resumed_after"] >= 0 else "-"
         words = [row["fault"], str(row["at_step"]), "yes" if row["survived"] else "no", resumed]
         words += [str(row["steps_redone"]), str(row["steps_lost_beyond_last_save"])]
-        table.add_row(*words, f"{row['recovery_s']:.1f}", f"{row['starts_s']:.1f}")
-    Console(width=120).print(table)
+        seconds = (row[f"{name}_s"] for name in ("recovery", "noticed", "restored", "starts"))
+        table.add_row(*words, *(f"{value:.1f}" for value in seconds))
+    Console(width=132).print(table)
     print(
         f"{found['survived']} of {found['faults']} survived; "
         f"{found['steps_lost_beyond_last_save']} steps lost beyond the last save; recovery "
         f"{found['recovery_seconds_median']:.1f} s (median), {found['recovery_seconds']:.1f} s "
         "(longest)"
+    )
+    print(
+        f"{found['steps']} steps; a run on the same rollouts without faults differs in "
+        f"{found['differing_steps']} of them"
     )
 
 
@@ -234,14 +329,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="4 faults, one of each kind")
     parser.add_argument("--faults", type=int, default=0, help="(20; --quick 4)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no fault after so many")
     parser.add_argument("--json", type=Path, help="also write what was found to this file")
     arguments = parser.parse_args()
-    faults = arguments.faults or (4 if arguments.quick else 20)
+
+    def keep(rows: list[Row], **more: int) -> dict[str, Any]:
+        found = summary(rows) | more
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=1))
+        return found
+
     sort_chain.prepare_data(".cache/sort_chain")
-    found = summary(faults, run_faults(faults, arguments.seed))
-    show(found)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
+    faults = arguments.faults or (4 if arguments.quick else 20)
+    found = run_faults(faults, arguments.seed, arguments.minutes, keep)
+    show(keep(found.rows, steps=found.steps, differing_steps=found.differing_steps))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.offload import Offload
 from megatron_prefix.mcore.optimizer import make_trainable
+from megatron_prefix.metrics_page import announced
 from megatron_prefix.modes import evaluates_aside, needs_shared_servers
 from megatron_prefix.placement import teachers_of
 from megatron_prefix.prefix import Ledger, build_policy, model_shape
@@ -48,7 +49,7 @@ from megatron_prefix.teacher_loop import TeacherLoop
 from megatron_prefix.tokenizers import load_tokenizer
 from megatron_prefix.trainer import Parts, Trainer
 from megatron_prefix.types import Prompt, Rollout
-from megatron_prefix.watchdog import Watchdog
+from megatron_prefix.watchdog import Watchdog, patience
 from megatron_prefix.world import (
     build_objective,
     build_teacher,
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-_WATCHDOG_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def assemble(
     with contextlib.ExitStack() as stack:
         initialize_megatron(recipe.train.seed, collective_timeout(recipe))
         world = join(recipe)
-        # Below the collectives' own timeout, which ends a rank without its stacks.
-        patience_s = _WATCHDOG_SHARE * recipe.run.distributed_timeout_s
+        patience_s = patience(recipe.run.distributed_timeout_s)
         watchdog = stack.enter_context(Watchdog(folder, dist.get_rank(), patience_s))
         if world.student is None:
             yield teacher_loop(recipe, world, watchdog.beat)
@@ -190,6 +189,9 @@ def _conductor(
 ) -> Conductor | None:
     if dist.get_rank() != 0:
         return None
+    if recipe.log.metrics_port:
+        urls = [endpoint.url for endpoint in (*shared.endpoints, *own.endpoints)]
+        stack.enter_context(announced(folder, recipe.log, urls))
     tokenizer = load_tokenizer(recipe.student.hf_path)
     stops = agreed_stop_ids(recipe)
     teachers = teachers_of(recipe)

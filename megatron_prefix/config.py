@@ -227,7 +227,7 @@ class RunConfig:
     output_dir: str = "runs"  # the run folder is output_dir/name
     # Ranks in all, a separate teacher's included; 0: the least that the layouts need.
     world_size: int = 0
-    distributed_timeout_s: float = 600.0
+    distributed_timeout_s: float = 600.0  # of all ranks' collectives; a hang is found a bit earlier
     gpu_memory_gib: float = 0.0  # of one card, for `plan` to check; 0: no GPUs, or not checked
     # Of it, for the CUDA context, NCCL's buffers and the allocator's fragments.
     gpu_reserve_gib: float = 6.0

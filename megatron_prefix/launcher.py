@@ -169,6 +169,8 @@ def _watch(
         codes = [rank.poll() for rank in ranks]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, DONE, SAVED)]
         if failed:
+            if codes[failed[0]] == HUNG:
+                _let_write(ranks)
             return _end_all(ranks, why(failed[0], codes[failed[0]]))
         if None not in codes:
             return SAVED if SAVED in codes else DONE
@@ -183,6 +185,16 @@ def _watch(
             print("stopping: the ranks save and end; once more to stop at once", file=sys.stderr)
             for rank in ranks:
                 rank.send_signal(signal.SIGTERM)
+        time.sleep(POLL_S)
+
+
+def _let_write(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Until all ranks of a run that hung have written their stacks and ended: one that was stopped
+    can do so once it goes on."""
+    deadline = time.monotonic() + GRACE_S
+    for rank in ranks:
+        rank.send_signal(signal.SIGCONT)
+    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
         time.sleep(POLL_S)
 
 

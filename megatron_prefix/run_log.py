@@ -17,6 +17,7 @@ from megatron_prefix.config import LogConfig
 from megatron_prefix.figure import unit_of
 from megatron_prefix.metrics_page import MetricsPage
 from megatron_prefix.progress import progress_view
+from megatron_prefix.slow_phases import StepTimes, Verdict
 from megatron_prefix.tb_writer import TensorBoardWriter
 from megatron_prefix.types import Flops, ProbeMetrics, StepMetrics
 
@@ -85,8 +86,8 @@ class RunLog:
             console or get_console(), total_steps, log.log_interval, resume_step
         )
         self._page = (
-            MetricsPage(log.metrics_host, log.metrics_port, folder.name)
-            if (log.metrics_port)
+            MetricsPage(log.metrics_host, log.metrics_port, folder.name, total_steps)
+            if log.metrics_port
             else None
         )
         self._closed = False
@@ -123,8 +124,16 @@ class RunLog:
         if self._tensorboard:
             self._tensorboard.step(metrics, self._account)
         if self._page:
-            self._page.step(metrics)
+            self._page.step(metrics, self._account)
         self._view.show(metrics, spent_words(self._account))
+
+    def times(self, times: StepTimes, verdict: Verdict) -> None:
+        """A step's times on all ranks, and what was slow about them."""
+        if self._page:
+            self._page.times(times, verdict)
+        if verdict.words:
+            phase, rank = verdict.phase, verdict.rank
+            self.event("slow", verdict.words, level=logging.WARNING, phase=phase, rank=rank)
 
     def servers(self, count: int) -> None:
         """SGLang servers that may be asked now."""
@@ -174,6 +183,8 @@ class RunLog:
         self._enter(account.of_evaluation(record), now=True)
         if self._tensorboard:
             self._tensorboard.evaluation(step, result.accuracy)
+        if self._page:
+            self._page.evaluation(result.accuracy)
         logger.info(
             "evaluation after step %d: accuracy %.1f%% of %d, %d truncated, %d unparsable, %.1f s",
             step, 100 * result.accuracy, result.n, result.truncated, result.unparsable,

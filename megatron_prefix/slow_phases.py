@@ -31,6 +31,15 @@ class StepTimes:
     prefix_length: int = 0  # steps of half to twice of it are compared
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """One line on what was far slower than usual; no words: nothing was."""
+
+    words: str = ""
+    phase: str = ""  # empty: no phase, but all the work of a rank
+    rank: int = -1  # that held it up; below 0: none alone
+
+
 class SlowPhases:
     """Sees every step; ``hosts`` [R] are the ranks' machines."""
 
@@ -40,9 +49,9 @@ class SlowPhases:
         self._slow_work = [0] * len(hosts)  # steps in a row
         self._silent_until = 0
 
-    def judge(self, step: int, times: StepTimes) -> str:
-        """One line where something was far slower than usual; else empty."""
-        slowest: tuple[float, str] = (0.0, "")
+    def judge(self, step: int, times: StepTimes) -> Verdict:
+        """The phase that lost most time, or a rank that is slow all the time."""
+        worst, slowest = 0.0, Verdict()
         for place, phase in enumerate(times.phases):
             took = float(times.seconds[:, place].max())
             history = self._history.setdefault(phase, deque(maxlen=_HISTORY))
@@ -50,40 +59,45 @@ class SlowPhases:
             alike = [s for other, s in history if other <= 2 * length and length <= 2 * other]
             usual = float(np.median(alike)) if len(alike) >= _FEWEST else float("inf")
             history.append((length, took))
-            if took > _FACTOR * usual and took - usual > max(_LEAST_S, slowest[0]):
-                words = f"{phase} took {took:.2f} s, {took / usual:.1f} times its median"
-                slowest = (took - usual, f"{words}: {self._culprit(times, place, took - usual)}")
-        return slowest[1] or self._slow_rank(step, times)
+            excess = took - usual
+            if took > _FACTOR * usual and excess > max(_LEAST_S, worst):
+                rank, why = self._culprit(times, place, excess)
+                words = f"{phase} took {took:.2f} s, {took / usual:.1f} times its median: {why}"
+                worst, slowest = excess, Verdict(words, phase, rank)
+        return slowest if slowest.words else self._slow_rank(step, times)
 
-    def _culprit(self, times: StepTimes, place: int, excess: float) -> str:
+    def _culprit(self, times: StepTimes, place: int, excess: float) -> tuple[int, str]:
         stopped = int(times.stood_still.argmax())
         if times.stood_still[stopped] > excess / 2:
-            return f"{self._name(stopped)} was not let run for {times.stood_still[stopped]:.1f} s"
+            seconds = f"{times.stood_still[stopped]:.1f} s"
+            return stopped, f"{self._name(stopped)} was not let run for {seconds}"
         if times.phases[place] == ROLLOUT:
-            return "rank 0 waited for the servers"
+            return -1, "rank 0 waited for the servers"
         ratios = _ratios(times.work)
         slow = int(ratios.argmax())
         if ratios[slow] > _PACE:
-            return f"{self._name(slow)} needs {ratios[slow]:.1f} times the others' time for work"
+            share = f"{ratios[slow]:.1f} times the others' time for work"
+            return slow, f"{self._name(slow)} needs {share}"
         own = times.seconds[:, place]
         last = int(own.argmax())
         if len(own) == 1 or own[last] - float(np.median(np.delete(own, last))) > excess / 2:
-            return f"on {self._name(last)}"
-        return "on all ranks alike"
+            return last, f"on {self._name(last)}"
+        return -1, "on all ranks alike"
 
-    def _slow_rank(self, step: int, times: StepTimes) -> str:
+    def _slow_rank(self, step: int, times: StepTimes) -> Verdict:
         """A rank that is always slow has slow medians: it is compared with the others."""
         ratios = _ratios(times.work)
         for rank, ratio in enumerate(ratios):
             self._slow_work[rank] = self._slow_work[rank] + 1 if ratio > _PACE else 0
         slow = int(ratios.argmax())
         if self._slow_work[slow] < _STEPS_IN_A_ROW or step < self._silent_until:
-            return ""
+            return Verdict()
         self._silent_until = step + _STEPS_OF_SILENCE
-        return (
+        words = (
             f"{self._name(slow)} has needed {ratios[slow]:.1f} times the others' time for the same "
             f"work, {self._slow_work[slow]} steps in a row"
         )
+        return Verdict(words, rank=slow)
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} ({self._hosts[rank]})"

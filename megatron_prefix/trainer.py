@@ -210,9 +210,7 @@ class Trainer:
             parts.device,
         )
         if times is not None and parts.conductor:
-            verdict = self._slow_phases.judge(self._step, times)
-            if verdict:
-                parts.conductor.log.event("slow", verdict, level=logging.WARNING)
+            parts.conductor.log.times(times, self._slow_phases.judge(self._step, times))
 
     def _decide(self) -> Order:
         assert self._parts.conductor is not None

@@ -23,9 +23,17 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.25
 _LATE_S = 1.0  # a tick that comes this much later: the rank was not let run
 _SHARE_S = 5.0  # for the other ranks to see the mark and to write their stacks
+_SHARE = 0.9  # of the collectives' timeout
 _BACKUP_S = 30.0  # after which the C timer takes over
 _REARM_S = 1.0  # the timer is a thread, made anew each time: not for each of a short step's phases
 _MARK = "hang"
+
+
+def patience(collective_timeout_s: float) -> float:
+    """Seconds without progress after which a rank writes its stacks: the collectives' own timeout,
+    which ends a rank without them, must not come before all have."""
+    earlier = min(_SHARE * collective_timeout_s, collective_timeout_s - 2 * _SHARE_S)
+    return max(earlier, collective_timeout_s / 2)
 
 
 class Watchdog:

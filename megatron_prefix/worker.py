@@ -6,6 +6,7 @@ Without ``--endpoints`` the servers are those at the recipe's ``rollout.server_u
 """
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -116,10 +117,18 @@ def _train(recipe: Recipe, folder: Path, servers: Servers, stop: StopFlag) -> in
         dist.destroy_process_group()
         return SAVED
     with assemble(recipe, folder, endpoints, stop) as share:
+        keep_out_of_collections()
         finished = share.train()
     dist.barrier()
     dist.destroy_process_group()
     return DONE if finished else SAVED
+
+
+def keep_out_of_collections() -> None:
+    """What was imported and built so far stays: a full collection, which each of Megatron's saves
+    asks for within the training loop, need not walk over its million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def _join_world(recipe: Recipe) -> None:

@@ -27,17 +27,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_prefix.config import CheckpointConfig
 from megatron_prefix.mcore.optimizer import TrainableStudent
 from megatron_prefix.mcore.optimizer_state import join_state, optimizer_step, split_state
+from megatron_prefix.mcore.sealing import Sealing
 from megatron_prefix.mcore.step_folders import (
     PARTIAL,
     RUN_STATE,
     damage,
-    drop,
-    put_in_place,
     saved_steps,
     set_aside,
     step_folder,
-    step_of,
-    steps_to_drop,
 )
 
 logger = logging.getLogger(__name__)
@@ -46,6 +43,15 @@ _ROOM, _ROOM_BYTES = "room", 16 * 2**20  # for metadata and manifest, beside the
 
 class SaveFailed(RuntimeError):
     """A checkpoint that had to be whole is not; those before it are as they were."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A checkpoint whose files are all there."""
+
+    partial: Path
+    final: Path
+    sealing: Sealing | None  # on rank 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Checkpointer:
     def __init__(self, folder: Path, student: TrainableStudent, config: CheckpointConfig) -> None:
         self._folder, self._student, self._config = folder, student, config
         self._queue = AsyncCallsQueue()
+        self._written: _Written | None = None
         self._problem = ""
 
     def save(self, step: int, run_state: dict[str, Any], *, wait: bool = False) -> None:
@@ -90,7 +97,7 @@ class Checkpointer:
             str(partial),
             async_sharded_save=True,
             async_strategy="mcore",
-            verify_integrity=self._config.verify_integrity,
+            verify_integrity=False,  # it would read all of it within the loop: sealing.py does so
         )
         finish = functools.partial(self._finish, request.finalize_fns, partial, final, run_state)
         self._queue.schedule_async_request(request._replace(finalize_fns=[finish]))
@@ -98,6 +105,17 @@ class Checkpointer:
     def finalize(self, *, wait: bool = False) -> None:
         """Complete a save whose writers are done; cheap where none is in flight."""
         self._queue.maybe_finalize_async_calls(blocking=wait)
+        written = self._written
+        if written is None:
+            return
+        verdict: list[Any] = [None]  # of rank 0: the problem, None while it is at work
+        if written.sealing and (wait or written.sealing.done()):
+            verdict = [written.sealing.problem()]
+        dist.broadcast_object_list(verdict, src=0)
+        if verdict[0] is not None:
+            self._written = None
+        if verdict[0]:
+            self._give_up(written.partial, written.final, verdict[0])
 
     def take_problem(self) -> str:
         """Why a save came to nothing since the last call; empty where none did."""
@@ -107,9 +125,9 @@ class Checkpointer:
     def _finish(
         self, steps: Sequence[Callable[[], None]], partial: Path, final: Path, run_state: str
     ) -> None:
-        """Megatron's own ``steps``, then the final name. On a full disk no checkpoint is whole:
-        what was written is removed, the run goes on, and those before it stay."""
-        # Before the manifest is made, which covers it.
+        """Megatron's own ``steps``; the sums and the final name come beside the next steps. On a
+        full disk no checkpoint is whole: what was written is removed, the run goes on, and those
+        before it stay."""
         problem = _write_last(partial, run_state) if dist.get_rank() == 0 else ""
         # Always, since it takes the writers' results: the next save's must be the next ones.
         problem = self._share(problem or _first_problem(steps[:1]))
@@ -117,11 +135,10 @@ class Checkpointer:
             problem = self._share(_first_problem(steps[1:]))
         if problem:
             self._give_up(partial, final, problem)
-        elif dist.get_rank() == 0:
-            put_in_place(partial, final)
-            self._retain(step_of(final))
-            logger.info("checkpoint %s is whole", final.name)
-        dist.barrier()
+            return
+        first = dist.get_rank() == 0
+        sealing = Sealing(partial, final, self._config) if first else None
+        self._written = _Written(partial, final, sealing)
 
     def _give_up(self, partial: Path, final: Path, problem: str) -> None:
         if dist.get_rank() == 0:
@@ -136,12 +153,6 @@ class Checkpointer:
         problems: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
         return next(filter(None, problems), "")
-
-    def _retain(self, newest: int) -> None:
-        steps = [step_of(folder) for folder in saved_steps(self._folder)]
-        config = self._config
-        for step in steps_to_drop(steps, newest, config.keep_last, config.keep_every):
-            drop(step_folder(self._folder, step))
 
     def restore(self) -> Restored | None:
         """Load the newest checkpoint that verifies; None where there is none.

@@ -5,6 +5,7 @@ nothing here is collective, and no weight is read.
 ``.removing`` is on its way out: a folder loses its final name before its first file goes.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import re
@@ -16,8 +17,8 @@ from megatron_prefix.mcore import folders
 
 RUN_STATE = "run_state.json"
 PARTIAL, DAMAGED, REMOVING = ".partial", ".damaged", ".removing"
-_MANIFEST = "integrity.json"  # Megatron's, of SHA-256 sums
-_BLOCK = 2**20
+MANIFEST = "integrity.json"  # in Megatron's format, of SHA-256 sums
+_READERS = 4
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -68,18 +69,32 @@ def set_aside(folder: Path) -> None:
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint by its manifest; empty where nothing is."""
     try:
-        wanted: dict[str, str] = json.loads((folder / _MANIFEST).read_text())["files"]
+        wanted: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
         if RUN_STATE not in wanted:
-            return f"{_MANIFEST} does not name {RUN_STATE}"
-        wrong = [name for name, digest in wanted.items() if _sha256(folder / name) != digest]
+            return f"{MANIFEST} does not name {RUN_STATE}"
+        found = _sums(folder, list(wanted))
+        wrong = [name for name, digest in wanted.items() if found[name] != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{', '.join(wrong)}: SHA-256 is not that of {_MANIFEST}" if wrong else ""
+    return f"{', '.join(wrong)}: SHA-256 is not that of {MANIFEST}" if wrong else ""
+
+
+def write_manifest(folder: Path) -> None:
+    """Of every file that is there now. Raises OSError."""
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    sums = _sums(folder, [name for name in names if name != MANIFEST])
+    text = json.dumps({"algorithm": "sha256", "files": sums}, indent=2)
+    (folder / MANIFEST).write_text(text)
+
+
+def _sums(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 by name. Threads: hashlib reads and sums outside of Python's lock."""
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as threads:
+        return dict(
+            zip(names, threads.map(lambda name: _sha256(folder / name), names), strict=True)
+        )
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

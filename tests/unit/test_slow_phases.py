@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_prefix.slow_phases import SlowPhases, StepTimes
+from megatron_prefix.slow_phases import SlowPhases, StepTimes, Verdict
 
 HOSTS = ("node1", "node1", "node2")
 PHASES = ("rollout", "student", "sync")
@@ -22,8 +22,8 @@ def times(student: list[float], rollout: float = 1.0, still: int = -1, slow: int
 def verdicts(*steps: StepTimes) -> list[str]:
     judge = SlowPhases(HOSTS)
     for step in range(1, 7):
-        assert judge.judge(step, times([0.5, 0.5, 0.5])) == ""
-    return [judge.judge(step, each) for step, each in enumerate(steps, start=7)]
+        assert judge.judge(step, times([0.5, 0.5, 0.5])) == Verdict()
+    return [judge.judge(step, each).words for step, each in enumerate(steps, start=7)]
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,12 @@ def test_the_phase_that_lost_most_is_named_and_the_next_step_is_judged_anew() ->
 def test_little_and_unsure_is_not_told() -> None:
     assert verdicts(times([0.9, 0.9, 0.9])) == [""], "less than three times"
     judge = SlowPhases(HOSTS)
-    assert judge.judge(1, times([0.001] * 3)) == judge.judge(2, times([9.0] * 3)) == "", "no median"
+    steps = (times([0.001] * 3), times([9.0] * 3))
+    assert [judge.judge(n, each) for n, each in enumerate(steps)] == [Verdict()] * 2, "no median"
     fast = SlowPhases(HOSTS)
-    lines = [fast.judge(step, times([0.01 if step < 9 else 0.2] * 3)) for step in range(10)]
-    assert lines == [""] * 10, "twenty times as long, and 0.2 s"
+    short = [times([0.01 if step < 9 else 0.2] * 3) for step in range(10)]
+    lines = [fast.judge(step, each) for step, each in enumerate(short)]
+    assert lines == [Verdict()] * 10, "twenty times as long, and 0.2 s"
 
 
 def test_a_rank_that_is_always_slow_is_told_once_in_a_while() -> None:
@@ -71,7 +73,9 @@ def test_a_lone_rank_has_nobody_to_be_compared_with() -> None:
     for step in range(6):
         judge.judge(step, StepTimes(("student",), np.array([[1.0]]), np.zeros(1), np.ones(1)))
     line = judge.judge(6, StepTimes(("student",), np.array([[9.0]]), np.zeros(1), np.ones(1)))
-    assert line == "student took 9.00 s, 9.0 times its median: on rank 0 (here)"
+    assert line == Verdict(
+        "student took 9.00 s, 9.0 times its median: on rank 0 (here)", "student", 0
+    )
 
 
 def test_a_longer_prefix_takes_longer_and_is_compared_with_its_like() -> None:
@@ -80,6 +84,6 @@ def test_a_longer_prefix_takes_longer_and_is_compared_with_its_like() -> None:
         long = step % 8 == 7
         each = times([0.5] * 3, rollout=6.0 if long else 1.0)
         lines.append(judge.judge(step, replace(each, prefix_length=75 if long else 9)))
-    assert lines == [""] * 80
+    assert lines == [Verdict()] * 80
     slow = replace(times([0.5] * 3, rollout=20.0), prefix_length=75)
-    assert "rollout took 20.00 s, 3.3 times its median" in judge.judge(80, slow)
+    assert "rollout took 20.00 s, 3.3 times its median" in judge.judge(80, slow).words

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from megatron_prefix.exit_codes import HUNG
-from megatron_prefix.watchdog import Watchdog, hang_report
+from megatron_prefix.watchdog import Watchdog, hang_report, patience
 
 RANK = """
 import sys, time
@@ -97,3 +97,7 @@ def test_it_can_be_opened_and_closed_within_a_process(tmp_path: Path) -> None:
         watchdog.beat("nothing")
         assert watchdog.stood_still() >= 0.0
     assert stacks(tmp_path, 0) == ""
+
+
+def test_stacks_are_written_before_the_collectives_end_the_ranks() -> None:
+    assert [patience(timeout_s) for timeout_s in (600.0, 30.0, 4.0)] == [540.0, 20.0, 2.0]

@@ -1,0 +1,77 @@
+"""The last acts of a save: sums, the final name, retention. Files only, on one rank.
+
+They run beside the training loop: for its sums a checkpoint is read once more, all of it.
+"""
+
+import concurrent.futures
+import logging
+import os
+from pathlib import Path
+
+from megatron_prefix.config import CheckpointConfig
+from megatron_prefix.mcore.step_folders import (
+    MANIFEST,
+    RUN_STATE,
+    drop,
+    put_in_place,
+    saved_steps,
+    step_folder,
+    step_of,
+    steps_to_drop,
+    write_manifest,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Sealing:
+    """Of one checkpoint, begun; a process that ends by itself waits for it."""
+
+    def __init__(self, partial: Path, final: Path, config: CheckpointConfig) -> None:
+        executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sealing")
+        self._future = executor.submit(seal, partial, final, config)
+        executor.shutdown(wait=False)
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def problem(self) -> str:
+        """Waits for the end: why the checkpoint is not whole, empty where it is."""
+        return self._future.result()
+
+
+def seal(partial: Path, final: Path, config: CheckpointConfig) -> str:
+    """``partial``, all written, becomes ``final``, and older checkpoints go; why that cannot be.
+
+    Nothing older goes before ``final`` is on the disk: a node may lose its power at any moment.
+    """
+    try:
+        if config.verify_integrity:
+            write_manifest(partial)
+            _to_disk(partial / MANIFEST)
+        _to_disk(partial / RUN_STATE)
+        _to_disk(partial)
+        put_in_place(partial, final)
+        _to_disk(final.parent)
+        logger.info("checkpoint %s is whole", final.name)
+        retain(final, config)
+    except OSError as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def retain(newest: Path, config: CheckpointConfig) -> None:
+    """Remove what ``checkpoint.keep_last`` and ``keep_every`` leave no reason to keep."""
+    folder = newest.parent
+    steps = [step_of(saved) for saved in saved_steps(folder)]
+    for step in steps_to_drop(steps, step_of(newest), config.keep_last, config.keep_every):
+        drop(step_folder(folder, step))
+
+
+def _to_disk(path: Path) -> None:
+    """A file's content, or a folder's names; Megatron's writers do so for theirs."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
