@@ -191,6 +191,7 @@ def _load(arguments: argparse.Namespace) -> Recipe:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from megatron_prefix.plan import card_gib, refuse_what_does_not_fit
     from megatron_prefix.preflight import check_data_sets, check_machine
     from megatron_prefix.recipe import RECORD_NAME, check_run_folder
     from megatron_prefix.validate import validate
@@ -201,6 +202,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--no-resume: {folder} holds a run; set another run.name or remove it")
     check_run_folder(folder, recipe)
     check_machine(validate(recipe))
+    refuse_what_does_not_fit(recipe, card_gib=card_gib())
     check_data_sets(recipe)
     from megatron_prefix.launcher import launch_local
 
@@ -211,6 +213,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     from megatron_prefix.cluster import check_cluster
     from megatron_prefix.launch import dry_run, launch
     from megatron_prefix.launch_arguments import cluster_of
+    from megatron_prefix.plan import card_gib, refuse_what_does_not_fit
     from megatron_prefix.recipe import RECORD_NAME, save_record
 
     recipe, cluster = _load(arguments), cluster_of(arguments)
@@ -218,6 +221,8 @@ def _launch(arguments: argparse.Namespace) -> int:
     if cluster.world_size:
         recipe = replace(recipe, run=replace(recipe.run, world_size=cluster.world_size))
     folder = _checked_folder(recipe)
+    here = card_gib() if cluster.executor == "local" else 0.0
+    refuse_what_does_not_fit(recipe, servers_elsewhere=cluster.server_nodes > 0, card_gib=here)
     if arguments.dryrun:
         print(dry_run((folder / RECORD_NAME).absolute(), recipe, cluster), end="")
         return DONE

@@ -228,9 +228,11 @@ class RunConfig:
     # Ranks in all, a separate teacher's included; 0: the least that the layouts need.
     world_size: int = 0
     distributed_timeout_s: float = 600.0  # of all ranks' collectives; a hang is found a bit earlier
-    gpu_memory_gib: float = 0.0  # of one card, for `plan` to check; 0: no GPUs, or not checked
+    # Of one card, for `plan`, `train` and `launch` to check; 0: what the machine that trains has.
+    gpu_memory_gib: float = 0.0
     # Of it, for the CUDA context, NCCL's buffers and the allocator's fragments.
     gpu_reserve_gib: float = 6.0
+    check_memory: bool = True  # refuse to start what `plan` says does not fit
     max_restarts: int = 3  # of all ranks in place, on one machine, after one was killed or hung
 
 

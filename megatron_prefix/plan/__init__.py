@@ -5,6 +5,7 @@ from megatron_prefix.plan.build import count_held
 from megatron_prefix.plan.command import plan_recipe, run_plan
 from megatron_prefix.plan.cost import CostPlan
 from megatron_prefix.plan.fit import Change, Fit, measure_fit, with_remedy
+from megatron_prefix.plan.gate import card_gib, refuse_what_does_not_fit
 from megatron_prefix.plan.make import ModelPlan, Plan, make_plan, rank_groups
 from megatron_prefix.plan.memory import RankPlan, Stage, arithmetic
 from megatron_prefix.plan.seen import Seen, look_at_prompts
@@ -21,12 +22,14 @@ __all__ = [
     "Seen",
     "Stage",
     "arithmetic",
+    "card_gib",
     "count_held",
     "look_at_prompts",
     "make_plan",
     "measure_fit",
     "plan_recipe",
     "rank_groups",
+    "refuse_what_does_not_fit",
     "run_plan",
     "with_remedy",
 ]

@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from megatron_prefix.config import Recipe
+from megatron_prefix.modes import needs_servers
 from megatron_prefix.placement import section_of, teachers_of
 from megatron_prefix.plan.memory import RankPlan, arithmetic, model_sizes, on_gpus, plan_ranks
 from megatron_prefix.plan.sizes import ModelSizes
@@ -80,10 +81,10 @@ def measure_fit(
 
 def _server_share(recipe: Recipe) -> float:
     rollout = recipe.rollout
-    if rollout.server_urls or rollout.replay:
+    if rollout.server_urls or not needs_servers(recipe):
         return 0.0
-    words = [part for argument in rollout.server_args for part in argument.split("=", 1)]
-    if SERVER_SHARE not in words[:-1]:
+    words = _server_words(recipe)
+    if not server_share_stated(recipe):
         raise ValueError(
             f"rollout.server_args has no {SERVER_SHARE}, so a server on the trainer's cards would "
             f'take nearly all of them; add "{SERVER_SHARE}", "0.4"'
@@ -93,6 +94,15 @@ def _server_share(recipe: Recipe) -> float:
         return float(share)
     except ValueError as error:
         raise ValueError(f"rollout.server_args: {SERVER_SHARE} {share} is no number") from error
+
+
+def _server_words(recipe: Recipe) -> list[str]:
+    return [part for argument in recipe.rollout.server_args for part in argument.split("=", 1)]
+
+
+def server_share_stated(recipe: Recipe) -> bool:
+    """Whether the recipe says how much of a card a server takes."""
+    return SERVER_SHARE in _server_words(recipe)[:-1]
 
 
 def with_remedy(

@@ -54,7 +54,7 @@ def test_plan_prints_json_with_overrides_on_either_side_of_options(
 ) -> None:
     overlay = tmp_path / "more.yaml"
     overlay.write_text("train: {steps: 5, seed: 7}")
-    words = ["plan", record, "train.steps=6", "--overlay", str(overlay), "--json"]
+    words = ["plan", record, "train.steps=6", "--overlay", str(overlay), "--json", "--quick"]
     assert main([*words, "prefix.policy=fixed"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["recipe"]["train"]["steps"] == 6
@@ -89,6 +89,22 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert told.err.count("\n") == 1
     assert message in told.err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "train", "launch"])
+def test_what_does_not_fit_is_refused_before_anything_starts(
+    command: str, record: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A card of the reserve and 100 KiB."""
+    limit = ["run.gpu_memory_gib=6.0001", "run.gpu_reserve_gib=6", "train.micro_batch_size=2"]
+    away = ["rollout.server_urls=[http://127.0.0.1:1]", f"run.output_dir={tmp_path / 'runs'}"]
+    quick = ["--quick"] if command == "plan" else []
+    assert main([command, record, *limit, *away, *quick]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("megatron-prefix: error: does not fit: rank ")
+    assert "GiB, and 0.0 of the card's 6.0 are free (6.0 are reserved)" in told
+    assert told.count("\n") == 1 and not (tmp_path / "runs").exists()
+    assert told.endswith("starts it all the same\n") == (command != "plan")
 
 
 def test_train_refuses_a_folder_with_a_run_where_told_not_to_resume(
@@ -192,4 +208,4 @@ def test_a_reader_that_leaves_early_is_no_error(
 
     with open("/dev/null", "w") as spare:
         monkeypatch.setattr(sys, "stdout", Closed())
-        assert main(["plan", record, "--json"]) == 1
+        assert main(["plan", record, "--json", "--quick"]) == 1

@@ -9,7 +9,14 @@ import pytest
 from megatron_prefix.cli import BAD_INPUT, DONE, main
 from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import Recipe, RolloutConfig
-from megatron_prefix.plan import Change, ModelSizes, make_plan, measure_fit, plan_recipe
+from megatron_prefix.plan import (
+    Change,
+    ModelSizes,
+    make_plan,
+    measure_fit,
+    plan_recipe,
+    refuse_what_does_not_fit,
+)
 from megatron_prefix.plan.fit import GIB, Fit, refusal, single_changes
 from megatron_prefix.recipe import load_recipe
 from megatron_prefix.validate import validate
@@ -113,6 +120,30 @@ def test_the_command_refuses_in_one_line_after_the_plan(capsys: pytest.CaptureFi
     assert "Does not fit" in shown.out
     assert shown.err.count("\n") == 1
     assert "does not fit: rank 0 needs" in shown.err and "the smallest change" in shown.err
+
+
+def test_a_run_is_refused_by_the_limit_that_is_known() -> None:
+    recipe = big("run.gpu_memory_gib=64")
+    with pytest.raises(ValueError, match="smallest change .* teacher.offload=true .*check_memory"):
+        refuse_what_does_not_fit(recipe)
+    refuse_what_does_not_fit(big("run.gpu_memory_gib=64", "run.check_memory=false"))
+    refuse_what_does_not_fit(recipe, servers_elsewhere=True)
+    refuse_what_does_not_fit(big("run.gpu_memory_gib=0"))
+    with pytest.raises(ValueError, match="of the card's 64.0 are free .*SGLang's"):
+        refuse_what_does_not_fit(big("run.gpu_memory_gib=0"), card_gib=64)
+    with pytest.raises(ValueError, match="of the card's 64.0 are free"):
+        refuse_what_does_not_fit(big(), card_gib=64)
+    with pytest.raises(ValueError, match="of the card's 64.0 are free"):
+        refuse_what_does_not_fit(recipe, card_gib=80)
+
+
+def test_a_server_whose_share_nobody_knows_refuses_nothing() -> None:
+    unknown = replace(big("run.gpu_memory_gib=0"), rollout=RolloutConfig())
+    refuse_what_does_not_fit(unknown, card_gib=64)
+    with pytest.raises(ValueError, match="does not fit"):
+        refuse_what_does_not_fit(unknown, card_gib=40)
+    with pytest.raises(ValueError, match="has no --mem-fraction-static"):
+        refuse_what_does_not_fit(replace(big(), rollout=RolloutConfig()))
 
 
 def test_json_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
