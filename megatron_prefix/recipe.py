@@ -37,6 +37,8 @@ _PLACES = (
     "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel "
     "recompute_granularity placement offload world_size"
 ).split()
+# Megatron has it and this project has not: what cuts activations instead.
+_ABSENT = {"context_parallel_size": " No context parallelism here; use sequence_parallel=true"}
 # What a resumed run may change: where it runs, how it is laid out, how long it trains, what it
 # reports. Whatever is not listed identifies the run. The schedules of the prefix length and of the
 # learning rate stretch with train.steps.
@@ -300,7 +302,8 @@ def _type_at(key: str) -> Any:
         elif name in hints:
             here = hints[name]
         else:
-            raise ValueError(f"unknown key {key!r}.{_did_you_mean(key, tuple(_keys(Recipe)))}")
+            hint = _ABSENT.get(name) or _did_you_mean(key, tuple(_keys(Recipe)))
+            raise ValueError(f"unknown key {key!r}.{hint}")
     return here
 
 
