@@ -4,6 +4,8 @@ Two ranks over gloo on this machine, as a separate teacher and a student's last 
 are posted two microbatches ahead, sends wait for the one two before. Bytes are counted at the
 sender as tensors go out; milliseconds are the receiver's, from one microbatch to the next, medians
 over repeats in which the kinds alternate. Values are random: nothing is computed here.
+
+``--server`` adds what a real SGLang server answers for SORT-CHAIN's teacher, over HTTP.
 """
 
 import argparse
@@ -23,9 +25,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._server_answers import NAME
+from benchmarks._server_answers import measure as measure_server
 from megatron_prefix.placement import IN_FLIGHT
 
 TEACHER, STUDENT = 1, 0
+TOP_K_ASKED = 16  # of the server; SORT-CHAIN has 46 tokens
 # Widths and vocabularies of published config.json files; SORT-CHAIN's teacher is in the package.
 MODELS = {
     "SORT-CHAIN teacher": (96, 46),
@@ -157,6 +162,7 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=4, help="of each burst")
     parser.add_argument("--repeats", type=int, default=0, help="bursts (5; --quick 2)")
     parser.add_argument("--top-k", type=int, nargs="*", default=[16, 64, 256])
+    parser.add_argument("--server", action="store_true", help="also ask a real SGLang server")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     arguments.positions = arguments.positions or (64 if arguments.quick else 512)
@@ -173,6 +179,10 @@ def main() -> None:
         if any(process.exitcode for process in ranks):
             raise SystemExit("a rank failed; its traceback is above")
         rows = [Row(**row) for row in json.loads((Path(name) / "rows.json").read_text())]
+    if arguments.server:
+        for kind, size, ms in measure_server(arguments.positions, arguments.repeats, TOP_K_ASKED):
+            mib = size * arguments.positions / 2**20
+            rows.append(Row(f"{NAME}, HTTP", kind, arguments.positions, size, mib, ms))
     show(rows)
     if arguments.json:
         text = json.dumps({"rows": [asdict(row) for row in rows]}, indent=1)

@@ -2,9 +2,10 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -20,7 +21,6 @@ from megatron_prefix.mcore.groups import (
     initialize_megatron,
     world_of,
 )
-from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.offload import Offload
 from megatron_prefix.mcore.optimizer import make_trainable
@@ -40,6 +40,7 @@ from megatron_prefix.rollout.collector import Collector
 from megatron_prefix.rollout.fleet import Fleet
 from megatron_prefix.rollout.pool import Roster
 from megatron_prefix.run_log import RunLog
+from megatron_prefix.served import model_config
 from megatron_prefix.side_evaluation import Evaluator
 from megatron_prefix.stop_tokens import agreed_stop_ids
 from megatron_prefix.student import Objective
@@ -82,10 +83,11 @@ def assemble(
     folder: Path,
     endpoints: Sequence[Endpoint],
     stop_requested: Callable[[], bool],
+    teacher_servers: Mapping[str, Sequence[Endpoint]] = MappingProxyType({}),
 ) -> Iterator[Trainer | TeacherLoop]:
     """What this rank runs: a trainer, or the loop of a teacher that has ranks of its own.
 
-    Collective; ``endpoints`` are rank 0's.
+    Collective; ``endpoints`` are rank 0's, ``teacher_servers`` every rank's, by domain.
     """
     with contextlib.ExitStack() as stack:
         initialize_megatron(recipe.train.seed, collective_timeout(recipe))
@@ -99,7 +101,7 @@ def assemble(
         student = load_model(recipe.student, "student", world.student, recipe.checkpoint.load)
         trainable = make_trainable(student, recipe.optimizer, recipe.train.steps)
         shared, own = _servers(recipe, endpoints, stack)
-        teacher = build_teacher(recipe, world, student.groups)
+        teacher = build_teacher(recipe, world, student, teacher_servers, stack)
         objective = build_objective(recipe, student, world.device)
         yield Trainer(
             recipe,
@@ -196,7 +198,7 @@ def _conductor(
     stops = agreed_stop_ids(recipe)
     teachers = teachers_of(recipe)
     student, teacher, *others = (
-        model_shape(read_hf_model(m.hf_path).config) for m in (recipe.student, *teachers.values())
+        model_shape(model_config(m)) for m in (recipe.student, *teachers.values())
     )
     recall = Recall(recipe.prefix.recall) if recipe.prefix.recall.threshold else None
     more_teachers = dict(zip(list(teachers)[1:], others, strict=True))
@@ -212,7 +214,7 @@ def _conductor(
                 teacher,
                 recipe.prefix.max_length,
                 more_teachers,
-                teacher_heads=1 if recipe.loss.weights.rule == "uniform" else 2,
+                teacher_heads=_heads_applied(recipe),
             ),
             open_log=lambda step: RunLog(
                 folder, recipe.log, recipe.train.steps, console=get_console(), resume_step=step
@@ -227,6 +229,13 @@ def _conductor(
     )
     stack.callback(conductor.close)
     return conductor
+
+
+def _heads_applied(recipe: Recipe) -> int:
+    """How often a step applies its teacher's LM head: once more for weights, unless a server has
+    named the likeliest tokens already."""
+    weighs = recipe.loss.weights.rule != "uniform" and recipe.teacher.placement != "server"
+    return 2 if weighs else 1
 
 
 def _evaluator(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from megatron_prefix.rollout.scoring import Passage
 from megatron_prefix.types import PrefixBatch, Rollout
 
 
@@ -179,6 +180,19 @@ def pack(
         ),
         domain=plan.domain(microbatch),
     )
+
+
+def passages_of(
+    rollouts: Sequence[Rollout], plan: MicrobatchPlan, microbatch: int
+) -> list[Passage]:
+    """What of a microbatch is scored, in the order of its prefix positions; a rollout that the
+    loss counts nothing of is not."""
+    chosen = (rollouts[index] for index in plan.members[microbatch])
+    return [
+        Passage((*each.prompt_ids, *each.prefix_ids), len(each.prompt_ids) + plan.loss_start)
+        for each in chosen
+        if len(each.prefix_ids) > plan.loss_start
+    ]
 
 
 def prefix_count(rollouts: Sequence[Rollout], plan: MicrobatchPlan, microbatch: int) -> int:

@@ -95,6 +95,13 @@ def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
             f"--nodes {cluster.nodes} has no node that serves: give --server-nodes 1, or name "
             "running servers in rollout.server_urls"
         )
+    for name, teacher in {"teacher": recipe.teacher, **recipe.teachers}.items():
+        if cluster.nodes > 1 and teacher.placement == "server" and not teacher.server.urls:
+            section = name if teacher is recipe.teacher else f"teachers.{name}"
+            raise ValueError(
+                f"{section}.server.urls is empty: over --nodes {cluster.nodes} a teacher's servers "
+                "are not started; name running ones"
+            )
     if cluster.server_nodes and elsewhere:
         raise ValueError(
             f"--server-nodes {cluster.server_nodes} is not needed: rollout.server_urls, "

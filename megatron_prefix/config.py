@@ -22,6 +22,7 @@ from megatron_prefix.config_prefix import PrefixConfig
 from megatron_prefix.config_prefix import RecallConfig as RecallConfig
 from megatron_prefix.config_prefix import StepsConfig as StepsConfig
 from megatron_prefix.config_prefix import WindowConfig as WindowConfig
+from megatron_prefix.config_teacher import TeacherServerConfig as TeacherServerConfig
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class ModelConfig:
     recompute_granularity: str = "none"  # none | selective | full
     fp8: Fp8Config = field(default_factory=Fp8Config)
     # Of a teacher alone: colocated, on the student's ranks; separate, on ranks of its own that
-    # follow the student's in one world (docs/teachers.md).
+    # follow the student's in one world; server, behind SGLang servers (docs/teachers.md).
     placement: str = "colocated"
     # Of a colocated teacher: its weights lie in host memory while the student steps.
     offload: bool = False
     world_size: int = 0  # ranks of a separate teacher; 0: the least that its layout needs
+    server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
 
 
 @dataclass(frozen=True)

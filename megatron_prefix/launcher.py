@@ -7,21 +7,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from megatron_prefix import die_with_parent
-from megatron_prefix.config import Recipe
+from megatron_prefix.config import ModelConfig, Recipe, RolloutConfig
 from megatron_prefix.exit_codes import DONE, FAILED, HUNG, SAVED
 from megatron_prefix.jobs import note_end, note_this_process
 from megatron_prefix.modes import check_own_servers, needs_servers
-from megatron_prefix.placement import WorldLayout, resolve_world_size, world_layout
+from megatron_prefix.placement import WorldLayout, resolve_world_size, section_of, world_layout
 from megatron_prefix.recipe import check_run_folder, save_record
 from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
 from megatron_prefix.rollout.server import Server, ServerFailed, free_port, start_server
-from megatron_prefix.rollout.supervisor import Supervisor
+from megatron_prefix.rollout.supervisor import Start, Supervisor
+from megatron_prefix.served import endpoints_file, served_teachers, server_settings
 from megatron_prefix.watchdog import hang_report
 
 POLL_S = 0.1
@@ -53,8 +54,10 @@ def _run(recipe: Recipe, record: Path, stops: list[int]) -> int:
     folder = record.parent
     with contextlib.ExitStack() as stack:
         supervisor = _start_servers(recipe, folder, stack)
-        endpoints = stack.enter_context(_endpoints_file(recipe, supervisor))
+        teachers = _start_teachers(recipe, folder, stack)
+        endpoints = stack.enter_context(_endpoints_file(recipe, supervisor, teachers))
         arguments = [str(record), "--endpoints", str(endpoints)]
+        arguments += ["--teacher-endpoints", str(endpoints.parent)]
         for restarts_left in reversed(range(recipe.run.max_restarts + 1)):
             with contextlib.ExitStack() as ranks_stack:
                 ranks = [
@@ -62,7 +65,7 @@ def _run(recipe: Recipe, record: Path, stops: list[int]) -> int:
                     for rank, settings in enumerate(_rank_settings(recipe))
                 ]
                 why = partial(_why, folder, world_layout(recipe, len(ranks)))
-                code = _watch(ranks, supervisor, stops, why)
+                code = _watch(ranks, [supervisor, *teachers.values()], stops, why)
             if code != KILLED or stops or not restarts_left:
                 return FAILED if code == KILLED else code
             print(
@@ -89,24 +92,68 @@ def _start_servers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) ->
             api_key=api_key,
         )
 
-    supervisor = Supervisor(start, recipe.rollout)
-    stack.callback(supervisor.stop)
     ours = needs_servers(recipe) and not recipe.rollout.server_urls
-    for _ in range(recipe.rollout.num_servers if ours else 0):
+    return _supervise(start, recipe.rollout, ours, "", stack)
+
+
+def _start_teachers(
+    recipe: Recipe, folder: Path, stack: contextlib.ExitStack
+) -> dict[str, Supervisor]:
+    """Of each teacher that is behind servers, by domain: those that we start for it."""
+    return {
+        domain: _start_teacher(recipe, teacher, section_of(domain), folder, stack)
+        for domain, teacher in served_teachers(recipe).items()
+        if not teacher.server.urls
+    }
+
+
+def _start_teacher(
+    recipe: Recipe, teacher: ModelConfig, section: str, folder: Path, stack: contextlib.ExitStack
+) -> Supervisor:
+    settings = server_settings(recipe, teacher)
+
+    def start(index: int, port: int, api_key: str) -> Server:
+        return start_server(
+            teacher.hf_path,
+            settings,
+            params_dtype=teacher.params_dtype,
+            log_path=folder / "logs" / f"{section}-server-{index}.log",
+            index=index,
+            port=port,
+            seed=recipe.train.seed,
+            api_key=api_key,
+            first_gpu=teacher.server.first_gpu,
+        )
+
+    return _supervise(start, settings, True, f" of {section}", stack)
+
+
+def _supervise(
+    start: Start, settings: RolloutConfig, ours: bool, whose: str, stack: contextlib.ExitStack
+) -> Supervisor:
+    supervisor = Supervisor(start, settings)
+    stack.callback(supervisor.stop)
+    for _ in range(settings.num_servers if ours else 0):
         server = supervisor.add()
-        print(f"starting an SGLang server at {server.url}; log: {server.log_path}", flush=True)
+        words = f"starting an SGLang server{whose} at {server.url}; log: {server.log_path}"
+        print(words, flush=True)
     return supervisor
 
 
 @contextlib.contextmanager
-def _endpoints_file(recipe: Recipe, supervisor: Supervisor) -> Iterator[Path]:
-    """URLs and keys for rank 0, in a file that only this user can read."""
+def _endpoints_file(
+    recipe: Recipe, supervisor: Supervisor, teachers: Mapping[str, Supervisor]
+) -> Iterator[Path]:
+    """URLs and keys for rank 0, in a file that only this user can read, and beside it those of
+    teachers' servers."""
     with tempfile.TemporaryDirectory(prefix="megatron-prefix-") as folder:
         path = Path(folder, "endpoints.json")
         if supervisor.servers:
             supervisor.publish(path)
         else:
             write_endpoints(path, recipe_endpoints(recipe.rollout))
+        for domain, servers in teachers.items():
+            servers.publish(endpoints_file(Path(folder), domain))
         yield path
 
 
@@ -158,7 +205,7 @@ def _start_rank(
 
 def _watch(
     ranks: Sequence[subprocess.Popen[bytes]],
-    supervisor: Supervisor,
+    supervisors: Sequence[Supervisor],
     stops: list[int],
     why: Callable[[int, int | None], str],
 ) -> int:
@@ -175,7 +222,8 @@ def _watch(
         if None not in codes:
             return SAVED if SAVED in codes else DONE
         try:
-            supervisor.poll()
+            for supervisor in supervisors:
+                supervisor.poll()
         except ServerFailed as error:
             return _end_all(ranks, str(error))
         if len(stops) > 1:

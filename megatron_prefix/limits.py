@@ -11,7 +11,7 @@ from megatron_prefix.modes import MODES
 
 _DTYPES = ("bf16", "fp32")
 _RECOMPUTE = ("none", "selective", "full")
-_PLACEMENTS = ("colocated", "separate")
+_PLACEMENTS = ("colocated", "separate", "server")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "student.params_dtype": _DTYPES,
@@ -77,6 +77,15 @@ RANGES: dict[str, Range] = {
             "expert_model_parallel_size": _COUNT,
             "expert_tensor_parallel_size": _NOT_NEGATIVE,
             "world_size": _NOT_NEGATIVE,
+            "server.top_k": _COUNT,
+            "server.num_servers": _COUNT,
+            "server.tensor_parallel_size": _COUNT,
+            "server.first_gpu": _NOT_NEGATIVE,
+            "server.max_total_tokens": _NOT_NEGATIVE,
+            "server.start_timeout_s": _POSITIVE,
+            "server.request_timeout_s": _POSITIVE,
+            "server.restarts": _NOT_NEGATIVE,
+            "server.retries": _NOT_NEGATIVE,
         }.items()
     },
     "data.max_prompt_length": _COUNT,

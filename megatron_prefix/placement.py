@@ -5,13 +5,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from megatron_prefix.config import ModelConfig, Recipe
+from megatron_prefix.config import ModelConfig, Recipe, TeacherServerConfig
 from megatron_prefix.layout import Layout, least_world_size, model_layout
 from megatron_prefix.modes import needs_teacher
 
 # Microbatches on their way from a separate teacher: what a rank keeps posted to receive, or to
 # send. One is used while the other comes in.
 IN_FLIGHT = 2
+# The grid of a teacher behind servers: none of the world's ranks.
+NOWHERE = Layout(tp=1, dp=0, pp=1)
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class WorldLayout:
     def separate(self, domain: str = "") -> bool:
         """Whether a teacher has ranks of its own."""
         return self.teachers[domain].first_rank > 0
+
+    def served(self, domain: str = "") -> bool:
+        """Whether a teacher is behind servers and has no rank at all."""
+        return not self.teachers[domain].world_size
 
 
 def teachers_of(recipe: Recipe) -> dict[str, ModelConfig]:
@@ -51,7 +57,9 @@ def world_layout(recipe: Recipe, world_size: int) -> WorldLayout:
         )
     teachers, first_rank = {}, rest
     for domain, teacher in teachers_of(recipe).items():
-        if own[domain]:
+        if teacher.placement == "server":
+            teachers[domain] = NOWHERE
+        elif own[domain]:
             teachers[domain] = model_layout(teacher, own[domain], first_rank)
             first_rank += own[domain]
         else:
@@ -60,8 +68,8 @@ def world_layout(recipe: Recipe, world_size: int) -> WorldLayout:
 
 
 def teacher_ranks(teacher: ModelConfig) -> int:
-    """Ranks that a teacher has to itself; 0 where it shares the student's."""
-    if teacher.placement == "colocated":
+    """Ranks that a teacher has to itself; 0 where it shares the student's, or has none."""
+    if teacher.placement != "separate":
         return 0
     return teacher.world_size or least_world_size(teacher)
 
@@ -106,7 +114,7 @@ def resolve_world_size(recipe: Recipe) -> int:
     own, asked = 0, recipe.run.world_size
     for domain, teacher in teachers_of(recipe).items():
         own += teacher_ranks(teacher)
-        if not teacher_ranks(teacher):
+        if teacher.placement == "colocated":
             name = f"the teacher of {domain}" if domain else "the teacher"
             sizes[name] = least_world_size(teacher)
     least = math.lcm(*sizes.values())
@@ -125,6 +133,8 @@ def check_placement(recipe: Recipe) -> None:
     """ValueError for a placement that names ranks which it cannot have, and for teachers that no
     prompt could name."""
     student = recipe.student
+    if student.server != TeacherServerConfig():
+        raise ValueError("student.server has settings of a teacher; leave it out")
     if student.placement != "colocated" or student.world_size:
         raise ValueError(
             f"student.placement={student.placement} and student.world_size={student.world_size} "
@@ -144,10 +154,10 @@ def check_placement(recipe: Recipe) -> None:
 
 
 def _check_teacher(recipe: Recipe, teacher: ModelConfig, section: str) -> None:
-    if teacher.world_size and teacher.placement == "colocated":
+    if teacher.world_size and teacher.placement != "separate":
         raise ValueError(
             f"{section}.world_size={teacher.world_size} needs {section}.placement=separate; a "
-            "colocated teacher is on the student's ranks"
+            f"{teacher.placement} teacher has no ranks of its own"
         )
     if teacher.offload and teacher.placement != "colocated":
         raise ValueError(

@@ -23,7 +23,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_prefix.config import Recipe
+from megatron_prefix.config import Recipe, TeacherServerConfig
 
 RECORD_NAME = "recipe.yaml"
 _YAML = (".yaml", ".yml")
@@ -37,6 +37,7 @@ _PLACES = (
     "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel "
     "recompute_granularity placement offload world_size"
 ).split()
+_PLACES += [f"server.{each.name}" for each in fields(TeacherServerConfig) if each.name != "top_k"]
 # Megatron has it and this project has not: what cuts activations instead.
 _ABSENT = {"context_parallel_size": " No context parallelism here; use sequence_parallel=true"}
 # What a resumed run may change: where it runs, how it is laid out, how long it trains, what it
@@ -56,13 +57,9 @@ OUTSIDE_IDENTITY = frozenset(
             "server_tensor_parallel_size",
             "max_total_tokens",
             "server_args",
-            "start_timeout_s",
-            "request_timeout_s",
-            "retries",
+            *("start_timeout_s", "request_timeout_s", "retries"),
             *("hang_timeout_s", "server_restarts", "sync_timeout_s"),
-            "weight_sync",
-            "bucket_mib",
-            "verify_weights_every",
+            *("weight_sync", "bucket_mib", "verify_weights_every"),
             "logprob_tolerance",
             "record",
         )
@@ -105,13 +102,16 @@ def load_record(path: Path) -> Recipe:
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The settings that make a run this run, by dotted key: all but ``OUTSIDE_IDENTITY``."""
-    return {
-        key: value
-        for key, value in _leaves(asdict(recipe))
-        if key not in OUTSIDE_IDENTITY
-        and key.partition(".")[0] not in OUTSIDE_IDENTITY
-        and not (key.startswith("teachers.") and key.rpartition(".")[2] in _PLACES)
-    }
+    return {key: value for key, value in _leaves(asdict(recipe)) if _identifies(key, value)}
+
+
+def _identifies(key: str, value: Any) -> bool:
+    if key.endswith(".placement") and value == "server":  # top-k targets are others
+        return True
+    owner, _, place = key.partition(".")
+    if owner == "teachers" and place.partition(".")[2] in _PLACES:
+        return False
+    return key not in OUTSIDE_IDENTITY and owner not in OUTSIDE_IDENTITY
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -5,7 +5,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -68,24 +68,37 @@ def check_secrets(recipe: Recipe) -> None:
         raise ValueError(
             "rollout.api_key and rollout.api_key_file are two ways to say one; drop one"
         )
-    for argument in rollout.server_args:
-        option = argument.partition("=")[0]
-        if option in _KEY_ARGUMENTS:
-            raise ValueError(
-                f"rollout.server_args: {option} would be on a command line, for all to read; leave "
-                "it out: each server that a run starts gets a random key of its own"
-            )
-    for url in rollout.server_urls:
-        if urlsplit(url).password or urlsplit(url).username:
-            raise ValueError(
-                f"rollout.server_urls: the one at {urlsplit(url).hostname} holds a user or a "
-                "password; give the key by rollout.api_key='${oc.env:NAME}'"
-            )
+    _check_servers("rollout.server_args", rollout.server_args)
+    _check_addresses("rollout.server_urls", rollout.server_urls, "rollout.api_key='${oc.env:NAME}'")
+    teachers = {f"teachers.{name}": teacher for name, teacher in recipe.teachers.items()}
+    for section, teacher in {"teacher": recipe.teacher, **teachers}.items():
+        _check_servers(f"{section}.server.args", teacher.server.args)
+        key_file = f"{section}.server.api_key_file"
+        _check_addresses(f"{section}.server.urls", teacher.server.urls, key_file)
     for key, text in _texts(recipe):
         if begin := key_prefix(text):
             raise ValueError(
                 f"{key} holds what looks like a key ({begin}...), and would be recorded; export it "
                 "as a variable, which every process of the run gets"
+            )
+
+
+def _check_servers(key: str, arguments: Iterable[str]) -> None:
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option in _KEY_ARGUMENTS:
+            raise ValueError(
+                f"{key}: {option} would be on a command line, for all to read; leave "
+                "it out: each server that a run starts gets a random key of its own"
+            )
+
+
+def _check_addresses(key: str, urls: Iterable[str], setting: str) -> None:
+    for url in urls:
+        if urlsplit(url).password or urlsplit(url).username:
+            raise ValueError(
+                f"{key}: the one at {urlsplit(url).hostname} holds a user or a password; give the "
+                f"key by {setting}"
             )
 
 

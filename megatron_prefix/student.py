@@ -37,9 +37,11 @@ class Objective:
     workspace: Workspace = field(default_factory=Workspace)
     # Other teachers', by domain.
     more_heads: Mapping[str, TeacherHead] = field(default_factory=dict)
+    # Tokens that the student shares with teachers of top-k targets, by domain; else its own count.
+    common_vocabulary: Mapping[str, int] = field(default_factory=dict)
 
     def head_of(self, domain: str) -> TeacherHead | None:
-        return self.more_heads[domain] if domain else self.teacher_head
+        return self.more_heads.get(domain) if domain else self.teacher_head
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,8 @@ def _compare(
         "labels": batch.labels,
     }
     if isinstance(target, TopKTargets):
-        settings["vocab_size"] = model.hf.shape.vocab_size
+        own = model.hf.shape.vocab_size
+        settings["vocab_size"] = objective.common_vocabulary.get(batch.domain, own)
         given = target.ids, target.logprobs
         return top_k_divergence(hidden, head, *given, batch.token_weight, **settings)
     assert teacher_head is not None

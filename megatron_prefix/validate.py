@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.hf_folder import check_sizes, check_tensors, read_hf_folder
@@ -24,13 +23,13 @@ from megatron_prefix.placement import (
     world_layout,
 )
 from megatron_prefix.prefix_checks import check_prefix
+from megatron_prefix.served import check_served, check_servers, check_top_k, read_served
 from megatron_prefix.validate_data import check_data
 
 if TYPE_CHECKING:
     from megatron_prefix.mcore.hf_map import HfModel
 
 ReadModel = Callable[[str, str], "HfModel"]  # of a folder, for an owner
-_OUR_ARGUMENTS = ("--model-path", "--host", "--port", "--device", "--dtype", "--weight-version")
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ def validate(
     check_prefix(recipe)
     _check_run(recipe)
     check_placement(recipe)
+    check_served(recipe)
     _check_schedule(recipe)
     _check_rollout(recipe)
     check_data(recipe)
@@ -78,6 +78,9 @@ def validate(
         for domain, teacher in teachers_of(recipe).items()
     }
     for domain, teacher in teachers.items():
+        if world.served(domain):
+            vocabulary = min(student.hf.shape.vocab_size, teacher.hf.shape.vocab_size)
+            check_top_k(teacher.config, vocabulary, section_of(domain))
         _check_batch(recipe, student.layout, teacher.layout, section_of(domain))
         if not sizes_only:
             _check_tokenizers(recipe, student.hf, teacher, section_of(domain))
@@ -117,18 +120,7 @@ def _check_schedule(recipe: Recipe) -> None:
 
 def _check_rollout(recipe: Recipe) -> None:
     rollout = recipe.rollout
-    for url in rollout.server_urls:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"rollout.server_urls: {url!r} is no URL like http://host:30000")
-    for argument in rollout.server_args:
-        if argument.partition("=")[0] in _OUR_ARGUMENTS:
-            raise ValueError(
-                f"rollout.server_args: {argument} is set by the trainer for each server; leave it "
-                "out (free ports are found, rollout.dtype and rollout.device are settings)"
-            )
-    if rollout.api_key_file and not Path(rollout.api_key_file).is_file():
-        raise ValueError(f"rollout.api_key_file={rollout.api_key_file} does not exist")
+    check_servers(rollout, ("rollout.server_urls", "rollout.server_args", "rollout.api_key_file"))
     if rollout.replay:
         folder = Path(rollout.replay)
         if not folder.is_dir() or not any(folder.iterdir()):
@@ -148,7 +140,8 @@ def _check_batch(recipe: Recipe, student: Layout, teacher: Layout, section: str)
     """Every replica takes equally many microbatches; the teacher scores the student's."""
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     layouts = {"student": student, section: teacher}
-    if recipe.teachers:  # a step's microbatches are shared out by domain as they come
+    # Of several, each takes a step's microbatches as they come; servers take any.
+    if recipe.teachers or not teacher.dp:
         del layouts[section]
     least = math.lcm(
         recipe.rollout.samples_per_prompt, *(micro * layout.dp for layout in layouts.values())
@@ -165,8 +158,10 @@ def _check_batch(recipe: Recipe, student: Layout, teacher: Layout, section: str)
 def _validate_model(
     recipe: Recipe, owner: str, model: ModelConfig, layout: Layout, read: ReadModel
 ) -> ValidModel:
-    hf = read(model.hf_path, owner)
-    layers = check_model(hf, model, owner)
+    served = model.placement == "server"
+    here = served and Path(model.hf_path).is_dir()  # else by the shapes of a published model
+    hf = read_served(model.hf_path, owner) if here else read(model.hf_path, owner)
+    layers = () if served else check_model(hf, model, owner)
     _check_context(recipe, hf, owner)
     return ValidModel(model, hf, layout, layers)
 

@@ -28,6 +28,7 @@ from megatron_prefix.recipe import load_record
 from megatron_prefix.rollout.addresses import await_endpoints, read_endpoints, recipe_endpoints
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.run_log import setup_logging
+from megatron_prefix.served import teacher_endpoints as teacher_endpoints_of
 
 logger = logging.getLogger("megatron_prefix.worker")  # this file runs as __main__
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -76,14 +77,25 @@ class Servers:
 
 def main() -> int:
     arguments = _arguments()
-    return run_rank(arguments.record, arguments.endpoints, arguments.endpoint_files)
+    return run_rank(
+        arguments.record,
+        arguments.endpoints,
+        arguments.endpoint_files,
+        arguments.teacher_endpoints,
+    )
 
 
-def run_rank(record: Path, endpoints: Path | None, endpoint_files: int) -> int:
+def run_rank(
+    record: Path,
+    endpoints: Path | None,
+    endpoint_files: int,
+    teacher_endpoints: Path | None = None,
+) -> int:
     """The exit code: 0 done, 75 saved after a signal, 1 failed.
 
     ``endpoints``: a file of the servers' addresses, or a folder that will hold ``endpoint_files``
-    of them once the servers of as many nodes answer.
+    of them once the servers of as many nodes answer. ``teacher_endpoints``: the folder of those
+    that were started for teachers.
     """
     stop = StopFlag()
     recipe = load_record(record)
@@ -93,14 +105,21 @@ def run_rank(record: Path, endpoints: Path | None, endpoint_files: int) -> int:
     folder = Path(recipe.run.output_dir, recipe.run.name)
     setup_logging(folder, rank)
     try:
-        return _train(recipe, folder, Servers(endpoints, endpoint_files), stop)
+        teachers = teacher_endpoints_of(recipe, teacher_endpoints)
+        return _train(recipe, folder, Servers(endpoints, endpoint_files), teachers, stop)
     except (RuntimeError, ValueError, OSError) as error:
         logger.debug("traceback", exc_info=True)
         logger.error("%s: %s", type(error).__name__, error, exc_info=rank != 0)
         return FAILED
 
 
-def _train(recipe: Recipe, folder: Path, servers: Servers, stop: StopFlag) -> int:
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    servers: Servers,
+    teachers: dict[str, list[Endpoint]],
+    stop: StopFlag,
+) -> int:
     from megatron_prefix.mcore.cpu import adapt_to_cpu
 
     adapt_to_cpu()  # before anything of Megatron is imported
@@ -116,7 +135,7 @@ def _train(recipe: Recipe, folder: Path, servers: Servers, stop: StopFlag) -> in
     if endpoints is None or not ready[0]:  # a signal came first; nothing is lost
         dist.destroy_process_group()
         return SAVED
-    with assemble(recipe, folder, endpoints, stop) as share:
+    with assemble(recipe, folder, endpoints, stop, teachers) as share:
         keep_out_of_collections()
         finished = share.train()
     dist.barrier()
@@ -151,6 +170,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--endpoint-files", type=int, default=1, help="files to wait for in that folder"
+    )
+    parser.add_argument(
+        "--teacher-endpoints", type=Path, help="a folder of JSON, of the servers started for each"
     )
     return parser.parse_args()
 

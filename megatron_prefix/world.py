@@ -1,7 +1,8 @@
 """The world of a recipe as one rank sees it: groups of all models, teachers and their heads."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +19,8 @@ from megatron_prefix.mcore.stop_map import exchange_rows
 from megatron_prefix.mcore.weights import load_hf_weights
 from megatron_prefix.modes import needs_teacher
 from megatron_prefix.placement import WorldLayout, section_of, teachers_of, world_layout
+from megatron_prefix.reach_teacher import reach_teacher, shared_vocabulary
+from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.stop_tokens import teacher_mapping
 from megatron_prefix.student import Objective
 from megatron_prefix.teacher import (
@@ -55,6 +58,8 @@ def join(recipe: Recipe) -> World:
     assert isinstance(host_group, dist.ProcessGroup)  # every rank is a member
     teachers, links = {}, {}
     for domain, teacher in teachers_of(recipe).items():
+        if layout.served(domain):
+            continue
         groups = create_groups(layout.teachers[domain], timeout)
         if groups is not None:
             teachers[domain] = groups
@@ -82,20 +87,32 @@ def teacher_loop(recipe: Recipe, world: World, beat: Callable[[str], None]) -> T
     return TeacherLoop(teacher, world.host_group, recipe.train, *packing, beat)
 
 
-def build_teacher(recipe: Recipe, world: World, student: ModelGroups) -> Teacher | None:
-    """What the student's ranks ask for targets; None where no step does."""
+def build_teacher(
+    recipe: Recipe,
+    world: World,
+    student: MegatronModel,
+    servers: Mapping[str, Sequence[Endpoint]],
+    stack: contextlib.ExitStack,
+) -> Teacher | None:
+    """What the student's ranks ask for targets; None where no step does. ``servers``: of teachers
+    that are behind any, by domain, on every rank. Collective over the student's ranks."""
     if not needs_teacher(recipe):
         return None
     found: dict[str, Teacher] = {}
     for domain, config in teachers_of(recipe).items():
-        if domain in world.links:
+        if world.layout.served(domain):
+            found[domain] = reach_teacher(
+                recipe, domain, servers[domain], student, world.device, stack
+            )
+        elif domain in world.links:
             found[domain] = SeparateTeacher(world.links[domain])
         else:
             model = load_model(config, section_of(domain), world.teachers[domain])
+            layout = student.groups.layout
             found[domain] = ColocatedTeacher(
-                model, student.layout, world.device, domain, offload=config.offload
+                model, layout, world.device, domain, offload=config.offload
             )
-    return SeveralTeachers(found, student) if len(found) > 1 else found[""]
+    return SeveralTeachers(found, student.groups) if len(found) > 1 else found[""]
 
 
 def this_device() -> torch.device:
@@ -123,14 +140,19 @@ def load_model(
 def build_objective(recipe: Recipe, student: MegatronModel, device: torch.device) -> Objective:
     """With every teacher's LM head, on the student's last stage."""
     heads: dict[str, TeacherHead] = {}
+    common: dict[str, int] = {}
     if student.groups.is_last_stage and needs_teacher(recipe):
         for domain, teacher in teachers_of(recipe).items():
+            if teacher.placement == "server":
+                common[domain] = shared_vocabulary(recipe, domain, student).common
+                continue
             dtype = DTYPES[teacher.params_dtype]
             hf = read_hf_model(teacher.hf_path)
             heads[domain] = load_teacher_head(student, hf, dtype, device)
             # The student's stop tokens, where the recipe maps the teacher's own to them.
             exchange_rows(heads[domain].weight, hf, student.groups.tp_rank, teacher_mapping(recipe))
-    return Objective(recipe.loss, heads.pop("", None), more_heads=heads)
+    first = heads.pop("", None)
+    return Objective(recipe.loss, first, more_heads=heads, common_vocabulary=common)
 
 
 def token_multiple(recipe: Recipe) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prefix import config, config_modes, config_prefix
+from megatron_prefix import config, config_modes, config_prefix, config_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -104,7 +104,7 @@ def filled(page: str) -> str:
     head, _, rest = page.partition(BEGIN)
     _, mark, tail = rest.partition(END)
     assert mark, f"{PAGE.name} has lost its marks"
-    parts = (config_modes, config_prefix, config)
+    parts = (config_modes, config_prefix, config_teacher, config)
     fresh = tables(ConfigSource("".join(map(inspect.getsource, parts))))
     return f"{head}{BEGIN}\n\n{fresh}\n{END}{tail}"
 

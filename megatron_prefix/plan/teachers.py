@@ -14,6 +14,7 @@ from megatron_prefix.validate import ValidModel, ValidRun
 
 # (tp, dp, pp); nothing where the rank holds no part of a model.
 Place = tuple[int, int, int] | tuple[()]
+TOP_K_BYTES = 12  # of a token that a server names: int64 and float32 on the device
 UNDER_WAY = IN_FLIGHT + 1  # microbatches of a separate teacher: posted ones, and the one in use
 
 
@@ -40,10 +41,13 @@ class TeacherPart:
 
 
 def teachers_that_score(run: ValidRun) -> dict[str, ValidModel]:
-    """By domain; none where no step asks one, and none is loaded."""
-    if not needs_teacher(run.recipe):
-        return {}
-    return {"": run.teacher, **run.more_teachers}
+    """By domain, those that are on ranks; none where no step asks one, and none is loaded."""
+    return {domain: each for domain, each in _asked(run).items() if each.layout.world_size}
+
+
+def _asked(run: ValidRun) -> dict[str, ValidModel]:
+    """Those behind servers too."""
+    return {"": run.teacher, **run.more_teachers} if needs_teacher(run.recipe) else {}
 
 
 def place(model: ValidModel, rank: int) -> Place:
@@ -76,7 +80,7 @@ def hidden_states(run: ValidRun, stage: int, at: Mapping[str, int], batch: Micro
 
     A colocated teacher's are there for a whole step, on its last stage for its own microbatches
     and on the student's for its; a separate one's a few microbatches at a time, unless the step
-    goes over them twice.
+    goes over them twice; so is the top k of one behind servers, on the student's alone.
     """
     student, here, coming = run.student.layout, [0], 0
     learns = stage == student.pp - 1
@@ -93,6 +97,10 @@ def hidden_states(run: ValidRun, stage: int, at: Mapping[str, int], batch: Micro
             coming += size
         else:
             here.append(size)
+    for teacher in _asked(run).values():
+        if learns and not teacher.layout.world_size:
+            microbatches = batch.in_a_step if _twice(run.recipe) else 1
+            here.append(microbatches * batch.positions * teacher.config.server.top_k * TOP_K_BYTES)
     return max(here) + coming
 
 

@@ -47,9 +47,11 @@ def _models(plan: Plan) -> Table:
     rows = {
         "folder": [model.hf_path for model in both],
         "architecture": [model.architecture for model in both],
-        "parameters": [scaled(model.parameters) for model in both],
+        "parameters": ["-" if _served(m) else scaled(m.parameters) for m in both],
         "tensor x data x pipeline": [
-            f"{m.tensor_model_parallel_size} x {m.data_parallel_size} x "
+            "behind SGLang servers"
+            if _served(m)
+            else f"{m.tensor_model_parallel_size} x {m.data_parallel_size} x "
             f"{m.pipeline_model_parallel_size}"
             for m in both
         ],
@@ -134,7 +136,7 @@ def _kind(plan: Plan, ranks: Sequence[RankPlan]) -> _Kind:
             "teacher's weights": one.resident + worst.weights,
             "teacher's LM head": one.teacher_head,
             "FP8 copies": one.fp8_weights,
-            "teacher's hidden states": one.teacher_hidden,
+            f"teacher's {_sent(plan)}": one.teacher_hidden,
             "activations": worst.activations,
             "KL workspace": worst.workspace,
             "sum": one.total,
@@ -146,6 +148,19 @@ def _teacher_stage(plan: Plan, rank: RankPlan, domain: str) -> str:
     part = next((part for part in rank.teachers if part.domain == domain), None)
     model = plan.more_teachers[domain] if domain else plan.teacher
     return _stage(stage_at(part.at) if part else -1, model.pipeline_model_parallel_size)
+
+
+def _served(model: ModelPlan) -> bool:
+    """Whether it is on none of the ranks."""
+    return not model.data_parallel_size
+
+
+def _sent(plan: Plan) -> str:
+    """What teachers tell the student's last stage."""
+    kinds = {_served(model) for model in (plan.teacher, *plan.more_teachers.values())}
+    if len(kinds) > 1:
+        return "targets"
+    return "top-k tokens" if kinds == {True} else "hidden states"
 
 
 def _stage(number: int, stages: int) -> str:

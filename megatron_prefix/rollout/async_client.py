@@ -11,9 +11,10 @@ from typing import Any
 import aiohttp
 
 from megatron_prefix.prefix import CutOffRule
-from megatron_prefix.rollout import protocol
+from megatron_prefix.rollout import protocol, scoring
 from megatron_prefix.rollout.client import CONNECT_TIMEOUT_S, Endpoint
 from megatron_prefix.rollout.protocol import Generation, Sampling, ServerUnavailable
+from megatron_prefix.rollout.scoring import Passage, TopRows
 from megatron_prefix.rollout.streaming import EventReader, StreamedGeneration
 
 # Below the 5 s after which SGLang hangs up on an idle connection: between two steps no event loop
@@ -84,6 +85,14 @@ class AsyncGenerator:
 
         return await self._post("/generate", body, read)
 
+    async def score(self, passages: Sequence[Passage], top_k: int) -> list[TopRows]:
+        """The ``top_k`` likeliest tokens at each passage's scored positions, in their order.
+
+        Raises UnexpectedAnswer where an answer is not that, else as ``SglangClient.generate``.
+        """
+        answer = await self._post("/generate", lambda: scoring.score_body(passages, top_k))
+        return scoring.parse_scores(answer, passages, top_k, self.endpoint.url)
+
     async def abort(self, request_id: str) -> None:
         """Stop one request, which then answers with what it has; an unknown id is ignored."""
         await self._post("/abort_request", lambda: {"rid": request_id})
@@ -113,7 +122,8 @@ class AsyncGenerator:
                         return await read(answer)
                     text = await answer.text()
             except aiohttp.SocketTimeoutError as error:
-                raise protocol.too_slow(url, self.endpoint.timeout_s) from error
+                asked = self.endpoint
+                raise protocol.too_slow(url, asked.timeout_s, asked.settings) from error
             except aiohttp.ClientError as error:
                 failure = f"could not be reached: {type(error).__name__} {error}"
                 if self.endpoint.source and isinstance(error, aiohttp.ClientConnectorError):

@@ -36,6 +36,7 @@ class Endpoint:
     first_delay_s: float = 0.5  # before the first retry; doubled for each one after
     start: int = 0  # how often it was started again
     source: str = ""  # the file that its supervisor keeps; empty: nobody restarts it
+    settings: str = "rollout"  # the section of the recipe that the others come from
 
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
@@ -198,7 +199,7 @@ class SglangClient:
             try:
                 answer = self._http.request(method, url, json=body, timeout=timeout)
             except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
-                raise protocol.too_slow(url, timeout_s) from error
+                raise protocol.too_slow(url, timeout_s, self.endpoint.settings) from error
             except httpx.TransportError as error:
                 failure = f"could not be reached: {type(error).__name__} {error}"
             else:

@@ -40,6 +40,7 @@ class Launch:
     index: int  # of the server on this machine, from 0
     seed: int
     host: str = LOOPBACK  # the one address that it listens on
+    first_gpu: int = 0  # of this machine, where those of server 0 begin
 
 
 def server_arguments(launch: Launch, rollout: RolloutConfig) -> list[str]:
@@ -60,7 +61,8 @@ def server_arguments(launch: Launch, rollout: RolloutConfig) -> list[str]:
         cache_tokens = cache_tokens or _CPU_CACHE_TOKENS
     else:
         options["--tp-size"] = rollout.server_tensor_parallel_size
-        options["--base-gpu-id"] = launch.index * rollout.server_tensor_parallel_size
+        own = launch.index * rollout.server_tensor_parallel_size
+        options["--base-gpu-id"] = launch.first_gpu + own
     if cache_tokens:
         options["--max-total-tokens"] = cache_tokens
     flags = [

@@ -85,7 +85,8 @@ class Fleet:
         for member in self.members:
             while not self._knock(member):
                 if time.monotonic() > deadline:
-                    words = f"{member.endpoint.url} did not answer within rollout.start_timeout_s"
+                    asked = member.endpoint
+                    words = f"{asked.url} did not answer within {asked.settings}.start_timeout_s"
                     late = ServerUnavailable(f"{words}={limit_s:g}")
                     self.lose(member.endpoint.url, late)
                     break
@@ -151,8 +152,12 @@ class Fleet:
         self._alone_since = self._alone_since or now
         limit = self._rollout.start_timeout_s * (1 + self._rollout.server_restarts)
         if not hopeful or now - self._alone_since > limit:
-            words = "; ".join(member.lost for member in self._members)
+            words = "; ".join(self.losses())
             raise ServerUnavailable(f"no SGLang server is left: {words}")
+
+    def losses(self) -> list[str]:
+        """Why those that may not be asked were lost."""
+        return [member.lost for member in self._members if member.lost]
 
     def _label(self, member: Member) -> str | SglangError:
         """Its ``weight_version``, or why it has none."""

@@ -201,10 +201,10 @@ def read_answer(status: int, text: str, url: str) -> Any:
         )
 
 
-def too_slow(url: str, timeout_s: float) -> ServerUnavailable:
+def too_slow(url: str, timeout_s: float, settings: str) -> ServerUnavailable:
     """Not tried again: the same request would be as slow, on a server that is busy with it."""
     return ServerUnavailable(
-        f"{url} gave no answer within {timeout_s:g} s; raise rollout.request_timeout_s or look "
+        f"{url} gave no answer within {timeout_s:g} s; raise {settings}.request_timeout_s or look "
         "into the server's log"
     )
 

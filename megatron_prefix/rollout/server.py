@@ -112,12 +112,13 @@ def start_server(
     seed: int = 0,
     host: str = LOOPBACK,
     api_key: str = "",
+    first_gpu: int = 0,
 ) -> Server:
     """Start one server on ``host`` alone and return at once; :func:`wait_healthy` waits for it.
 
     ``params_dtype`` (bf16, fp32) is the student's, for ``rollout.dtype="auto"``; ``index`` tells
     servers of one machine apart (their GPUs and seeds); ``port`` 0 picks a free one, an empty
-    ``api_key`` a new one. The log is appended to.
+    ``api_key`` a new one. ``first_gpu``: where the GPUs of server 0 begin. The log is appended to.
 
     Raises ValueError where ``port`` is taken or ``model_path`` has no readable config.json.
     """
@@ -129,7 +130,7 @@ def start_server(
     api_key = api_key or secrets.token_hex(32)  # of no character that argparse takes for an option
     settings = Path(scratch.name, "server.yaml")
     _write_private(settings, json.dumps({"api-key": api_key}))  # JSON is YAML
-    launch = Launch(folder, device, params_dtype, port, index, seed, host)
+    launch = Launch(folder, device, params_dtype, port, index, seed, host, first_gpu)
     command = [sys.executable, "-m", "sglang.launch_server", "--config", str(settings)]
     command += server_arguments(launch, rollout)
     log = Path(log_path).resolve()

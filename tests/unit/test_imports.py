@@ -21,7 +21,7 @@ IN_THE_SERVER = "rollout.cpu_engine"
 
 # From the bottom up: a module imports modules of its own layer and of those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "config_modes", "config_prefix", "types", "exit_codes", "modes"),
+    ("config", "config_modes", "config_prefix", "config_teacher", "types", "exit_codes", "modes"),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
     ("recipe", "cluster", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
@@ -43,11 +43,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     + ("teacher_prompts", "write_answers", "stop_tokens"),
     ("alarms", "prefix_checks", "token_weights"),
     ("mcore",),
-    ("validate_data",),
+    ("validate_data", "served"),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "agreement", "token_kl", "reweigh", "publisher"),
     ("lagged",),
     ("side_evaluation",),
+    ("server_teacher", "reach_teacher"),
     ("conductor", "step_metrics", "trouble", "trainer", "teacher_loop"),
     ("supplies", "world", "assemble", "worker"),
     ("agent",),
@@ -86,12 +87,14 @@ NEEDS_MEGATRON += (
     "teacher_loop",
     "world",
 )
+NEEDS_MEGATRON += ("server_teacher", "reach_teacher")
 WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "limits", "plan")
 WITHOUT_TORCH += (
     "placement",
     "prefix",
     "preflight",
     "recipe",
+    "served",
     "types",
     "validate",
     "validate_data",

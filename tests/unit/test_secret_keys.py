@@ -61,6 +61,11 @@ def test_whose_key_it_is_makes_no_other_run() -> None:
         ("rollout.api_key=${oc.env:NOT_THERE_sesame}", "there is no NOT_THERE"),
         ("rollout.server_args=[--api-key,sesame]", "gets a random key of its own"),
         ("rollout.server_args=[--admin-api-key=sesame]", "--admin-api-key would be on a command"),
+        ("teacher.server.args=[--api-key,sesame]", "teacher.server.args: --api-key would be on"),
+        (
+            "teacher.server.urls=[http://me:sesame@a:1]",
+            "give the key by teacher.server.api_key_file",
+        ),
         ("rollout.server_urls=[http://me:sesame@a:1]", "the one at a holds a user or a password"),
         (
             f"data.system_prompt=use {TOKEN}",

@@ -34,6 +34,7 @@ TEXTS_OF_THE_USER = (
     "mode.written.split mode.written.prompt_column mode.written.answer_column "
     "mode.teacher_prompt.template mode.teacher_prompt.system_prompt "
     "prefix.policy rollout.replay rollout.api_key_file rollout.api_key checkpoint.load "
+    "student.server.api_key_file teacher.server.api_key_file "
     "eval.path eval.name eval.split eval.prompt_column eval.answer_column eval.scorer"
 ).split()
 CHECKED_ELSEWHERE = tuple(f"prefix.{name}." for name in (*POLICIES, "cut_off", "recall"))

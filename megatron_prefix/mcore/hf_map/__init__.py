@@ -86,3 +86,14 @@ def hf_model(path: str, config: dict[str, Any]) -> HfModel:
         settings=family.transformer_settings(shape, config),
         rope_scaling_factor=llama.rope_scaling_factor(config) if family is llama else 0.0,
     )
+
+
+def served_model(path: str, config: dict[str, Any]) -> HfModel:
+    """The sizes of a model that another engine holds, of any family: no tensor of it is mapped.
+
+    A model of several parts is taken for its text's. KeyError names a size that is missing.
+    """
+    config = {"architectures": config["architectures"], **(config.get("text_config") or config)}
+    # Not every family has it, and no one here computes a norm of this model.
+    shape = DecoderShape.from_config({"rms_norm_eps": 0.0, **config})
+    return HfModel(Path(path), config, shape, units=(), settings={}, rope_scaling_factor=0.0)
