@@ -1,8 +1,9 @@
 """How fast the converters are against a plain copy of the same files, and what memory they take.
 
 Writes random bf16 Qwen3 folders of several sizes and turns each into a Megatron checkpoint and
-back, every conversion in a process of its own, taking turns with a copy. GB/s are of the model's
-bytes; the converters also look for values that are not finite, hash, read back and compare.
+back, every conversion in a process of its own, taking turns with a copy and with the verification
+of the checkpoint's SHA-256 sums alone. GB/s are of the model's bytes; the converters also look for
+values that are not finite, read back and compare and, to Megatron, hash.
 The peak is what a process took beyond what it had before it began. Prints a table; asserts nothing.
 """
 
@@ -48,7 +49,7 @@ class Row:
     """Medians of one size and direction."""
 
     model_gib: float
-    what: str  # copy | to Megatron | to Hugging Face
+    what: str  # copy | to Megatron | SHA-256 alone | to Hugging Face
     ranks: int
     gb_per_s: float
     of_copy: float  # of the copy's rate
@@ -99,6 +100,13 @@ def to_hugging_face(source: Path, output: Path, ranks: int) -> None:
     megatron_to_hf(job, read_step(source / STEP_FOLDER), lambda size: None)
 
 
+def sums(source: Path) -> None:
+    from megatron_prefix.mcore.contents import check_manifest
+    from megatron_prefix.mcore.convert import STEP_FOLDER
+
+    check_manifest(source / STEP_FOLDER)
+
+
 def measured(work: Callable[[], object]) -> tuple[float, float]:
     """Seconds and peak MiB of ``work`` in a forked process."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -131,6 +139,7 @@ def measure(layers: int, rounds: int, ranks: int, folder: Path) -> list[Row]:
     works = {
         "copy": functools.partial(shutil.copytree, source, folder / "copy"),
         "to Megatron": functools.partial(to_megatron, source, megatron, ranks),
+        "SHA-256 alone": functools.partial(sums, megatron),
         "to Hugging Face": functools.partial(to_hugging_face, megatron, back, ranks),
     }
     found: dict[str, list[tuple[float, float]]] = {what: [] for what in works}
@@ -148,7 +157,7 @@ def measure(layers: int, rounds: int, ranks: int, folder: Path) -> list[Row]:
         Row(
             size / 2**30,
             what,
-            1 if what == "copy" else ranks,
+            ranks if what.startswith("to ") else 1,
             rates[what],
             rates[what] / rates["copy"],
             statistics.median(peak for _, peak in runs),

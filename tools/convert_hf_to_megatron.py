@@ -9,9 +9,13 @@ compared bit for bit before OUTPUT takes its place.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_prefix.mcore.cpu import adapt_to_cpu
 from megatron_prefix.mcore.tool import add_output_arguments, run_tool, tool_parser
+
+if TYPE_CHECKING:
+    from megatron_prefix.mcore.crew import Crew
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,24 +30,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def work(args: argparse.Namespace) -> int:
     adapt_to_cpu()  # before any import of Megatron
+    from megatron_prefix.mcore.crew import torchrun_crew
+
+    with torchrun_crew() as crew:
+        convert(args, crew)
+    return 0
+
+
+def convert(args: argparse.Namespace, crew: "Crew") -> None:
     from megatron_prefix.mcore.convert import Conversion, hf_to_megatron
     from megatron_prefix.mcore.progress_bar import byte_progress
     from megatron_prefix.mcore.source import open_source, parameters, params_dtype
     from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, gib
 
-    check_ranks(args.ranks)
-    check_output(args.output, overwrite=args.overwrite)
+    check_ranks(args.ranks, crew.size)
+    crew.lead(lambda: check_output(args.output, overwrite=args.overwrite))
     folder, hf = open_source(args.hf_model)
     dtype = args.dtype or params_dtype(folder, hf)
-    job = Conversion(hf, args.output, dtype, args.ranks)
+    job = Conversion(hf, args.output, dtype, args.ranks, crew=crew)
     what = f"{hf.config['architectures'][0]}, {parameters(hf):,} parameters, "
     what += f"{gib(job.bytes)} in {dtype}"
-    check_room(args.output, 0 if args.dry_run else job.bytes)
+    crew.lead(lambda: check_room(args.output, 0 if args.dry_run else job.bytes))
     label = "checking" if args.dry_run else "converting"
-    with byte_progress(label, job.bytes) as advance:
+    with byte_progress(label, job.bytes // crew.size, show=crew.rank == 0) as advance:
         hf_to_megatron(job, advance, dry_run=args.dry_run)
-    print(f"{'would write' if args.dry_run else 'wrote'} {args.output}: {what}")
-    return 0
+    if crew.rank == 0:
+        print(f"{'would write' if args.dry_run else 'wrote'} {args.output}: {what}")
 
 
 def main(argv: list[str] | None = None) -> int:

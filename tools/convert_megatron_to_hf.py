@@ -9,9 +9,13 @@ generation config, tokenizer and chat template go along.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_prefix.mcore.cpu import adapt_to_cpu
 from megatron_prefix.mcore.tool import add_output_arguments, run_tool, tool_parser
+
+if TYPE_CHECKING:
+    from megatron_prefix.mcore.crew import Crew
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,6 +40,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def work(args: argparse.Namespace) -> int:
     adapt_to_cpu()  # before any import of Megatron
+    from megatron_prefix.mcore.crew import torchrun_crew
+
+    with torchrun_crew() as crew:
+        convert(args, crew)
+    return 0
+
+
+def convert(args: argparse.Namespace, crew: "Crew") -> None:
     from megatron_prefix.mcore.contents import check_manifest, find_hf_model, read_step
     from megatron_prefix.mcore.convert import Conversion, megatron_to_hf
     from megatron_prefix.mcore.progress_bar import byte_progress
@@ -43,25 +55,25 @@ def work(args: argparse.Namespace) -> int:
     from megatron_prefix.mcore.steps import find_step
     from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, gib
 
-    check_ranks(args.ranks)
-    check_output(args.output, overwrite=args.overwrite)
+    check_ranks(args.ranks, crew.size)
+    crew.lead(lambda: check_output(args.output, overwrite=args.overwrite))
     step = find_step(args.checkpoint, args.step)
     hf = open_config(args.hf_model or find_hf_model(step))
     verified = check_manifest(step)
     saved = read_step(step)
     dtype = args.dtype or saved.params_dtype
-    job = Conversion(hf, args.output, dtype, args.ranks)
+    job = Conversion(hf, args.output, dtype, args.ranks, crew=crew)
     what = (
         f"step {saved.run_state['step']} of {step} ({verified} files verified), "
         f"{hf.config['architectures'][0]}, {parameters(hf):,} parameters, "
         f"{gib(job.bytes)} in {dtype}"
     )
-    check_room(args.output, 0 if args.dry_run else job.bytes)
+    crew.lead(lambda: check_room(args.output, 0 if args.dry_run else job.bytes))
     label = "checking" if args.dry_run else "converting"
-    with byte_progress(label, job.bytes) as advance:
+    with byte_progress(label, job.bytes // crew.size, show=crew.rank == 0) as advance:
         megatron_to_hf(job, saved, advance, dry_run=args.dry_run)
-    print(f"{'would write' if args.dry_run else 'wrote'} {args.output}: {what}")
-    return 0
+    if crew.rank == 0:
+        print(f"{'would write' if args.dry_run else 'wrote'} {args.output}: {what}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ Output goes into files of at most SHARD_BYTES, which several processes share.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,12 @@ from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from torch import Tensor
 
 from megatron_prefix.hf_folder import BLOCK, SCALE
+from megatron_prefix.mcore.checked_files import Behind, Scratch
 from megatron_prefix.mcore.contents import MegatronContents
+from megatron_prefix.mcore.crew import Crew
 from megatron_prefix.mcore.dist_files import DistFile, DistReader, Written, write_table
 from megatron_prefix.mcore.dist_keys import VOCABULARY, Place, place_of
 from megatron_prefix.mcore.export import INDEX, SHARD_BYTES, copy_companions, exported_config
-from megatron_prefix.mcore.folders import new_folder
 from megatron_prefix.mcore.forks import OnBytes, run_forked
 from megatron_prefix.mcore.fp8_blocks import (
     E4M3,
@@ -48,8 +50,9 @@ class Conversion:
     hf: HfModel  # gives config and tokenizer; to Megatron, the weights too
     output: Path
     dtype: str  # bf16 | fp32; from Megatron, fp8 too
-    ranks: int = 1
+    ranks: int = 1  # processes, each started by this one
     shard_bytes: int = SHARD_BYTES
+    crew: Crew = Crew()  # or processes that torchrun started
 
     def __post_init__(self) -> None:
         if self.dtype == "fp8" and any(unit.stacked for unit in self.hf.units):
@@ -112,18 +115,22 @@ def hf_to_megatron(job: Conversion, on_bytes: OnBytes, *, dry_run: bool = False)
     if dry_run:
         _run(job, lambda number, share, told: _read_all(job, number, share, told), on_bytes)
         return
-    with new_folder(job.output) as partial:
+    with job.crew.new_folder(job.output) as partial:
         step = partial / STEP_FOLDER
-        step.mkdir()
+        job.crew.lead(step.mkdir)
         shares = _run(
             job, lambda number, share, told: _write_dist(job, step, number, share, told), on_bytes
         )
-        _finish_step(step, shares)
-        folder = partial / HF_FOLDER
-        folder.mkdir()
-        config = exported_config(job.hf.config, DTYPES[job.dtype])
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
-        copy_companions(job.hf.path, folder)
+        job.crew.lead(lambda: _finish_megatron(job, partial, shares))
+
+
+def _finish_megatron(job: Conversion, partial: Path, shares: Sequence[_Share]) -> None:
+    _finish_step(partial / STEP_FOLDER, shares)
+    folder = partial / HF_FOLDER
+    folder.mkdir()
+    config = exported_config(job.hf.config, DTYPES[job.dtype])
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    copy_companions(job.hf.path, folder)
 
 
 def megatron_to_hf(
@@ -139,29 +146,31 @@ def megatron_to_hf(
     if dry_run:
         _run(job, lambda number, share, told: _load_all(job, source, number, share, told), on_bytes)
         return
-    with new_folder(job.output) as partial:
+    with job.crew.new_folder(job.output) as partial:
         _run(
             job,
             lambda number, share, told: _write_hf(job, source, partial, number, share, told),
             on_bytes,
         )
-        _finish_hf(job, partial)
+        job.crew.lead(lambda: _finish_hf(job, partial))
 
 
 FileWork = Callable[[int, _Share, OnBytes], None]  # the file's number
 
 
 def _run(job: Conversion, work: FileWork, on_bytes: OnBytes) -> list[_Share]:
-    """Every file by one of ``job.ranks`` processes."""
-    count = len(job.files())
+    """Every file by one of the processes; all their shares, in each of torchrun's."""
+    count, processes = len(job.files()), job.ranks * job.crew.size
 
     def share_of(rank: int, told: OnBytes) -> _Share:
         share = _Share()
-        for number in range(rank, count, job.ranks):
+        for number in range(rank + job.crew.rank, count, processes):
             work(number, share, told)
         return share
 
-    shares = run_forked(job.ranks, share_of, on_bytes)
+    assert job.ranks == 1 or job.crew.size == 1, job
+    of_all = job.crew.each(lambda: run_forked(job.ranks, share_of, on_bytes))
+    shares = [share for of_one in of_all for share in of_one]
     if names := sorted({name for share in shares for name in share.not_finite}):
         raise ValueError(f"values that are not finite in {len(names)} tensors: {', '.join(names)}")
     return shares
@@ -170,9 +179,10 @@ def _run(job: Conversion, work: FileWork, on_bytes: OnBytes) -> list[_Share]:
 def _packed(
     job: Conversion, source: HfReader, units: Sequence[Unit], share: _Share
 ) -> Iterator[tuple[Unit, Tensor]]:
-    """Each unit as Megatron has it, with the vocabulary's padding."""
-    for unit in units:
-        tensors = source.of_unit(unit)
+    """Each unit as Megatron has it, with the vocabulary's padding; lasts until the one after the
+    next is asked for."""
+    for unit, scratch in zip(units, _two_in_turn(), strict=False):
+        tensors = source.of_unit(unit, scratch)
         for name, tensor in zip(unit.hf_names, tensors, strict=True):
             _look_at(name, tensor, share)
         packed = unit.pack(tensors).to(job.dtype_of(unit))
@@ -180,6 +190,13 @@ def _packed(
         if rows:
             packed = torch.nn.functional.pad(packed, (0, 0, 0, rows))
         yield unit, packed
+
+
+def _two_in_turn() -> Iterator[Scratch]:
+    """One is read into while the other is written out; cleared."""
+    for scratch in itertools.cycle((Scratch(), Scratch())):
+        scratch.clear()
+        yield scratch
 
 
 def _look_at(name: str, tensor: Tensor, share: _Share) -> None:
@@ -198,17 +215,21 @@ def _write_dist(job: Conversion, step: Path, number: int, share: _Share, on_byte
     file = DistFile(step / name)
     if number == 0:
         share.common = file.add_common()
-    for unit, packed in _packed(job, HfReader(job.hf.path), job.files()[number], share):
-        if share.not_finite:  # nothing will be kept; go on for the other names
-            continue
-        place = place_of(unit, job.hf)
-        rows = max(1, PIECE_BYTES * packed.shape[0] // packed.nbytes)
-        for start in range(0, packed.shape[0], rows):
-            stop = min(start + rows, packed.shape[0])
-            file.add(place.rows(packed.dim(), start, stop), packed[start:stop])
-        on_bytes(packed.nbytes)
+    with Behind() as behind:
+        for unit, packed in _packed(job, HfReader(job.hf.path), job.files()[number], share):
+            if share.not_finite:  # nothing will be kept; go on for the other names
+                continue
+            behind.submit(_add_unit, file, place_of(unit, job.hf), packed)
+            on_bytes(packed.nbytes)
     share.sums[name] = file.close()
     share.written += file.written
+
+
+def _add_unit(file: DistFile, place: Place, packed: Tensor) -> None:
+    rows = max(1, PIECE_BYTES * packed.shape[0] // packed.nbytes)
+    for start in range(0, packed.shape[0], rows):
+        stop = min(start + rows, packed.shape[0])
+        file.add(place.rows(packed.dim(), start, stop), packed[start:stop])
 
 
 def _finish_step(step: Path, shares: Sequence[_Share]) -> None:
@@ -228,20 +249,22 @@ def _finish_step(step: Path, shares: Sequence[_Share]) -> None:
 def _unpacked(
     job: Conversion, source: DistReader, units: Sequence[Unit], share: _Share
 ) -> Iterator[tuple[str, Tensor]]:
-    """The units' tensors as Hugging Face has them, FP8's scales behind their weights."""
+    """The units' tensors as Hugging Face has them, FP8's scales behind their weights; they last
+    until those of the unit after the next are asked for."""
     return joined(_by_unit(job, source, units, share))
 
 
 def _by_unit(
     job: Conversion, source: DistReader, units: Sequence[Unit], share: _Share
 ) -> Iterator[tuple[Unit, str, Tensor]]:
-    for unit in units:
+    for unit, scratch in zip(units, _two_in_turn(), strict=False):
         place, dtype = place_of(unit, job.hf), job.dtype_of(unit)
         if unit.megatron_name in VOCABULARY:
             whole = source.shape(place.key)
             assert whole is not None
             place = Place(place.key, whole, place.offset, unit.shape)
-        parameter = source.read(place).view(unit.shape)
+        memory = Scratch() if unit.stacked else scratch  # a stack waits for its last expert
+        parameter = source.read(place, memory).view(unit.shape)
         for name, tensor in zip(unit.hf_names, unit.unpack(parameter), strict=True):
             _look_at(name, tensor, share)
             if dtype == E4M3:

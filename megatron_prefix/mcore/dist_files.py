@@ -5,14 +5,13 @@ of a model's tensors at once; the format itself is simple: tensors that torch.sa
 another, and a pickled table of where they are.
 """
 
-import hashlib
 import io
 import pickle
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Buffer, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.utils.serialization as serialization
@@ -31,8 +30,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_prefix.mcore.checked_files import CheckedFile, FileSum, Scratch, read_into
 from megatron_prefix.mcore.dist_keys import Place
-from megatron_prefix.mcore.tensor_files import same_bytes, write_all
 
 without_checksums: Any = serialization.config.patch  # type: ignore[attr-defined]
 # What Megatron keeps beside tensors; of weights alone there is nothing.
@@ -51,55 +50,38 @@ class Written:
 
 
 class DistFile:
-    """One data file in the making, read back as it grows."""
+    """One data file in the making: read back and compared, and hashed in a thread, as it grows."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file = path, path.open("w+b", buffering=0)
-        self._sum = hashlib.sha256()
-        self._threads = ThreadPoolExecutor(1)  # the sum of one block while the next is made
-        self._summing: Future[None] | None = None
+        self._path, self._file, self._sum = path, CheckedFile(path), FileSum(path)
         self.written: list[Written] = []
 
     def add(self, place: Place, tensor: Tensor) -> None:
         """``tensor`` has the block's size. RuntimeError where it reads back otherwise."""
-        data = tensor.view(place.size)
-        if data.untyped_storage().nbytes() != data.nbytes:
-            data = data.clone()  # torch.save writes the whole of a view's storage
-        start, content = self._save(data)
-        back = torch.load(io.BytesIO(content), weights_only=True)
-        if back.shape != data.shape or not same_bytes(back, data):
-            raise RuntimeError(f"{self._path}: {place.key} reads back otherwise than written")
-        self.written.append(Written(place, data.dtype, self._path.name, start, len(content)))
+        # torch.save writes the whole of a view's storage: this one is of a storage of its own.
+        data = torch.frombuffer(
+            tensor.contiguous().view(-1).view(torch.uint8).numpy(), dtype=tensor.dtype
+        )
+        start, length = self._save(data.view(place.size))
+        self.written.append(Written(place, data.dtype, self._path.name, start, length))
 
     def add_common(self) -> _StorageInfo:
         """What is no tensor: nothing, but Megatron looks for it."""
-        start, content = self._save([{}])
-        return _StorageInfo(self._path.name, start, len(content))
+        start, length = self._save([{}])
+        return _StorageInfo(self._path.name, start, length)
 
-    def _save(self, data: object) -> tuple[int, bytearray]:
-        start = self._file.tell()
-        made = io.BytesIO()
+    def _save(self, data: object) -> tuple[int, int]:
+        start = self._file.size
         with without_checksums({"save.compute_crc32": False}):  # the manifest has better ones
-            torch.save(data, made)
-        write_all(self._file, torch.frombuffer(made.getbuffer(), dtype=torch.uint8))
-        content = bytearray(made.tell())
-        self._file.seek(start)
-        got = self._file.readinto(content)
-        assert got == len(content), (self._path, got)
-        self._wait()
-        self._summing = self._threads.submit(self._sum.update, content)
-        return start, content
-
-    def _wait(self) -> None:
-        if self._summing is not None:
-            self._summing.result()
+            torch.save(data, cast(IO[bytes], self._file))  # what it calls is there
+        self._file.flush()
+        self._sum.up_to(self._file.size)
+        return start, self._file.size - start
 
     def close(self) -> str:
         """The file's SHA-256."""
-        self._wait()
-        self._threads.shutdown()
         self._file.close()
-        return self._sum.hexdigest()
+        return self._sum.close()
 
 
 def write_table(folder: Path, written: Sequence[Written], common: _StorageInfo) -> None:
@@ -134,6 +116,7 @@ class DistReader:
     folder: Path
     table: Metadata = field(init=False)
     _by_first: dict[str, dict[int, list[ChunkStorageMetadata]]] = field(default_factory=dict)
+    _part: Scratch = field(default_factory=Scratch)
 
     def __post_init__(self) -> None:
         self.table = FileSystemReader(self.folder).read_metadata()
@@ -143,25 +126,23 @@ class DistReader:
         there = self.table.state_dict_metadata.get(key)
         return tuple(there.size) if isinstance(there, TensorStorageMetadata) else None
 
-    def read(self, place: Place) -> Tensor:
-        """The block, [*place.size]."""
-        found: list[tuple[Tensor, tuple[slice, ...]]] = []
-        for chunk in self._chunks(place):
-            pairs = zip(chunk.offsets, chunk.sizes, place.offset, place.size, strict=True)
-            lows, highs = [], []
-            for at, length, wanted, size in pairs:
-                lows.append(max(at, wanted))
-                highs.append(min(at + length, wanted + size))
-            if all(low < high for low, high in zip(lows, highs, strict=True)):
-                bounds = list(zip(lows, highs, strict=True))
-                part = self._load(place.key, chunk)[_slices(bounds, chunk.offsets)]
-                found.append((part, _slices(bounds, place.offset)))
-        if len(found) == 1 and found[0][0].shape == torch.Size(place.size):
-            return found[0][0]
+    def read(self, place: Place, scratch: Scratch) -> Tensor:
+        """The block, [*place.size], in ``scratch``."""
+        found = [(c, bounds) for c in self._chunks(place) if (bounds := _overlap(place, c))]
         assert found, place
-        whole = torch.empty(place.size, dtype=found[0][0].dtype)
-        for part, there in found:
-            whole[there] = part
+        if len(found) == 1:
+            chunk, bounds = found[0]
+            part = self._load(place.key, chunk, scratch)[_slices(bounds, chunk.offsets)]
+            if part.shape == torch.Size(place.size):
+                return part
+        tensor = self.table.state_dict_metadata[place.key]
+        assert isinstance(tensor, TensorStorageMetadata), place
+        dtype = tensor.properties.dtype
+        whole = scratch.take(prod(place.size) * dtype.itemsize).view(dtype).view(place.size)
+        for chunk, bounds in found:
+            self._part.clear()
+            part = self._load(place.key, chunk, self._part)
+            whole[_slices(bounds, place.offset)] = part[_slices(bounds, chunk.offsets)]
         return whole
 
     def _chunks(self, place: Place) -> list[ChunkStorageMetadata]:
@@ -179,12 +160,53 @@ class DistReader:
             return by_first.get(place.offset[0], []) + by_first.get(-1, [])
         return [chunk for chunks in by_first.values() for chunk in chunks]
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+    def _load(self, key: str, chunk: ChunkStorageMetadata, scratch: Scratch) -> Tensor:
         where = self.table.storage_data[MetadataIndex(key, chunk.offsets)]
-        with (self.folder / where.relative_path).open("rb") as file:
-            file.seek(where.offset)
-            content = io.BytesIO(file.read(where.length))
-        return torch.load(content, weights_only=True, map_location="cpu")
+        with (self.folder / where.relative_path).open("rb", buffering=0) as file:
+            window = cast(IO[bytes], _Window(file, where.offset, where.length))
+            outline = torch.load(window, weights_only=True, map_location="meta")
+            storage = outline.untyped_storage()
+            if not outline.is_contiguous() or storage.nbytes() != outline.nbytes:
+                window.seek(0)
+                return torch.load(window, weights_only=True, map_location="cpu")
+            memory = scratch.take(outline.nbytes)
+            read_into(file, where.offset + storage._checkpoint_offset, memory)
+        return memory.view(outline.dtype).view(outline.shape)
+
+
+class _Window(io.RawIOBase):
+    """Part of a file, as a file: what torch.save wrote there."""
+
+    def __init__(self, file: io.RawIOBase, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}
+        self._at = origin[whence] + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, into: Buffer) -> int:
+        view = memoryview(into).cast("B")[: max(0, self._length - self._at)]
+        self._file.seek(self._start + self._at)
+        got = self._file.readinto(view) or 0
+        self._at += got
+        return got
+
+
+def _overlap(place: Place, chunk: ChunkStorageMetadata) -> list[tuple[int, int]]:
+    """First and last place, along each axis, that both have; empty where they share nothing."""
+    pairs = zip(chunk.offsets, chunk.sizes, place.offset, place.size, strict=True)
+    bounds = [(max(at, low), min(at + n, low + size)) for at, n, low, size in pairs]
+    return bounds if all(low < high for low, high in bounds) else []
 
 
 def _slices(bounds: list[tuple[int, int]], origin: Sequence[int]) -> tuple[slice, ...]:

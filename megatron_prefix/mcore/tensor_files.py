@@ -6,7 +6,6 @@ Plain reads and writes, not mapped files: what a process holds is what it asked 
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from io import RawIOBase
 from math import prod
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from megatron_prefix.hf_folder import (
     TensorEntry,
     read_header,
 )
+from megatron_prefix.mcore.checked_files import Behind, CheckedFile, Scratch, read_into
 from megatron_prefix.mcore.fp8_blocks import dequantize_blocks
 from megatron_prefix.mcore.hf_map.units import Unit
 from megatron_prefix.mcore.mxfp4 import dequantize_mxfp4
@@ -53,11 +53,18 @@ class HfReader:
             return stored
         return dequantize_blocks(stored, read_tensor(self._entries[name + SCALE]))
 
-    def of_unit(self, unit: Unit) -> list[Tensor]:
-        """A unit's tensors as its name map shapes them: of a stack of experts, its own."""
-        if not unit.stacked:
+    def of_unit(self, unit: Unit, scratch: Scratch | None = None) -> list[Tensor]:
+        """A unit's tensors as its name map shapes them: of a stack of experts, its own. Given
+        ``scratch``, those of one dtype lie there, one right behind the other."""
+        if unit.stacked:
+            return [self.rows(name, unit.expert, unit.expert + 1)[0] for name in unit.hf_names]
+        entries = [self._entries[name] for name in unit.hf_names]
+        kinds = {entry.dtype for entry in entries}
+        if scratch is None or len(kinds) > 1 or "F8_E4M3" in kinds:
             return [self.tensor(name) for name in unit.hf_names]
-        return [self.rows(name, unit.expert, unit.expert + 1)[0] for name in unit.hf_names]
+        sizes = [prod(entry.shape) * TORCH_DTYPES[entry.dtype].itemsize for entry in entries]
+        parts = scratch.take(sum(sizes)).split(sizes)
+        return [_fill(part, entry) for part, entry in zip(parts, entries, strict=True)]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """``start:stop`` along the first axis of a tensor, clipped to what it has."""
@@ -79,12 +86,16 @@ def read_tensor(entry: TensorEntry, start: int = 0, stop: int | None = None) -> 
     if stop is not None:
         offset += start * prod(shape[1:]) * dtype.itemsize
         shape = (stop - start, *shape[1:])
-    buffer = torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8)
-    with entry.file.open("rb") as file:
-        file.seek(offset)
-        got = file.readinto(buffer.numpy())
-    assert got == buffer.numel(), (entry.file, got)
-    return buffer.view(dtype).view(shape)
+    memory = torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    with entry.file.open("rb", buffering=0) as file:
+        read_into(file, offset, memory)
+    return memory.view(dtype).view(shape)
+
+
+def _fill(memory: Tensor, entry: TensorEntry) -> Tensor:
+    with entry.file.open("rb", buffering=0) as file:
+        read_into(file, entry.start, memory)
+    return memory.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
 
 def write_tensors(
@@ -95,39 +106,18 @@ def write_tensors(
 ) -> None:
     """One safetensors file of ``shapes``' tensors, which ``tensors`` gives in that order.
 
-    Each is read back and compared before the next is asked for; RuntimeError where the file holds
-    another. ``on_bytes`` is told of each one's size.
+    Each may change once the one after the next is asked for: one is written meanwhile. All are read
+    back and compared; RuntimeError where the file holds another. ``on_bytes`` is told of each
+    one's size.
     """
     header = _header(shapes)
-    with file.open("w+b", buffering=0) as opened:
+    with CheckedFile(file) as opened, Behind() as behind:
         opened.write(header)
         for (name, (shape, dtype)), (given, tensor) in zip(shapes.items(), tensors, strict=True):
             assert (given, tuple(tensor.shape), tensor.dtype) == (name, shape, dtype), given
             data = tensor.contiguous().view(-1).view(torch.uint8)
-            offset = opened.tell()
-            write_all(opened, data)
-            back = torch.empty_like(data)
-            opened.seek(offset)
-            if opened.readinto(back.numpy()) != data.numel() or not same_bytes(data, back):
-                raise RuntimeError(f"{file}: {name} reads back otherwise than it was written")
+            behind.submit(opened.write, memoryview(data.numpy()))
             on_bytes(data.numel())
-
-
-def write_all(opened: RawIOBase, data: Tensor) -> None:
-    """All of a uint8 tensor: the kernel may take a part of a large write."""
-    left = memoryview(data.numpy())
-    while left:
-        left = left[opened.write(left) or 0 :]
-
-
-def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, NaN or not; eight bytes at a time, since byte by byte torch is slow."""
-    left, right = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a, b))
-    if left.numel() != right.numel():
-        return False
-    whole = left.numel() // 8 * 8
-    same = torch.equal(left[whole:], right[whole:])
-    return same and torch.equal(left[:whole].view(torch.int64), right[:whole].view(torch.int64))
 
 
 def _header(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:

@@ -1,6 +1,7 @@
 """What the conversion scripts share: arguments, errors in one line, output that is not lost."""
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,14 +15,17 @@ BAD_INPUT = 2
 
 def run_tool(name: str, work: Callable[[], int]) -> int:
     """The exit code of ``work``; a ValueError is the user's and is said in one line, as is what a
-    disk refuses."""
+    disk refuses. Of torchrun's ranks, which fail alike, the first one speaks."""
+    said = sys.stderr if os.environ.get("RANK", "0") == "0" else None
     try:
         return work()
     except ValueError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        if said:
+            print(f"{name}: error: {error}", file=said)
         return BAD_INPUT
     except OSError as error:
-        print(f"{name}: error: {error}; nothing of the output was replaced", file=sys.stderr)
+        if said:
+            print(f"{name}: error: {error}; nothing of the output was replaced", file=said)
         return FAILED
 
 
@@ -35,7 +39,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """What every script has that writes a folder."""
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--ranks", type=int, default=1, help="processes that share the files (default: 1)"
+        "--ranks",
+        type=int,
+        default=1,
+        help="processes on this machine that share the files (default: 1); on several machines "
+        "start this script by torchrun instead, with OUTPUT on a disk that all of them see",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT once whole")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
@@ -66,6 +74,11 @@ def gib(size: float) -> str:
     return f"{size / 2**30:,.3f} GiB"
 
 
-def check_ranks(ranks: int) -> None:
+def check_ranks(ranks: int, torchrun_ranks: int = 1) -> None:
     if ranks < 1:
         raise ValueError(f"--ranks {ranks} must be 1 or more")
+    if ranks > 1 and torchrun_ranks > 1:
+        raise ValueError(
+            f"--ranks {ranks} under torchrun with {torchrun_ranks} processes; leave --ranks out, "
+            "or torchrun"
+        )

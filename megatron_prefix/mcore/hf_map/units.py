@@ -161,6 +161,19 @@ def pack_qkv(shape: DecoderShape) -> tuple[Pack, Unpack]:
     return pack, unpack
 
 
+def join_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """One above the other: where they lie so in memory already, a view of it."""
+    first, end = tensors[0], tensors[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        here = tensor.untyped_storage().data_ptr() == storage and tensor.data_ptr() == end
+        if not here or tensor.dtype != first.dtype or not tensor.is_contiguous():
+            return torch.cat(list(tensors))
+        end += tensor.nbytes
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
 def embedding_units(shape: DecoderShape) -> list[Unit]:
     """The embedding, the last norm and, unless tied, the LM head."""
     table = (shape.vocab_size, shape.hidden_size)
@@ -298,7 +311,7 @@ def _gated(
             expert,
             shard_axis=0,
             blocks=2,
-            pack=lambda tensors: torch.cat(list(tensors)),
+            pack=join_rows,
             unpack=lambda tensor: tuple(tensor.chunk(2)),
         ),
         Unit(

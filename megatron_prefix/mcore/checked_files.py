@@ -1,0 +1,173 @@
+"""Files whose every byte is read back and compared, and memory that is used again.
+
+Fresh memory costs the kernel more than a copy does, so tensors are read into the same memory unit
+after unit. A piece is compared right after it is written, while the processor's cache has it.
+"""
+
+import hashlib
+import os
+from collections.abc import Buffer, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import RawIOBase
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PIECE = 2**20  # bytes
+_ALIGNED = 64
+
+
+class Scratch:
+    """Memory for one unit's tensors, and then for the next one's in their place."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def clear(self) -> None:
+        self._used = 0
+
+    def take(self, size: int) -> Tensor:
+        """uint8 [size], of any content; lasts until ``clear`` and is its user's alone till then."""
+        end = self._used + size
+        if end > len(self._memory):  # what was taken before keeps the old memory alive
+            self._memory, self._used, end = torch.empty(end, dtype=torch.uint8), 0, size
+        taken = self._memory[self._used : end]
+        self._used = -(-end // _ALIGNED) * _ALIGNED
+        return taken
+
+
+class CheckedFile:
+    """A new file that grows; RuntimeError where it holds another byte than it was given.
+
+    ``write`` and ``flush`` are what torch.save asks of a file. Short writes wait for the next
+    long one, or for ``flush``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("w+b", buffering=0)
+        self._back = np.empty(PIECE, dtype=np.uint8)
+        self._short = bytearray()
+        self._on_disk = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes, with what still waits."""
+        return self._on_disk + len(self._short)
+
+    def write(self, data: Buffer) -> int:
+        view = memoryview(data).cast("B")
+        if len(view) + len(self._short) < PIECE:
+            self._short += view
+        else:
+            self.flush()
+            self._append(view)
+        return len(view)
+
+    def flush(self) -> None:
+        short, self._short = self._short, bytearray()
+        self._append(memoryview(short))
+
+    def _append(self, view: memoryview) -> None:
+        for start in range(0, len(view), PIECE):
+            piece = view[start : start + PIECE]
+            left = piece
+            while left:  # the kernel may take a part
+                left = left[self._file.write(left) or 0 :]
+            back = self._back[: len(piece)]
+            got = os.preadv(self._file.fileno(), [back], self._on_disk)
+            if got != len(piece) or not _same(np.frombuffer(piece, dtype=np.uint8), back):
+                raise RuntimeError(f"{self._path} reads back otherwise than it was written")
+            self._on_disk += len(piece)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                self.flush()
+
+    def close(self) -> None:
+        with self._file:
+            self.flush()
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Eight bytes at a time, since byte by byte it is slow."""
+    whole = len(a) // 8 * 8
+    same = np.array_equal(a[:whole].view(np.int64), b[:whole].view(np.int64))
+    return same and np.array_equal(a[whole:], b[whole:])
+
+
+class FileSum:
+    """SHA-256 of a file that grows, computed in a thread out of the file itself."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._sum = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def up_to(self, size: int) -> None:
+        """So many bytes of the file are final."""
+        self._last = self._thread.submit(self._read, size)
+
+    def _read(self, size: int) -> None:
+        piece = memoryview(bytearray(PIECE))
+        while (left := size - self._file.tell()) > 0:
+            got = self._file.readinto(piece[: min(left, PIECE)])
+            assert got, (self._file.name, size)
+            self._sum.update(piece[:got])
+
+    def close(self) -> str:
+        """The sum, once all is read."""
+        if self._last is not None:
+            self._last.result()
+        self._thread.shutdown()
+        self._file.close()
+        return self._sum.hexdigest()
+
+
+class Behind:
+    """Makes calls in a thread, one behind its caller: where one is handed over, all before it are
+    done. What a call raises, the next ``submit`` or the end raises."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[Any] | None = None
+
+    def submit(self, call: Callable[..., object], *arguments: object) -> None:
+        self._wait()
+        self._last = self._thread.submit(call, *arguments)
+
+    def _wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._wait()
+
+
+def read_into(file: RawIOBase, start: int, memory: Tensor) -> None:
+    """All of a uint8 tensor from byte ``start`` on: the kernel may give a part of a large read."""
+    left = memoryview(memory.numpy())
+    file.seek(start)
+    while left:
+        got = file.readinto(left)
+        assert got, (file, start, len(left))
+        left = left[got:]

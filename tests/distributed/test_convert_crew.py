@@ -1,0 +1,132 @@
+"""Conversions that torchrun's processes share, and the files that every conversion writes."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from megatron_prefix.mcore.checked_files import Behind, CheckedFile, FileSum, Scratch
+from megatron_prefix.mcore.contents import check_manifest, read_step
+from megatron_prefix.mcore.convert import STEP_FOLDER, Conversion, hf_to_megatron, megatron_to_hf
+from megatron_prefix.mcore.crew import Crew
+from megatron_prefix.mcore.hf_map import read_hf_model
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_convert import check_equal, tensors, to_megatron
+from tests.tiny_models import write_tiny_qwen3
+
+NAN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny_qwen3(tmp_path / "model", vocab_size=265)
+
+
+def there_and_back(folder: Path) -> tuple[int, list[int], list[str]]:
+    """Files of the checkpoint, this rank's progress, and what it is told of a model with a NaN."""
+    crew, sizes, told = Crew(dist.get_rank(), dist.get_world_size()), [], []
+    job = Conversion(
+        read_hf_model(str(folder / "model")),
+        folder / "megatron",
+        "fp32",
+        shard_bytes=40_000,
+        crew=crew,
+    )
+    hf_to_megatron(job, sizes.append)
+    step = folder / "megatron" / STEP_FOLDER
+    megatron_to_hf(replace(job, output=folder / "back"), read_step(step), sizes.append)
+    bad = replace(job, hf=read_hf_model(str(folder / "bad")), output=folder / "never")
+    try:
+        hf_to_megatron(bad, sizes.append)
+    except ValueError as error:
+        told.append(str(error))
+    return len(job.files()), sizes, told
+
+
+def test_ranks_share_the_files_and_the_errors(model: Path, tmp_path: Path) -> None:
+    held = load_file(model / "model.safetensors")
+    held[NAN][0, 0] = float("nan")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_bytes((model / "config.json").read_bytes())
+    save_file(held, tmp_path / "bad" / "model.safetensors", metadata={"format": "pt"})
+    answers = run_ranks(2, there_and_back, tmp_path)
+    step = tmp_path / "megatron" / STEP_FOLDER
+    assert len(list(step.glob("*.distcp"))) == answers[0][0] > 2
+    assert check_manifest(step) == len(list(step.iterdir())) - 1
+    check_equal(tensors(model), tensors(tmp_path / "back"))
+    assert all(sizes for _, sizes, _ in answers)
+    assert all(told == [f"values that are not finite in 1 tensors: {NAN}"] for *_, told in answers)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "bad", "megatron", "model"]
+
+
+def test_a_tool_runs_under_torchrun(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="convert",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",  # what torchrun starts afresh is here by then
+        monitor_interval=0.1,
+    )
+    torchrun = elastic_launch(config, to_megatron)
+    assert torchrun(model, tmp_path / "out") == {0: 0, 1: 0}
+    assert capfd.readouterr().out.count("wrote ") == 1
+    assert check_manifest(tmp_path / "out" / STEP_FOLDER) == 4
+    assert torchrun(model, tmp_path / "out") == {0: 2, 1: 2}
+    assert capfd.readouterr().err.count("out is there already") == 1
+    assert torchrun(model, tmp_path / "other", "--ranks", 2) == {0: 2, 1: 2}
+    assert capfd.readouterr().err.count("--ranks 2 under torchrun with 2 processes") == 1
+
+
+def test_a_file_that_does_not_keep_its_bytes_is_noticed() -> None:
+    with pytest.raises(RuntimeError, match="/dev/null reads back otherwise"):
+        with CheckedFile(Path("/dev/null")) as file:
+            file.write(b"gone")
+
+
+def test_a_files_bytes_and_sum_are_those_written(tmp_path: Path) -> None:
+    data = torch.randint(256, (5 * 2**20 + 13,), dtype=torch.uint8).numpy().tobytes()
+    path = tmp_path / "file"
+    with CheckedFile(path) as file:
+        told = FileSum(path)
+        for start, stop in ((0, 3), (3, 2**20 + 7), (2**20 + 7, 2**20 + 9), (2**20 + 9, None)):
+            file.write(data[start:stop])
+            file.flush()
+            told.up_to(file.size)
+    assert path.read_bytes() == data
+    assert told.close() == hashlib.sha256(data).hexdigest()
+
+
+def test_scratch_is_one_owners_until_it_is_cleared() -> None:
+    scratch = Scratch()
+    first = scratch.take(100).fill_(1)
+    second = scratch.take(1000).fill_(2)
+    third = scratch.take(10).fill_(3)
+    assert [int(part.sum()) for part in (first, second, third)] == [100, 2000, 30]
+    scratch.clear()
+    again = scratch.take(1000)
+    scratch.clear()
+    assert scratch.take(1000).data_ptr() == again.data_ptr()
+
+
+def test_an_error_behind_is_raised_by_the_next_call() -> None:
+    def fail() -> None:
+        raise OSError("full")
+
+    done: list[int] = []
+    with pytest.raises(OSError, match="full"), Behind() as behind:
+        behind.submit(done.append, 1)
+        behind.submit(fail)
+        behind.submit(done.append, 2)
+    assert done == [1]
+    with pytest.raises(OSError, match="full"), Behind() as behind:
+        behind.submit(fail)
