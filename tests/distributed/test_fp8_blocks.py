@@ -13,7 +13,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.test_convert import check_refused, tensors, to_hf, to_megatron
 from tests.distributed.test_hf_parity import prefix_logits, transformers_logits
 from tests.distributed.world import model_config
-from tests.tiny_models import write_tiny_deepseek_v3
+from tests.tiny_models import write_tiny_deepseek_v3, write_tiny_llama
 
 SCALE = "_scale_inv"
 
@@ -112,6 +112,32 @@ def test_fp8_is_dequantised_when_it_is_read(in_fp8: tuple[Path, Path], tmp_path:
     (logits,) = run_ranks(1, prefix_logits, model_config(folder), 1)
     expected = transformers_logits(plain)
     assert (torch.cat(logits)[:, :61] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_transformers_reads_the_export_as_we_do(tmp_path: Path) -> None:
+    """By its own reader of such folders, piece by piece: the whole needs ``accelerate``."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+    from transformers.utils.quantization_config import FineGrainedFP8Config
+
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+    folder = write_tiny_llama(tmp_path / "model", **sizes)
+    assert to_megatron(folder, tmp_path / "megatron") == 0
+    assert to_hf(tmp_path / "megatron", tmp_path / "fp8", "--dtype", "fp8") == 0
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]
+    read = FineGrainedFP8Config.from_dict(config)
+    assert (read.weight_block_size, read.activation_scheme) == ([128, 128], "dynamic")
+    assert read.modules_to_not_convert == ["lm_head"]
+    before, after = tensors(folder), tensors(tmp_path / "fp8")
+    scaled = [name for name in after if name + SCALE in after]
+    assert len(scaled) == 2 * 7
+    for name in scaled:
+        parts = {"weight$": after[name], "weight_scale_inv": after[name + SCALE]}
+        theirs = Fp8Dequantize(None).convert(parts)["weight"]
+        assert torch.equal(theirs, dequantize_blocks(after[name], after[name + SCALE]))
+        # Between neighbours of e4m3: three bits behind the leading one, 2^-9 below 2^-6.
+        block = after[name + SCALE].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        ulp = torch.maximum(before[name].abs() * 2**-3, block * 2**-9)
+        assert ((theirs - before[name]).abs() <= ulp).all(), name
 
 
 def test_a_student_in_fp8_is_refused(in_fp8: tuple[Path, Path]) -> None:
