@@ -5,7 +5,7 @@ Every rank takes part in gathering the buckets; rank 0 alone talks to the server
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,9 +16,15 @@ from megatron_prefix.config import RolloutConfig
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.model import DTYPES, MegatronModel
 from megatron_prefix.mcore.weights import hf_buckets
-from megatron_prefix.rollout.checksum import ServedLayout, WeightHasher, WeightsDiffer, verify
+from megatron_prefix.rollout.checksum import (
+    COMPARED,
+    ServedLayout,
+    WeightHasher,
+    WeightsDiffer,
+    verify,
+)
 from megatron_prefix.rollout.client import Endpoint, SglangClient
-from megatron_prefix.rollout.fleet import UNKNOWN, Fleet
+from megatron_prefix.rollout.fleet import UNKNOWN, Fleet, Member
 from megatron_prefix.rollout.protocol import RequestRefused, SglangError
 from megatron_prefix.rollout.weights import WeightGroup, publish_from_disk
 
@@ -106,10 +112,8 @@ class ServerPublisher:
 
     def _to_all(self, fleet: Fleet, version: int, buckets: Iterator[Bucket]) -> None:
         members = fleet.members
-        every = self._rollout.verify_weights_every
-        check = self._published == 0 or (every > 0 and self._published % every == 0)
-        check = check or any(member.version == UNKNOWN for member in members)
-        hasher = WeightHasher(self._served(members[0].client)) if check else None
+        due = self._proof_due(members)
+        hasher = WeightHasher(self._served(members[0].client)) if due else None
         passing = hasher.passing(buckets) if hasher is not None else buckets
         clients = [member.client for member in members]
         if self._rollout.weight_sync == "disk":
@@ -124,6 +128,20 @@ class ServerPublisher:
             logger.info("servers hold the trainer's weights v%d: checksums agree", version)
         self._published += 1
         fleet.took(members, version)
+
+    def _proof_due(self, members: Sequence[Member]) -> bool:
+        """Whether checksums are compared after this publication."""
+        every = self._rollout.verify_weights_every
+        family = self._model.hf.config["architectures"][0]
+        if family not in COMPARED:
+            if self._published == 0:
+                logger.warning(
+                    "that servers hold the trainer's weights is not proved: SGLang rearranges a %s",
+                    family,
+                )
+            return False
+        due = self._published == 0 or (every > 0 and self._published % every == 0)
+        return due or any(member.version == UNKNOWN for member in members)
 
     def _join(self, fleet: Fleet) -> WeightGroup:
         """The group of the servers that are there now."""

@@ -143,7 +143,6 @@ def build_model(
 ) -> MegatronModel:
     """This rank's stage, with weights not loaded yet. ``with_head`` False: the trunk alone (a
     teacher, whose LM head lives in the student's shards)."""
-    _refuse_ragged_gather(groups, owner)
     config = transformer_config(model, hf, groups, owner=owner)
     shape = hf.shape
     module = GPTModel(
@@ -185,16 +184,6 @@ def freeze_expert_biases(module: torch.nn.Module) -> None:
     for part in module.modules():
         if getattr(part, "expert_bias", None) is not None:
             part.frozen_expert_bias = True  # type: ignore[assignment]
-
-
-def _refuse_ragged_gather(groups: ModelGroups, owner: str) -> None:
-    layout = groups.layout
-    if layout.ep > 1 and layout.expert_tp > 1 and not torch.cuda.is_available():
-        raise ValueError(
-            f"{owner}.expert_tensor_parallel_size={layout.expert_tp} with {owner}."
-            f"expert_model_parallel_size={layout.ep} gathers unlike numbers of tokens, which gloo "
-            f"cannot; set {owner}.expert_tensor_parallel_size=1 on a machine without a GPU"
-        )
 
 
 def _block_spec(config: TransformerConfig, pp_rank: int) -> Any:

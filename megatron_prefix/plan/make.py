@@ -27,6 +27,7 @@ class ModelPlan:
     data_parallel_size: int
     pipeline_model_parallel_size: int
     expert_model_parallel_size: int
+    expert_tensor_parallel_size: int  # 0: it has no experts
     layers_by_stage: tuple[int, ...]
     groups: dict[str, tuple[tuple[int, ...], ...]]  # tp, dp, pp: the global ranks of each group
     fp8_bytes_saved: int = 0  # activations kept for the backward, a packed token and rank
@@ -93,6 +94,7 @@ def _plan_model(model: ValidModel) -> ModelPlan:
         data_parallel_size=layout.dp,
         pipeline_model_parallel_size=layout.pp,
         expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp if shape.num_experts else 0,
         layers_by_stage=model.layers,
         groups=rank_groups(layout),
     )

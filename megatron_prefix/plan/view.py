@@ -61,12 +61,20 @@ def _models(plan: Plan) -> Table:
         "data-parallel groups": [_groups(model, "dp") for model in both],
         "pipeline groups": [_groups(model, "pp") for model in both],
     }
+    if any(model.expert_tensor_parallel_size for model in both):
+        rows["expert x expert-tensor"] = [_experts(model) for model in both]
     if plan.student.fp8_bytes_saved:
         saved = f"{plan.student.fp8_bytes_saved:,} bytes a token and rank"
         rows["activations saved by FP8"] = [saved, *["keeps none"] * (len(both) - 1)]
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
+
+
+def _experts(model: ModelPlan) -> str:
+    if not model.expert_tensor_parallel_size:
+        return "none"
+    return f"{model.expert_model_parallel_size} x {model.expert_tensor_parallel_size}"
 
 
 def _groups(model: ModelPlan, kind: str) -> str:

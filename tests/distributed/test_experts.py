@@ -5,11 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prefix.config import ModelConfig
-from megatron_prefix.layout import model_layout
-from megatron_prefix.mcore.groups import build_groups, initialize_megatron
 from megatron_prefix.mcore.hf_map import read_hf_model
-from megatron_prefix.mcore.model import build_model
 from megatron_prefix.validate import check_model
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import ADAM, steps_from
@@ -131,18 +127,6 @@ def test_checkpoints_load_into_any_layout(
     assert len(rest[0]) == 2
     for mine, theirs in zip(rest[0], whole[0][3:], strict=True):
         assert mine == pytest.approx(theirs, rel=0 if name == "same layout" else 5e-6)
-
-
-def build(config: ModelConfig, world_size: int) -> None:
-    initialize_megatron(1)
-    groups = build_groups(model_layout(config, world_size))
-    build_model(config, read_hf_model(config.hf_path), groups, owner="teacher", with_head=False)
-
-
-def test_experts_cut_and_spread_at_once_want_a_gpu(models: dict[str, Path]) -> None:
-    config = model_config(models["mixtral"], **TP2, **EP2)
-    with pytest.raises(RuntimeError, match="ValueError: teacher.expert_tensor_parallel_size=2 .*1"):
-        run_ranks(4, build, config, 4)
 
 
 def test_experts_with_biases_are_not_cut(models: dict[str, Path]) -> None:

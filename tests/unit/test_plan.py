@@ -204,6 +204,10 @@ def test_json_is_exact_and_tables_name_every_rank(recipe: Recipe) -> None:
     shown = text.getvalue()
     assert "[0,1]" in shown and "265, 272" in shown
     assert f"{plan.cost.run.ratio:.3f}" in shown
+    assert "expert" not in shown
+    spread = replace(plan.teacher, expert_model_parallel_size=4, expert_tensor_parallel_size=2)
+    print_plan(replace(plan, teacher=spread), Console(file=text, width=100))
+    assert "expert x expert-tensor" in text.getvalue() and "4 x 2" in text.getvalue()
 
 
 def test_ranks_of_the_same_stages_share_a_column(recipe: Recipe) -> None:
