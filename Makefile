@@ -5,11 +5,12 @@ BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 # Without bytecode every rank and server would compile all of torch anew at its start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env quickstart test lint format bench gpu-test
+.PHONY: help env quickstart test test-servers test-ranks lint format bench gpu-test
 
 help:
 	@echo "make quickstart   run the main job on this machine, without a GPU; results in runs/quickstart"
 	@echo "make test         run the tests; those that need a GPU are skipped where there is none"
+	@echo "make test-servers, make test-ranks   a half of them each: servers and Slurm; units, ranks, GPU"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite the files, and renew the tables of docs/configuration.md"
 	@echo "make bench        every benchmark in its quick form"
@@ -22,8 +23,16 @@ env:
 quickstart: env
 	$(PYTHON) tools/quickstart.py
 
+# Half of the time the tests wait: for servers, for Slurm, for a hang to be noticed. So two halves
+# run side by side, each one's output shown when it has ended.
 test: env
-	$(PYTHON) -m pytest
+	@$(MAKE) --no-print-directory -j2 -k -O test-servers test-ranks
+
+test-servers: env
+	$(PYTHON) -m pytest tests/server tests/slurm
+
+test-ranks: env
+	$(PYTHON) -m pytest tests/unit tests/distributed tests/gpu
 
 lint: env
 	$(PYTHON) -m ruff check
