@@ -215,6 +215,7 @@ def _conductor(
                 recipe.prefix.max_length,
                 more_teachers,
                 teacher_heads=_heads_applied(recipe),
+                more_forwards=int(recipe.loss.weights.rule == "entropy"),
             ),
             open_log=lambda step: RunLog(
                 folder, recipe.log, recipe.train.steps, console=get_console(), resume_step=step
@@ -234,7 +235,8 @@ def _conductor(
 def _heads_applied(recipe: Recipe) -> int:
     """How often a step applies its teacher's LM head: once more for weights, unless a server has
     named the likeliest tokens already."""
-    weighs = recipe.loss.weights.rule != "uniform" and recipe.teacher.placement != "server"
+    looks = recipe.loss.weights.rule not in ("uniform", "entropy")
+    weighs = looks and recipe.teacher.placement != "server"
     return 2 if weighs else 1
 
 

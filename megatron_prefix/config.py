@@ -122,20 +122,26 @@ class TokenWeightConfig:
     which it does not shorten."""
 
     # uniform | discrepancy (less, the further the rollout has drifted from the teacher) |
-    # change_point (nothing, once the teacher's margin has dropped)
+    # change_point (nothing, once the teacher's margin has dropped) | entropy (nothing but where the
+    # student is least sure)
     rule: str = "uniform"
     scale: float = 8.0  # discrepancy: nats of ln p_student - ln p_teacher that divide by e
     floor: float = 0.05  # discrepancy: least weight, beside 1 for a rollout's first token
     min_tokens: int = 16  # change_point: tokens on each side of it
     strength: float = 1.0  # change_point: multiple of the Bayesian information criterion's bar
+    share: float = 0.5  # entropy: of the step's tokens, those of the highest student entropy
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Token-level divergence over the full vocabulary, on prefix positions."""
 
-    divergence: str = "reverse_kl"  # reverse_kl KL(student||teacher) | forward_kl | jsd
+    # reverse_kl KL(student||teacher) | forward_kl | jsd | relaxed_kl (reverse_kl, clipped where the
+    # teacher finds a token far less likely than the student)
+    divergence: str = "reverse_kl"
     beta: float = 0.5  # jsd: the teacher's share of the mixture
+    # relaxed_kl: lambda; ln p_teacher - ln p_student counts as ln(lambda / (1 - lambda)) at least.
+    mixture: float = 0.2
     temperature: float = 1.0
     chunk_size: int = 0  # positions a chunk; 0: chosen by the loss
     weights: TokenWeightConfig = field(default_factory=TokenWeightConfig)

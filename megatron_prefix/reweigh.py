@@ -1,4 +1,5 @@
-"""Token weights out of the teacher's view of a step, in place of the uniform ones."""
+"""Token weights out of the teacher's view of a step, or the student's own, in place of the uniform
+ones."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prefix.config import TokenWeightConfig
+from megatron_prefix.entropy_choice import choose
 from megatron_prefix.loss.teacher_view import TeacherView, teacher_view
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.student import Objective
@@ -32,6 +34,9 @@ def reweigh(
     """The microbatches with weights by ``config.rule``. The one denominator is the weights' sum
     over all ranks, so their loss is a mean as before. Collective over the world.
     """
+    if config.rule == "entropy":
+        chosen = choose(model, batches, objective, config.share)
+        return Weighted(chosen.batches, targets, chosen.share)
     pairs = zip(batches, targets, strict=True) if targets else ()
     raw = [_raw(model, batch, target, objective, config) for batch, target in pairs]
     sums = torch.zeros(3, dtype=torch.float64, device=batches[0].input_ids.device)

@@ -252,7 +252,7 @@ def _compare(
         return prefix_cross_entropy(hidden, head, batch.labels, batch.token_weight, **settings)
     settings |= {
         "divergence": loss.divergence,
-        "beta": loss.beta,
+        "beta": loss.mixture if loss.divergence == "relaxed_kl" else loss.beta,
         "temperature": loss.temperature,
         "labels": batch.labels,
     }

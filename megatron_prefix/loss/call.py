@@ -103,6 +103,7 @@ class Call:
         else:
             checks.check_head("student", student.hidden, student.weight)
         if isinstance(teacher, TopK):
+            checks.check_top_k_divergence(self.divergence)
             targets = teacher.ids, teacher.logprobs
             checks.check_top_k(student.hidden, *targets, layout.vocab_size)
         checks.check_tokens(student.hidden, student.token_weight, student.labels)

@@ -6,7 +6,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss.divergence import Divergence
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "relaxed_kl")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -18,6 +18,11 @@ def check_settings(divergence: Divergence, chunk_size: int | None) -> None:
         raise ValueError(
             f"beta={divergence.beta} must lie between 0 and 1; use forward_kl or reverse_kl for "
             "the ends"
+        )
+    if divergence.name == "relaxed_kl" and not 0 < divergence.beta <= 0.5:
+        raise ValueError(
+            f"beta={divergence.beta}, relaxed_kl's share of the mixture, must lie above 0 and be "
+            "at most 0.5; near 0 it is reverse_kl"
         )
     if not 0 < divergence.temperature < float("inf"):
         raise ValueError(f"temperature={divergence.temperature} must be positive and finite")
@@ -51,6 +56,15 @@ def _check_devices(*tensors: Tensor) -> None:
     devices = [str(tensor.device) for tensor in tensors]
     if len(set(devices)) > 1:
         raise ValueError(f"the loss's tensors must share one device, not {', '.join(devices)}")
+
+
+def check_top_k_divergence(divergence: Divergence) -> None:
+    """Raises ValueError for one that needs both distributions whole."""
+    if divergence.name == "relaxed_kl":
+        raise ValueError(
+            "divergence='relaxed_kl' needs a teacher that gives hidden states; with top-k tokens "
+            "use reverse_kl"
+        )
 
 
 def check_top_k(hidden: Tensor, ids: Tensor, logprobs: Tensor, vocab_size: int) -> None:

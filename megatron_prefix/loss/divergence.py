@@ -26,7 +26,8 @@ EMPTY_MAX = -1e30
 
 @dataclass(frozen=True)
 class Divergence:
-    """``name``: reverse_kl KL(student||teacher), forward_kl KL(teacher||student) or jsd, the
+    """``name``: reverse_kl KL(student||teacher), forward_kl KL(teacher||student), relaxed_kl (see
+    ``relaxed.py``; ``beta`` is its lambda) or jsd, the
     Jensen-Shannon divergence beta KL(teacher||M) + (1-beta) KL(student||M) to the mixture
     M = beta teacher + (1-beta) student. No factor temperature**2 is applied."""
 

@@ -21,6 +21,7 @@ from megatron_prefix.loss.buffers import Workspace
 from megatron_prefix.loss.divergence import Divergence
 from megatron_prefix.loss.kernels import Kernels, Logits
 from megatron_prefix.loss.labels import label_columns, label_logprobs, one_hot_logits
+from megatron_prefix.loss.relaxed import RelaxedRows
 from megatron_prefix.loss.rows import FullRows, Rows
 from megatron_prefix.loss.top_k import TopKRows
 
@@ -174,6 +175,8 @@ class Work:
             weight, hidden = teacher.weight[: task.real_rows], teacher.hidden[positions]
             fill_teacher = functools.partial(gemm.logits_into, made, hidden, weight)
         logits = Logits(student, made, task.divergence, self.student_weight.dtype)
+        if task.divergence.name == "relaxed_kl":
+            return RelaxedRows(logits, fill_teacher, task.rank)
         return FullRows(self.kernels, logits, fill_teacher, task.rank)
 
     def label_columns(self, positions: slice, logits: Tensor) -> Tensor:

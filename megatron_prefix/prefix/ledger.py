@@ -48,13 +48,14 @@ class Ledger:
         more_teachers: Mapping[str, ModelShape] | None = None,
         *,
         teacher_heads: int = 1,
+        more_forwards: int = 0,
     ) -> None:
         """``more_teachers``: by the domain of the rollouts that they score. ``teacher_heads``: how
         often a step applies a teacher's LM head to its positions; the counterfactual does so
-        once."""
+        once. ``more_forwards``: of the student, before the step's own passes."""
         self._student, self._max_length = student, max_length
         self._teachers = {"": teacher, **(more_teachers or {})}
-        self._more_heads = teacher_heads - 1
+        self._more_heads, self._student_passes = teacher_heads - 1, 1 + more_forwards / BACKWARD
         self._total = StepCost()
 
     @property
@@ -79,7 +80,7 @@ class Ledger:
             spent = Flops(
                 rollout=0.0 if rollout.written else cost.rollout,
                 teacher=0.0 if supervised else cost.teacher + self._more_heads * heads,
-                student=cost.student,
+                student=cost.student if supervised else cost.student * self._student_passes,
             )
             prompt = len(rollout.prompt_ids)
             total += StepCost(spent, self._flops(rollout, full, 0), prompt, prefix, full)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prefix.loss import prefix_divergence, vocab_parallel_kl
+from megatron_prefix.loss.entropy import vocab_parallel_entropy
 from tests.distributed.ranks import run_ranks
 from tests.unit.loss.reference import Case, Dense, dense, make_case, relative_error
 
@@ -71,7 +72,7 @@ def _reference(case: Case, settings: Settings) -> Dense:
     return dense(case, settings.divergence, settings.vocab_size, 0.3, settings.temperature)
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "relaxed_kl"])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_one_two_and_four_ranks_agree_with_each_other_and_with_fp64(
     divergence: str, temperature: float
@@ -94,7 +95,7 @@ def test_one_two_and_four_ranks_agree_with_each_other_and_with_fp64(
             assert relative_error(rank.label_logprobs, alone.label_logprobs.double()) < 1e-6
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "relaxed_kl"])
 @pytest.mark.parametrize("vocab_size", [51, 60, 153])
 def test_ranks_whose_shard_is_all_padding_join_in(divergence: str, vocab_size: int) -> None:
     case, settings = make_case(rows=ROWS), Settings(divergence, vocab_size)
@@ -109,6 +110,23 @@ def test_ranks_whose_shard_is_all_padding_join_in(divergence: str, vocab_size: i
         assert relative_error(rank.kl, expected.kl) < 1e-6
         assert relative_error(rank.hidden_gradient, expected.hidden_gradient) < 2e-6
         assert relative_error(rank.label_logprobs, student.gather(1, labels)[:, 0]) < 1e-6
+
+
+def _entropy(case: Case, vocab_size: int) -> Tensor:
+    weight = _shard(case.student_weight)
+    settings = {"vocab_size": vocab_size, "tp_group": dist.group.WORLD, "chunk_size": 10}
+    return vocab_parallel_entropy(case.student_hidden, weight, **settings)
+
+
+@pytest.mark.parametrize("vocab_size", [60, REAL])
+def test_entropies_are_the_same_over_ranks_and_in_fp64(vocab_size: int) -> None:
+    case = make_case(rows=ROWS)
+    logits = case.student_hidden.double() @ case.student_weight[:vocab_size].double().T
+    log_p = logits.log_softmax(-1)
+    expected = -(log_p.exp() * log_p).sum(-1)
+    for world_size in (1, 4):
+        for entropy in run_ranks(world_size, _entropy, case, vocab_size):
+            assert relative_error(entropy, expected) < 1e-6
 
 
 def test_sequence_parallel_leaves_each_rank_its_part() -> None:

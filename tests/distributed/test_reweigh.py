@@ -1,5 +1,6 @@
 """Weighted tokens on the ranks: gradients against transformers, and the same in every layout."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ RULES = {
     "discrepancy": TokenWeightConfig("discrepancy", scale=3.0, floor=0.1),
     "change_point": TokenWeightConfig("change_point", min_tokens=3, strength=0.05),
 }
+LAYOUT_RULES = RULES | {"entropy": TokenWeightConfig("entropy", share=0.3)}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,32 @@ def test_gradients_are_those_of_the_weighted_mean(folders: tuple[Path, Path], ru
     assert (gradient.double() - reference).norm() <= 1e-5 * reference.norm()
 
 
-@pytest.mark.parametrize("rule", RULES)
+def test_the_least_sure_tokens_alone_are_learnt_from(folders: tuple[Path, Path]) -> None:
+    case, config = Case(*map(model_config, folders)), LAYOUT_RULES["entropy"]
+    ((loss, _, share, total, gradient),) = run_ranks(1, weighted_step, case, 1, config)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, teacher = (load(folder, dtype=torch.float64) for folder in folders)
+    kl, entropy = [], []
+    for rollout in sampled():
+        ids = torch.tensor([(*rollout.prompt_ids, *rollout.prefix_ids)[:-1]])
+        first = len(rollout.prompt_ids) - 1
+        log_p = model(ids).logits[0, first:].log_softmax(-1)
+        with torch.no_grad():
+            log_q = teacher(ids).logits[0, first:].log_softmax(-1)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        entropy.append(-(log_p.exp() * log_p).sum(-1).detach())
+    count = math.ceil(config.share * len(torch.cat(kl)))
+    expected = torch.cat(kl)[torch.cat(entropy).topk(count).indices].mean()
+    expected.backward()
+    assert total == pytest.approx(1.0, abs=1e-6)
+    assert share == pytest.approx(count / len(torch.cat(kl)))
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    reference = model.model.norm.weight.grad
+    assert gradient is not None
+    assert (gradient.double() - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize("rule", LAYOUT_RULES)
 @pytest.mark.parametrize(
     ("student", "teacher"),
     [((1, 1), (1, 1)), ((2, 1), (1, 2)), ((1, 2), (2, 1))],
@@ -122,7 +149,7 @@ def test_gradients_are_those_of_the_weighted_mean(folders: tuple[Path, Path], ru
 def test_weights_are_the_same_in_every_layout(
     folders: tuple[Path, Path], student: tuple[int, int], teacher: tuple[int, int], rule: str
 ) -> None:
-    config, one_case = RULES[rule], Case(*map(model_config, folders))
+    config, one_case = LAYOUT_RULES[rule], Case(*map(model_config, folders))
     case = Case(model_config(folders[0], *student), model_config(folders[1], *teacher))
     ((loss, norm, share, _, _),) = run_ranks(1, weighted_step, one_case, 1, config)
     for seen in run_ranks(2, weighted_step, case, 2, config):

@@ -221,6 +221,15 @@ def test_written_prefixes_cost_no_sampling_and_supervised_steps_no_teacher() -> 
     assert mixed.rollout == whole.rollout and mixed.teacher == 2 * whole.teacher
 
 
+def test_a_forward_pass_before_the_step_is_a_third_of_the_students_part() -> None:
+    rollouts = [rollout(14, 9, "length")]
+    plain, twice = (Ledger(STUDENT, TEACHER, 75, more_forwards=n) for n in (0, 1))
+    before, after = plain.measure(rollouts), twice.measure(rollouts)
+    assert after.flops.student == pytest.approx(before.flops.student * 4 / 3, rel=1e-12)
+    assert after.flops.teacher == before.flops.teacher and after.flops_full == before.flops_full
+    assert twice.measure(rollouts, supervised=True).flops.student == before.flops.student
+
+
 def test_a_teachers_own_prompt_costs_the_teacher_alone() -> None:
     ledger = Ledger(STUDENT, TEACHER, max_length=75)
     plain = rollout(14, 9, "length")

@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mcore",),
     ("validate_data", "served"),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
-    ("teacher", "student", "agreement", "token_kl", "reweigh", "publisher"),
+    ("teacher", "student", "agreement", "token_kl", "entropy_choice", "reweigh", "publisher"),
     ("lagged",),
     ("side_evaluation",),
     ("server_teacher", "reach_teacher"),
@@ -84,6 +84,7 @@ NEEDS_MEGATRON += (
     "lagged",
     "trouble",
     "reweigh",
+    "entropy_choice",
     "teacher_loop",
     "world",
 )

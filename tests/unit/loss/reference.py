@@ -82,6 +82,10 @@ def dense_divergence(student: Tensor, teacher: Tensor, divergence: str, beta: fl
         return (student.exp() * (student - teacher)).sum(-1)
     if divergence == "forward_kl":
         return (teacher.exp() * (teacher - student)).sum(-1)
+    if divergence == "relaxed_kl":  # beta is lambda; no gradient through the reward
+        floor = torch.log(torch.tensor(beta / (1 - beta)).double())
+        reward = (teacher - student).detach().clamp(min=floor)
+        return -(student.exp() * reward).sum(-1)
     log_m = torch.logaddexp(
         teacher + torch.log(torch.tensor(beta).double()),
         student + torch.log1p(-torch.tensor(beta).double()),
