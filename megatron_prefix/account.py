@@ -30,6 +30,7 @@ class Account:
     evaluation: float = 0.0  # FLOPs; NaN where lines of an earlier version do not tell them
     prompt_tokens: int = 0
     prefix_tokens: int = 0
+    discarded_tokens: int = 0  # sampled past a cut
     probe_tokens: int = 0  # sampled
     evaluation_tokens: int = 0  # sampled
     seconds: float = 0.0  # of the steps' phases; probes, evaluations and start left out
@@ -54,7 +55,7 @@ class Account:
     def tokens(self) -> dict[str, int]:
         """Sampled, by part."""
         return {
-            "rollout": self.prefix_tokens,
+            "rollout": self.prefix_tokens + self.discarded_tokens,
             "probes": self.probe_tokens,
             "evaluation": self.evaluation_tokens,
         }
@@ -74,6 +75,7 @@ def of_step(record: Mapping[str, Any]) -> Account:
         flops_full=_flops(record["flops_full"]),
         prompt_tokens=record["prompt_tokens"],
         prefix_tokens=record["prefix_tokens"],
+        discarded_tokens=record.get("discarded_tokens", 0),  # lines of an earlier version: none
         seconds=sum(value or 0.0 for value in record["seconds"].values()),
     )
 

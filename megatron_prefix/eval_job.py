@@ -51,11 +51,13 @@ class EvalJob:
     rollout: RolloutConfig
     dtype: str
     output: Path
+    stop_token_ids: tuple[int, ...] = ()  # where answers end; empty: the model folder's
 
     def settings(self) -> dict[str, Any]:
         """What makes answers comparable, for ``settings.json``."""
         data = asdict(self.data)
-        return {
+        stops = {"stop_token_ids": list(self.stop_token_ids)} if self.stop_token_ids else {}
+        return stops | {
             "model": str(self.model),
             "weights": {
                 file.name: [file.stat().st_size, file.stat().st_mtime_ns]
@@ -124,7 +126,8 @@ def make_job(arguments: argparse.Namespace) -> EvalJob:
     folder = Path(arguments.model, "evals") if target.from_run else Path("evals", target.model.name)
     output = Path(arguments.output) if arguments.output else folder / f"{name}{label}"
     dtype = _dtype(arguments.dtype, config)
-    return EvalJob(target.model.resolve(), settings, data, rollout, dtype, output)
+    stops = tuple(sorted(set(target.recipe.stop_tokens.ids)))
+    return EvalJob(target.model.resolve(), settings, data, rollout, dtype, output, stops)
 
 
 def _eval_settings(arguments: argparse.Namespace, target: Target) -> EvalConfig:
@@ -223,10 +226,11 @@ def run_eval(job: EvalJob, console: Console, as_json: bool) -> int:
     tokenizer, settings = load_tokenizer(str(job.model)), job.settings()
     problems = load_eval_set(job.eval, tokenizer, job.data)
     n = job.rollout.samples_per_prompt
+    stops = job.stop_token_ids or stop_token_ids(str(job.model))
     questions = eval_run.Questions(
         problems,
         n,
-        Sampling(job.eval.max_new_tokens, job.rollout.temperature, stop_token_ids(str(job.model))),
+        Sampling(job.eval.max_new_tokens, job.rollout.temperature, stops),
         tokenizer,
         load_scorer(job.eval.scorer),
     )

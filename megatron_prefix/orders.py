@@ -44,6 +44,7 @@ class _Packed:
     """Rollouts as flat arrays: pickling Python numbers one by one takes seconds at scale."""
 
     lengths: np.ndarray  # int64 [rollouts, 3]: prompt, prefix, teacher's prompt
+    discarded: np.ndarray  # int64 [rollouts]
     ids: np.ndarray  # int64, prompt, prefix and teacher's prompt of each
     logprobs: np.ndarray  # float32
     versions: np.ndarray  # int64 [rollouts]
@@ -104,6 +105,7 @@ def _pack(rollouts: Sequence[Rollout]) -> _Packed:
     lengths = [tuple(map(len, each)) for each in parts]
     return _Packed(
         lengths=np.asarray(lengths, np.int64).reshape(-1, 3),
+        discarded=np.asarray([r.discarded for r in rollouts], np.int64),
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int64),
         logprobs=np.concatenate(logprobs) if logprobs else np.zeros(0, np.float32),
         versions=np.asarray([r.policy_version for r in rollouts], np.int64),
@@ -130,6 +132,7 @@ def _unpack(packed: _Packed) -> tuple[Rollout, ...]:
                 written=bool(packed.written[index]),
                 teacher_prompt_ids=tuple(ids[prompt + prefix :]),
                 domain=packed.domains[index],
+                discarded=int(packed.discarded[index]),
             )
         )
         at, scored = at + length, scored + prefix

@@ -44,4 +44,5 @@ def step_metrics(
         stop_logprob_diff=sums.stop_diff / sums.stops if sums.stops else math.nan,
         supervised=order.supervised,
         written_fraction=1.0 - len(lags) / len(rollouts),
+        discarded_tokens=sum(r.discarded for r in rollouts),
     )

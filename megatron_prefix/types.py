@@ -42,6 +42,7 @@ class Rollout:
     domain: str = ""  # its prompt's
     written: bool = False  # before the run: no server sampled it, and rollout_logprobs are NaN
     teacher_prompt_ids: tuple[int, ...] = ()  # what the teacher reads instead; empty: the same
+    discarded: int = 0  # tokens that the server sampled past a cut, and nobody sees
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class StepMetrics:
     stop_logprob_diff: float = math.nan
     supervised: bool = False  # loss and kl_by_position are cross-entropies
     written_fraction: float = 0.0  # of the rollouts
+    discarded_tokens: int = 0  # sampled past a cut; no part of prefix_tokens
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ class Ledger:
     ) -> StepCost:
         """The cost of these rollouts, scored from ``loss_start`` on; nothing entered.
 
-        Written prefixes cost no sampling, a ``supervised`` step no teacher. The counterfactual is
+        Written prefixes cost no sampling, a ``supervised`` step no teacher; tokens past a cut were
+        sampled all the same. The counterfactual is
         full-length on-policy distillation all the same.
         """
         total = StepCost()
@@ -77,8 +78,9 @@ class Ledger:
             full = prefix if by_itself else max(prefix, self._max_length)
             cost = self._flops(rollout, prefix, loss_start)
             heads = head_flops(self._teachers[rollout.domain], max(prefix - loss_start, 0))
+            sampled = self._flops(rollout, prefix + rollout.discarded, loss_start).rollout
             spent = Flops(
-                rollout=0.0 if rollout.written else cost.rollout,
+                rollout=0.0 if rollout.written else sampled,
                 teacher=0.0 if supervised else cost.teacher + self._more_heads * heads,
                 student=cost.student if supervised else cost.student * self._student_passes,
             )

@@ -260,6 +260,7 @@ def _usable(
             prompt_index=job.prompt.index,
             teacher_prompt_ids=job.prompt.teacher_ids,
             domain=job.prompt.domain,
+            discarded=generation.discarded,
         )
         for job, generation in zip(jobs, generations, strict=True)
         if _finished(generation)

@@ -74,6 +74,7 @@ def _arrays(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
         ),
         "policy_versions": each([rollout.policy_version for rollout in rollouts], np.int64),
         "prompt_indices": each([rollout.prompt_index for rollout in rollouts], np.int64),
+        "discarded": each([rollout.discarded for rollout in rollouts], np.int32),
         "written": each([rollout.written for rollout in rollouts], np.int8),
         "teacher_prompt_ids": flat([r.teacher_prompt_ids for r in rollouts], np.int32),
         "teacher_prompt_lengths": each([len(r.teacher_prompt_ids) for r in rollouts], np.int32),
@@ -95,10 +96,11 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
             policy_version=version,
             prompt_index=index,
             written=bool(written),
-            teacher_prompt_ids=tuple(teacher_prompt),
+            teacher_prompt_ids=tuple(teachers),
             domain=domain,
+            discarded=past,
         )
-        for prompt, prefix, logprob, reason, version, index, written, teacher_prompt, domain in zip(
+        for prompt, prefix, logprob, reason, version, index, written, teachers, domain, past in zip(
             prompts,
             prefixes,
             logprobs,
@@ -108,6 +110,7 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
             arrays["written"].tolist(),
             _cut(arrays["teacher_prompt_ids"], arrays["teacher_prompt_lengths"]),
             json.loads(arrays["domains"].tobytes()),
+            arrays.get("discarded", np.zeros(len(prompts), np.int32)).tolist(),  # older: not told
             strict=True,
         )
     ]

@@ -9,7 +9,7 @@ from tests.distributed.ranks import run_ranks
 
 ROLLOUTS = (
     Rollout((1, 2, 3), (4, 5), (-0.1, -2.5), "length", 7, 11),
-    Rollout((9,), (), (), "abort", 6, 12),
+    Rollout((9,), (), (), "cut", 6, 12, discarded=3),
     Rollout((1,), (2,), (-3.25,), "stop", 7, 13, written=True, teacher_prompt_ids=(6, 5, 4)),
 )
 
@@ -31,6 +31,7 @@ def test_every_rank_gets_what_rank_0_decided(order: Order) -> None:
         assert (got.kind, got.prefix_length) == (order.kind, order.prefix_length)
         assert (got.loss_start, got.supervised) == (order.loss_start, order.supervised)
         assert [r.written for r in got.rollouts] == [r.written for r in order.rollouts]
+        assert [r.discarded for r in got.rollouts] == [r.discarded for r in order.rollouts]
         theirs = [r.teacher_prompt_ids for r in got.rollouts]
         assert theirs == [r.teacher_prompt_ids for r in order.rollouts]
         assert len(got.rollouts) == len(order.rollouts)

@@ -86,6 +86,7 @@ def test_a_cut_off_really_shortens_what_the_server_samples(
     uncut = sum(len(one.token_ids) for one in whole)
     assert sum(kept) <= collected.stats.tokens_sampled < 0.75 * uncut
     assert spent == collected.stats.tokens_sampled
+    assert spent == sum(len(r.prefix_ids) + r.discarded for r in collected.rollouts)
 
 
 def test_the_entropy_rule_knows_the_entropy_from_above(

@@ -13,7 +13,7 @@ ROLLOUTS = [
     Rollout((1, 2, 3), (4, 5, 151_000), LOGPROBS, "length", 7, 2**40),
     Rollout((9,), (2,), (-0.0,), "stop", 8, 1),
     Rollout((9, 9), (3, 3), LOGPROBS[:2], "abort", 8, 2),
-    Rollout((8,), (), (), "cut", 0, 3),
+    Rollout((8,), (), (), "cut", 0, 3, discarded=5),
     Rollout((8,), (4,), (-2.0,), "length", 0, 4, written=True, teacher_prompt_ids=(5, 6)),
 ]
 

@@ -10,10 +10,17 @@ from rich.console import Console
 
 from megatron_prefix import eval_run
 from megatron_prefix.cli import build_parser, main
-from megatron_prefix.config import DataConfig, EvalConfig, ModelConfig, Recipe, TrainConfig
+from megatron_prefix.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    Recipe,
+    StopTokensConfig,
+    TrainConfig,
+)
 from megatron_prefix.eval_job import EvalJob, make_job
 from megatron_prefix.evaluate import EvalSample, EvalSet
-from megatron_prefix.recipe import save_record
+from megatron_prefix.recipe import load_record, save_record
 from megatron_prefix.types import FinishReason, Prompt
 from tests.tiny_models import write_tiny_qwen3
 
@@ -73,6 +80,16 @@ def test_a_short_name_stands_for_a_set_on_the_hub(
     (tmp_path / "amc").mkdir()  # what is here goes before what is far
     monkeypatch.chdir(tmp_path)
     assert job(model, "--data", "amc", "--max-new-tokens", "9").eval.path == "amc"
+
+
+def test_answers_end_where_the_runs_recipe_says(run: Path, model: Path) -> None:
+    export(run, model)
+    folders = job(run)
+    assert folders.stop_token_ids == () and "stop_token_ids" not in folders.settings()
+    recipe = load_record(run / "recipe.yaml")
+    save_record(replace(recipe, stop_tokens=StopTokensConfig(ids=(7, 5))), run)
+    told = job(run)
+    assert told.stop_token_ids == (5, 7) and told.settings()["stop_token_ids"] == [5, 7]
 
 
 def test_prompts_get_the_context_that_answers_leave(model: Path) -> None:

@@ -221,6 +221,17 @@ def test_written_prefixes_cost_no_sampling_and_supervised_steps_no_teacher() -> 
     assert mixed.rollout == whole.rollout and mixed.teacher == 2 * whole.teacher
 
 
+def test_tokens_past_a_cut_were_sampled_and_nothing_else() -> None:
+    ledger = Ledger(STUDENT, TEACHER, max_length=75)
+    cut = rollout(14, 6, "cut")
+    kept, whole = ledger.measure([cut]), ledger.measure([replace(cut, discarded=4)])
+    assert whole.flops == replace(
+        kept.flops, rollout=ledger.measure([rollout(14, 10, "cut")]).flops.rollout
+    )
+    assert whole.flops.rollout > kept.flops.rollout
+    assert (whole.prefix_tokens, whole.flops_full) == (6, kept.flops_full)
+
+
 def test_a_forward_pass_before_the_step_is_a_third_of_the_students_part() -> None:
     rollouts = [rollout(14, 9, "length")]
     plain, twice = (Ledger(STUDENT, TEACHER, 75, more_forwards=n) for n in (0, 1))
