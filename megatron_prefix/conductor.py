@@ -199,13 +199,15 @@ class Conductor:
                 kl_by_position=metrics.kl_by_position,
                 tokens_by_position=metrics.tokens_by_position,
                 prompt_length=metrics.prompt_tokens / len(order.rollouts),
+                overlap_by_position=metrics.overlap_by_position,
             )
         )
 
-    def recall(self, order: Order, kl: Sequence[np.ndarray]) -> None:
-        """``kl``: of each rollout's tokens in the loss. Written text says nothing of sampling."""
+    def recall(self, order: Order, signal: Sequence[np.ndarray]) -> None:
+        """``signal``: of each rollout's tokens in the loss. Written text says nothing of
+        sampling."""
         assert self._staff.recall is not None
-        sampled = [pair for pair in zip(order.rollouts, kl, strict=True) if not pair[0].written]
+        sampled = [pair for pair in zip(order.rollouts, signal, strict=True) if not pair[0].written]
         rollouts, values = [pair[0] for pair in sampled], [pair[1] for pair in sampled]
         self._staff.recall.observe(rollouts, values, order.loss_start)
 

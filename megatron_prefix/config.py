@@ -18,6 +18,7 @@ from megatron_prefix.config_prefix import CutOffConfig as CutOffConfig
 from megatron_prefix.config_prefix import LateConfig as LateConfig
 from megatron_prefix.config_prefix import LinearConfig as LinearConfig
 from megatron_prefix.config_prefix import MarginalConfig as MarginalConfig
+from megatron_prefix.config_prefix import OverlapConfig as OverlapConfig
 from megatron_prefix.config_prefix import PrefixConfig
 from megatron_prefix.config_prefix import RecallConfig as RecallConfig
 from megatron_prefix.config_prefix import StepsConfig as StepsConfig

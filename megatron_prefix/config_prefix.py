@@ -99,11 +99,26 @@ class MarginalConfig:
 
 
 @dataclass(frozen=True)
-class RecallConfig:
-    """Caps for prompts that come again, from the KL of their last rollouts: ``slack`` times the
-    tokens after which the mean KL of ``window`` of them was at most ``threshold``."""
+class OverlapConfig:
+    """``overlap``: from min_length, ``factor`` times as long after a step in which no ``window``
+    positions had a mean overlap of the models' top-k tokens under ``threshold``; else nearer to
+    where the first such window begins."""
 
-    threshold: float = 0.0  # nats a token; 0: no caps
+    factor: float = 1.5
+    threshold: float = 0.5  # share of the top-k tokens that student and teacher both have
+    window: int = 16  # positions
+    momentum: float = 0.5  # share of the way back to the reliable length that is not gone
+
+
+@dataclass(frozen=True)
+class RecallConfig:
+    """Caps for prompts that come again, from their last rollouts: ``slack`` times the tokens after
+    which the mean ``signal`` of ``window`` of them was at most ``threshold``."""
+
+    threshold: float = 0.0  # nats a token, or a share; 0: no caps
+    # kl (the rollout has settled) | overlap (of the models' prefix.overlap_k likeliest tokens: it
+    # has drifted from the teacher)
+    signal: str = "kl"
     window: int = 16  # tokens
     min_tokens: int = 32  # least that a cap is predicted from
     slack: float = 1.25
@@ -113,8 +128,8 @@ class RecallConfig:
 class PrefixConfig:
     """The prefix policy. ``prefix/`` holds one file a policy; lengths are in tokens."""
 
-    # fixed | linear | steps | cosine | anchored | late | adaptive | audited | marginal | window, or
-    # "package.module:Class" of a user's own
+    # fixed | linear | steps | cosine | anchored | late | adaptive | audited | marginal | overlap |
+    # window, or "package.module:Class" of a user's own
     policy: str = "linear"
     min_length: int = 64
     max_length: int = 1024  # full-length distillation would sample up to here
@@ -126,7 +141,10 @@ class PrefixConfig:
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     marginal: MarginalConfig = field(default_factory=MarginalConfig)
     audited: AuditedConfig = field(default_factory=AuditedConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     window: WindowConfig = field(default_factory=WindowConfig)
+    # Likeliest tokens of student and teacher that are compared at each prefix position; 0: none.
+    overlap_k: int = 0
     cut_off: CutOffConfig = field(default_factory=CutOffConfig)
     recall: RecallConfig = field(default_factory=RecallConfig)
     options: dict[str, float] = field(default_factory=dict)  # for a user's own policy

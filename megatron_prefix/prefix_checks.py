@@ -1,6 +1,7 @@
 """Refuses a ``prefix`` section that cannot be, in one line, before anything starts."""
 
 from megatron_prefix.config import Recipe
+from megatron_prefix.modes import needs_teacher
 from megatron_prefix.prefix import build_cut_off, build_policy, loss_start
 from megatron_prefix.prefix.recall import check as check_recall
 
@@ -13,9 +14,29 @@ def check_prefix(recipe: Recipe) -> None:
         loss_start(policy, step)
     build_cut_off(recipe.prefix.cut_off, vocab_size=2)  # its settings need no model's
     check_recall(recipe.prefix.recall)
+    _check_overlap(recipe)
     probed = recipe.log.probe_interval and recipe.log.probe_agreement
     if recipe.prefix.policy == "audited" and not probed:
         raise ValueError(
             "prefix.policy=audited learns from probes alone; set log.probe_interval=10 and leave "
             "log.probe_agreement=true"
+        )
+
+
+def _check_overlap(recipe: Recipe) -> None:
+    """What asks for the overlap of top-k tokens needs a k, and a teacher."""
+    prefix = recipe.prefix
+    askers = {
+        "prefix.policy=overlap": prefix.policy == "overlap",
+        "prefix.recall.signal=overlap": prefix.recall.signal == "overlap",
+    }
+    for asker, asks in askers.items():
+        if asks and not prefix.overlap_k:
+            raise ValueError(f"{asker} needs tokens to compare; set prefix.overlap_k=16")
+        if asks and not needs_teacher(recipe):
+            raise ValueError(f"{asker}, but no step of mode.name={recipe.mode.name} asks a teacher")
+    threshold = prefix.recall.threshold
+    if askers["prefix.recall.signal=overlap"] and not 0.0 <= threshold < 1.0:
+        raise ValueError(
+            f"prefix.recall.threshold={threshold} is no share of tokens below 1; try 0.5"
         )

@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from megatron_prefix.orders import Order
 from megatron_prefix.types import StepMetrics
 
@@ -18,10 +20,12 @@ def step_metrics(
     update: "UpdateResult",
     lr: float,
     sampled_version: int,
+    overlap_k: int = 0,
 ) -> StepMetrics:
     """What every rank knows of a step; rank 0 adds FLOPs and seconds."""
     rollouts = order.rollouts
     reached = sum(len(r.prefix_ids) >= order.prefix_length for r in rollouts)
+    compared = overlap_k and not order.supervised
     lags = [sampled_version - r.policy_version for r in rollouts if not r.written]
     return StepMetrics(
         step=step,
@@ -44,5 +48,6 @@ def step_metrics(
         stop_logprob_diff=sums.stop_diff / sums.stops if sums.stops else math.nan,
         supervised=order.supervised,
         written_fraction=1.0 - len(lags) / len(rollouts),
+        overlap_by_position=(sums.overlap / sums.tokens).numpy() if compared else np.zeros(0),
         discarded_tokens=sum(r.discarded for r in rollouts),
     )

@@ -20,6 +20,7 @@ from megatron_prefix.loss import (
     prefix_divergence,
     top_k_divergence,
 )
+from megatron_prefix.loss.overlap import TopKOverlap
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.optimizer import TrainableStudent
 from megatron_prefix.mcore.schedule import OnPrefix, run_schedule
@@ -39,6 +40,8 @@ class Objective:
     more_heads: Mapping[str, TeacherHead] = field(default_factory=dict)
     # Tokens that the student shares with teachers of top-k targets, by domain; else its own count.
     common_vocabulary: Mapping[str, int] = field(default_factory=dict)
+    overlap_k: int = 0  # likeliest tokens of both models that are compared; 0: none
+    keeps: str = "kl"  # kl | overlap: what forward_backward keeps by token
 
     def head_of(self, domain: str) -> TeacherHead | None:
         return self.more_heads.get(domain) if domain else self.teacher_head
@@ -68,29 +71,28 @@ class PrefixSums:
     stops: float  # stop tokens that the teacher scored
     stop_diff: float  # sum over them of the student's minus the teacher's log-probability
     worst: WorstToken
+    overlap: Tensor  # float64 [prefix_length]; of no meaning where objective.overlap_k is 0
 
 
 class _Accumulator:
     """Gathers what the microbatches show, without a device synchronisation."""
 
     def __init__(
-        self, prefix_length: int, device: torch.device, token_kl: list[Tensor] | None = None
+        self, prefix_length: int, device: torch.device, kept: list[Tensor] | None = None
     ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.loss, self.diff, self.sampled = zeros(), zeros(), zeros()
-        self.kl, self.tokens = zeros(prefix_length), zeros(prefix_length)
+        self.kl, self.tokens, self.overlap = (zeros(prefix_length) for _ in range(3))
         self.worst = zeros(2)  # server, trainer
         self.stops, self.stop_diff = zeros(), zeros()
-        self._token_kl = token_kl
+        self.kept = kept
         self._watched: list[_Watched] = []  # by microbatch
 
     @torch.no_grad()
     def add(self, batch: PrefixBatch, loss: Tensor, kl: Tensor, logprobs: Tensor) -> None:
         self.loss += loss
-        if self._token_kl is not None:
-            self._token_kl.append(kl.detach())
         self.kl.index_add_(0, batch.prefix_offsets, kl.double())
         self.tokens.index_add_(0, batch.prefix_offsets, torch.ones_like(kl, dtype=torch.float64))
         if kl.numel():
@@ -103,6 +105,10 @@ class _Accumulator:
             worst = diff.where(sampled, -1.0).argmax().view(1)
             pair, known = (each.index_select(0, worst)[0] for each in (pairs, sampled))
             self.worst = _further_apart(self.worst, pair.where(known, 0.0))
+
+    def add_overlap(self, batch: PrefixBatch, shares: Tensor) -> None:
+        """``shares`` fp32 [N]."""
+        self.overlap.index_add_(0, batch.prefix_offsets, shares.double())
 
     def add_stops(self, student: Tensor, teacher: Tensor) -> None:
         """Log-probabilities [E] of the stop tokens that ended rollouts."""
@@ -143,16 +149,16 @@ def forward_backward(
     targets: Iterable[Targets] | None,
     objective: Objective,
     prefix_length: int,
-    token_kl: list[Tensor] | None = None,
+    kept: list[Tensor] | None = None,
 ) -> PrefixSums:
     """Gradients of this rank's microbatches, reduced over data-parallel ranks, in ``main_grad``.
 
     ``targets`` and the objective's head are given on the last stage alone; None on all of them:
-    the loss is the cross-entropy to the prefixes' own tokens. ``token_kl``: is filled with each
-    microbatch's KL [N]. Collective.
+    the loss is the cross-entropy to the prefixes' own tokens. ``kept``: is filled with what
+    ``objective.keeps`` of each microbatch's tokens [N]. Collective.
     """
     model = student.model
-    seen = _Accumulator(prefix_length, batches[0].input_ids.device, token_kl)
+    seen = _Accumulator(prefix_length, batches[0].input_ids.device, kept)
     divergence = _divergence(model, targets, objective, seen)
     student.zero_grad()
     run_schedule(model, student.ddp, batches, divergence, forward_only=False)
@@ -191,17 +197,35 @@ def _divergence(
     def divergence(batch: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
         assert head is not None
         target = next(waiting)
-        result = _compare(model, batch, hidden, head, target, objective)
+        overlap = _overlap(model, batch, target, objective)
+        result = _compare(model, batch, hidden, head, target, objective, overlap)
         assert result.label_logprobs is not None
         teacher_head = objective.head_of(batch.domain)
         seen.watch(result.kl, target, _heads(head, target, teacher_head))
         seen.add(batch, result.loss.detach(), result.kl, result.label_logprobs)
+        shares = overlap.shares(model.groups.pg.tp) if overlap else None
+        if shares is not None:
+            seen.add_overlap(batch, shares)
+        kept = result.kl if objective.keeps == "kl" else shares
+        if seen.kept is not None and kept is not None:
+            seen.kept.append(kept.detach())
         if isinstance(target, TeacherTargets) and len(batch.ends):
             theirs = _stop_logprobs(model, batch, target, objective)
             seen.add_stops(result.label_logprobs[batch.ends], theirs)
         return result.loss
 
     return divergence
+
+
+def _overlap(
+    model: MegatronModel, batch: PrefixBatch, target: Targets | None, objective: Objective
+) -> TopKOverlap | None:
+    """To be filled by the divergence, where it makes a teacher's logits."""
+    if not (objective.overlap_k and isinstance(target, TeacherTargets)):
+        return None
+    head, labels = objective.head_of(batch.domain), batch.labels
+    assert head is not None
+    return TopKOverlap(objective.overlap_k, len(labels), head.vocab_size, labels.device)
 
 
 @torch.no_grad()
@@ -238,6 +262,7 @@ def _compare(
     head: Tensor,
     target: Targets | None,
     objective: Objective,
+    overlap: TopKOverlap | None,
 ) -> DivergenceResult:
     """The divergence from a teacher of either kind; without one the cross-entropy."""
     loss, teacher_head = objective.loss, objective.head_of(batch.domain)
@@ -264,7 +289,7 @@ def _compare(
     assert teacher_head is not None
     settings["vocab_size"] = teacher_head.vocab_size
     given = target.hidden, teacher_head.weight
-    return prefix_divergence(hidden, head, *given, batch.token_weight, **settings)
+    return prefix_divergence(hidden, head, *given, batch.token_weight, overlap=overlap, **settings)
 
 
 def _further_apart(a: Tensor, b: Tensor) -> Tensor:
@@ -276,13 +301,13 @@ def _further_apart(a: Tensor, b: Tensor) -> Tensor:
 def _reduce(seen: _Accumulator, *, counts: bool) -> PrefixSums:
     """Sums over the world; ranks that hold copies (other stages, other tp ranks) give zeros."""
     scalars = torch.stack([seen.loss, seen.diff, seen.sampled, seen.stops, seen.stop_diff])
-    sums = torch.cat([scalars, seen.kl, seen.tokens])
+    sums = torch.cat([scalars, seen.kl, seen.tokens, seen.overlap])
     if not counts:
         sums.zero_()
     dist.all_reduce(sums)
     pairs = [torch.empty_like(seen.worst) for _ in range(dist.get_world_size())]
     dist.all_gather(pairs, seen.worst)
-    host, positions = sums.cpu(), sums[len(scalars) :].cpu().chunk(2)
+    host, positions = sums.cpu(), sums[len(scalars) :].cpu().chunk(3)
     if not host.isfinite().all():
         seen.tell_non_finite()
     server, trainer = functools.reduce(_further_apart, pairs).tolist()
@@ -295,4 +320,5 @@ def _reduce(seen: _Accumulator, *, counts: bool) -> PrefixSums:
         stops=float(host[3]),
         stop_diff=float(host[4]),
         worst=WorstToken(server, trainer),
+        overlap=positions[2],
     )

@@ -135,11 +135,11 @@ class Trainer:
     def _recall(self, order: Order, plan: MicrobatchPlan, own: list[Tensor] | None) -> None:
         if own is None or order.supervised:
             return
-        kl = by_rollout(
+        signal = by_rollout(
             self._parts.student.model.groups, plan, order.rollouts, own, self._parts.device
         )
         if self._parts.conductor:
-            self._parts.conductor.recall(order, kl)
+            self._parts.conductor.recall(order, signal)
 
     def _sync(self, update: UpdateResult) -> None:
         """The servers hold the newest weights whenever they are asked, and may lag until then."""
@@ -190,7 +190,8 @@ class Trainer:
         phases: Phases,
     ) -> StepMetrics:
         sampled_version = self._policy_version - update.updated
-        metrics = step_metrics(self._step, order, sums, update, lr, sampled_version)
+        overlap_k = self._parts.objective.overlap_k
+        metrics = step_metrics(self._step, order, sums, update, lr, sampled_version, overlap_k)
         metrics = replace(metrics, effective_share=weighted.effective_share)
         self._judge_times(phases, order.prefix_length)
         if self._parts.conductor:

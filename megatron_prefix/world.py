@@ -151,8 +151,14 @@ def build_objective(recipe: Recipe, student: MegatronModel, device: torch.device
             heads[domain] = load_teacher_head(student, hf, dtype, device)
             # The student's stop tokens, where the recipe maps the teacher's own to them.
             exchange_rows(heads[domain].weight, hf, student.groups.tp_rank, teacher_mapping(recipe))
-    first = heads.pop("", None)
-    return Objective(recipe.loss, first, more_heads=heads, common_vocabulary=common)
+    return Objective(
+        recipe.loss,
+        heads.pop("", None),
+        more_heads=heads,
+        common_vocabulary=common,
+        overlap_k=recipe.prefix.overlap_k,
+        keeps=recipe.prefix.recall.signal,
+    )
 
 
 def token_multiple(recipe: Recipe) -> int:

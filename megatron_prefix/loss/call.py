@@ -13,6 +13,7 @@ from megatron_prefix.loss import checks
 from megatron_prefix.loss.agreement import Agreement
 from megatron_prefix.loss.buffers import Workspace
 from megatron_prefix.loss.divergence import Divergence
+from megatron_prefix.loss.overlap import TopKOverlap
 from megatron_prefix.loss.task import Head, Task, Teacher, TopK
 
 
@@ -57,6 +58,7 @@ class Call:
     teacher: Teacher
     divergence: Divergence
     layout: Layout
+    overlap: TopKOverlap | None = None
 
     def task(self) -> Task:
         """The work to be done. Raises ValueError for what does not fit, over ranks on all of them
@@ -78,6 +80,7 @@ class Call:
             weight_gradient=_wants_gradient(student.weight),
             main_grad=getattr(student.weight, "main_grad", None),
             workspace=layout.workspace,
+            overlap=self.overlap,
         )
 
     def _agree(self) -> Agreement | None:

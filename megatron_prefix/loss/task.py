@@ -21,6 +21,7 @@ from megatron_prefix.loss.buffers import Workspace
 from megatron_prefix.loss.divergence import Divergence
 from megatron_prefix.loss.kernels import Kernels, Logits
 from megatron_prefix.loss.labels import label_columns, label_logprobs, one_hot_logits
+from megatron_prefix.loss.overlap import TopKOverlap
 from megatron_prefix.loss.relaxed import RelaxedRows
 from megatron_prefix.loss.rows import FullRows, Rows
 from megatron_prefix.loss.top_k import TopKRows
@@ -92,6 +93,7 @@ class Task:
     weight_gradient: bool  # wanted
     main_grad: Tensor | None  # [V/R, d_s]
     workspace: Workspace
+    overlap: TopKOverlap | None = None  # filled on the way, where a teacher's logits are made
 
     @property
     def rank(self) -> int:
@@ -173,11 +175,19 @@ class Work:
             fill_teacher = functools.partial(one_hot_logits, made, labels, *place)
         else:
             weight, hidden = teacher.weight[: task.real_rows], teacher.hidden[positions]
-            fill_teacher = functools.partial(gemm.logits_into, made, hidden, weight)
+            fill_teacher = functools.partial(self._fill, positions, student, made, hidden, weight)
         logits = Logits(student, made, task.divergence, self.student_weight.dtype)
         if task.divergence.name == "relaxed_kl":
             return RelaxedRows(logits, fill_teacher, task.rank)
         return FullRows(self.kernels, logits, fill_teacher, task.rank)
+
+    def _fill(
+        self, positions: slice, student: Tensor, made: Tensor, hidden: Tensor, weight: Tensor
+    ) -> None:
+        """The teacher's logits into ``made``; both are raw then."""
+        gemm.logits_into(made, hidden, weight)
+        if self.task.overlap is not None:
+            self.task.overlap.take(positions, student, made, self.task.first_row)
 
     def label_columns(self, positions: slice, logits: Tensor) -> Tensor:
         """What labels add to this rank's statistics, fp64 [C, 0 to 2], from raw ``logits``."""

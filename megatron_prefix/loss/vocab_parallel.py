@@ -23,6 +23,7 @@ from megatron_prefix.loss.autograd import with_gradients
 from megatron_prefix.loss.buffers import Workspace
 from megatron_prefix.loss.call import Call, Student, layout_of
 from megatron_prefix.loss.divergence import Divergence
+from megatron_prefix.loss.overlap import TopKOverlap
 from megatron_prefix.loss.task import Head, OneHot, TopK
 
 
@@ -87,6 +88,7 @@ def prefix_divergence(
     sequence_parallel: bool = False,
     labels: Tensor | None = None,
     workspace: Workspace | None = None,
+    overlap: TopKOverlap | None = None,
 ) -> DivergenceResult:
     """Weighted sum over N prefix positions of a divergence over the whole vocabulary.
 
@@ -95,8 +97,8 @@ def prefix_divergence(
     ``tp_group`` (N too: 0 is fine, on all of them alike). ``token_weight`` fp32 [N].
     ``labels`` int64 [N]: also return the student's log-probabilities of these tokens.
     ``chunk_size``: positions whose logits exist at a time; None chooses. ``workspace``: memory for
-    them, where the caller keeps it between calls. ``temperature`` divides
-    both models' logits; the loss is not multiplied by its square.
+    them, where the caller keeps it between calls. ``overlap`` is filled from both models' logits.
+    ``temperature`` divides both models' logits; the loss is not multiplied by its square.
 
     Gradients: ``dh`` reaches ``student_hidden`` summed over the group once, or, with
     ``sequence_parallel``, as this rank's part, for the backward of the caller's gather to
@@ -117,6 +119,7 @@ def prefix_divergence(
         Head(teacher_hidden.detach(), teacher_weight.detach()),
         Divergence(divergence, beta, temperature),
         layout_of(vocab_size, tp_group, sequence_parallel, chunk_size, workspace),
+        overlap,
     )
     return DivergenceResult(*with_gradients(call))
 

@@ -4,7 +4,7 @@ A policy's class is built as ``Class(config: PrefixConfig, total_steps: int)``. 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -24,6 +24,9 @@ class PrefixObservation:
     # and before loss_start
     tokens_by_position: np.ndarray  # int64 [prefix_length], rollouts that reached it, in the loss
     prompt_length: float  # mean tokens of the rollouts' prompts
+    # float64 [prefix_length], mean share of prefix.overlap_k likeliest tokens that both models
+    # have, NaN as kl_by_position is; [0] where none were compared
+    overlap_by_position: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)

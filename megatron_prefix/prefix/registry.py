@@ -12,6 +12,7 @@ from megatron_prefix.prefix.fixed import FixedPolicy
 from megatron_prefix.prefix.late import LatePolicy
 from megatron_prefix.prefix.linear import LinearPolicy
 from megatron_prefix.prefix.marginal import MarginalPolicy
+from megatron_prefix.prefix.overlap import OverlapPolicy
 from megatron_prefix.prefix.policy import (
     PrefixObservation,
     PrefixPolicy,
@@ -36,6 +37,7 @@ POLICIES: Mapping[str, PolicyClass] = {
     "adaptive": AdaptivePolicy,
     "marginal": MarginalPolicy,
     "audited": AuditedPolicy,
+    "overlap": OverlapPolicy,
     "window": WindowPolicy,
 }
 
