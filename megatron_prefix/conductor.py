@@ -29,6 +29,7 @@ from megatron_prefix.prefix import (
 )
 from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.rollout.pool import FAULTS
+from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.run_log import RunLog
 from megatron_prefix.side_evaluation import Answered, Evaluator, ServerFleet, SideEvaluations
 from megatron_prefix.sources import RolloutSource
@@ -154,16 +155,20 @@ class Conductor:
         return Order("wait")
 
     def _sample(self, step: int, length: int, start: int, policy_version: int) -> list[Rollout]:
-        """Rollouts with a token that the loss counts: where every one ended before, others."""
+        """Rollouts with a token that the loss counts: where every one ended before, or was
+        aborted by somebody, others."""
         for _ in range(self._recipe.train.max_skipped_steps):
-            rollouts = self._staff.source.sample(step, length, policy_version)
-            if count_loss_tokens(rollouts, start) or self._staff.stop_requested():
-                return rollouts
-            self.log.event("empty", nothing_to_train_on(rollouts, start), level=logging.WARNING)
+            try:
+                rollouts = self._staff.source.sample(step, length, policy_version)
+                if count_loss_tokens(rollouts, start) or self._staff.stop_requested():
+                    return rollouts
+                why = nothing_to_train_on(rollouts, start)
+            except NoRollouts as error:
+                why = str(error)
+            self.log.event("empty", why, level=logging.WARNING)
         raise ValueError(
-            f"{nothing_to_train_on(rollouts, start)}, and so {self._recipe.train.max_skipped_steps}"
-            " times in a row; does the student end at once, do the written answers, or does "
-            "prefix.window begin too late?"
+            f"{why}, and so {self._recipe.train.max_skipped_steps} times in a row; does the "
+            "student end at once, do the written answers, or does prefix.window begin too late?"
         )
 
     def record(self, metrics: StepMetrics, order: Order, phases: Phases) -> StepMetrics:
@@ -236,7 +241,11 @@ class Conductor:
 
     def _probe(self, step: int, policy_version: int) -> Order:
         assert self._staff.probe is not None
-        rollouts = tuple(self._staff.probe(policy_version))
+        try:
+            rollouts = tuple(self._staff.probe(policy_version))
+        except NoRollouts as error:
+            self.log.event("empty", f"no probe after step {step}: {error}", level=logging.WARNING)
+            rollouts = ()
         scored = rollouts if count_loss_tokens(rollouts, 0) else ()
         length = self._staff.policy.length(step)
         audited = self._recipe.log.probe_agreement and count_loss_tokens(scored, length)
@@ -308,7 +317,10 @@ class Conductor:
 
     def _evaluate(self, step: int, policy_version: int) -> Order:
         assert self._staff.evaluate is not None
-        self.enter_evaluation(step, self._staff.evaluate(step, policy_version, None))
+        try:
+            self.enter_evaluation(step, self._staff.evaluate(step, policy_version, None))
+        except NoRollouts as error:
+            self.tell_of_evaluations(f"no evaluation of step {step}: {error}")
         return Order("nothing")
 
     def enter_evaluation(self, step: int, result: Answered) -> None:

@@ -15,6 +15,7 @@ from megatron_prefix.config import DataConfig, EvalConfig
 from megatron_prefix.data_source import Row, open_source, require_columns
 from megatron_prefix.pass_at_k import wilson_interval
 from megatron_prefix.prompts import PromptEncoder
+from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.scorers import Generated, Scorer, load_scorer
 from megatron_prefix.types import FinishReason, Prompt, Rollout
 
@@ -108,7 +109,7 @@ def evaluate(
     """Asks for a greedy answer to each problem and scores it with ``eval.scorer``.
 
     ``data`` (default: ``DataConfig()``) says how prompts are written. Raises ValueError as
-    :func:`load_eval_set` and :func:`~megatron_prefix.scorers.load_scorer` do, RuntimeError where
+    :func:`load_eval_set` and :func:`~megatron_prefix.scorers.load_scorer` do, NoRollouts where
     answers are missing.
     """
     scorer = load_scorer(config.scorer)
@@ -116,7 +117,7 @@ def evaluate(
     start = time.monotonic()
     rollouts = collect_fn(problems.prompts, config.max_new_tokens)
     if len(rollouts) != len(problems.prompts):
-        raise RuntimeError(
+        raise NoRollouts(
             f"{len(problems.prompts)} answers were asked for and {len(rollouts)} came; "
             "does another job abort requests on these servers?"
         )

@@ -17,6 +17,7 @@ from megatron_prefix.rollout.pool import Roster
 from megatron_prefix.rollout.protocol import ServerUnavailable, SglangError
 from megatron_prefix.run_log import Evaluation
 
+_MOST_LOST = 3  # evaluations in a row, before no other is made in their place
 WAIT_S = 1.0  # between two orders while one waits for answers, or for a server
 
 
@@ -93,6 +94,7 @@ class SideEvaluations:
         self._evaluate, self._fleet, self._journal = evaluate, fleet, journal
         self._running: _Running | None = None
         self._owed = False  # one was lost
+        self._lost = 0  # in a row
 
     def resume(self, owed: bool) -> None:
         """``owed``: the last that was due has no entry."""
@@ -167,12 +169,14 @@ class SideEvaluations:
             self._fleet.lose(url, why)
         error = running.answers.exception()
         if isinstance(error, SglangError):
-            self._owed = True
+            self._lost += 1
+            self._owed = self._lost <= _MOST_LOST
+            then = "another is made in its place" if self._owed else "no other is made in its place"
             self._journal.tell_of_evaluations(
-                f"the evaluation after step {running.step} is lost, another is made in its place: "
-                f"{error}"
+                f"the evaluation after step {running.step} is lost, {then}: {error}"
             )
             return
+        self._lost = 0
         self._journal.enter_evaluation(running.step, running.answers.result())
 
 

@@ -17,14 +17,10 @@ from megatron_prefix.prefix import CutOffRule
 from megatron_prefix.rollout.async_client import AsyncGenerator
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.pool import Everyone, Pool, Roster, all_or_none, cancel
-from megatron_prefix.rollout.protocol import Generation, Sampling, SglangError
+from megatron_prefix.rollout.protocol import Generation, NoRollouts, Sampling
 from megatron_prefix.types import Prompt, Rollout
 
 _ABORT_AGAIN_S = 1.0  # a request that the server had not read yet misses an abort
-
-
-class NoRollouts(SglangError):
-    """Every rollout of a step was aborted or came back empty."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ class SglangError(RuntimeError):
     """A server could not be used; the message names it and says what it did."""
 
 
+class NoRollouts(SglangError):
+    """Every rollout that was asked for was aborted or came back empty."""
+
+
 class ServerUnavailable(SglangError):
     """No connection, no answer in time, or a 5xx, after all retries."""
 

@@ -7,8 +7,9 @@ import pytest
 
 from megatron_prefix.config import RolloutConfig
 from megatron_prefix.rollout.client import Endpoint, SglangClient
-from megatron_prefix.rollout.collector import Collector, NoRollouts
+from megatron_prefix.rollout.collector import Collector
 from megatron_prefix.rollout.protocol import (
+    NoRollouts,
     RequestRefused,
     Sampling,
     ServerUnavailable,

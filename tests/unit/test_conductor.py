@@ -19,11 +19,14 @@ from megatron_prefix.config import (
     TrainConfig,
     WindowConfig,
 )
+from megatron_prefix.evaluate import EvalResult
 from megatron_prefix.jsonl import read_records
 from megatron_prefix.phases import Phases
 from megatron_prefix.prefix import Ledger, ModelShape, build_policy
 from megatron_prefix.prefix.recall import Recall
+from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.run_log import RunLog
+from megatron_prefix.side_evaluation import Evaluator
 from megatron_prefix.types import Rollout, StepMetrics
 
 SHAPE = ModelShape(2, 64, 4, 4, 16, 2 * 192, 46)
@@ -62,6 +65,7 @@ def conductor(
     *,
     agreement: bool = True,
     recall: Recall | None = None,
+    evaluate: Evaluator | None = None,
 ) -> Conductor:
     train, mode = TrainConfig(steps=4, max_skipped_steps=3), ModeConfig(warmup_steps=warmup_steps)
     log = LogConfig(tensorboard=False, probe_interval=2, probe_agreement=agreement)
@@ -72,7 +76,7 @@ def conductor(
         ledger=Ledger(SHAPE, SHAPE, prefix.max_length),
         open_log=lambda step: RunLog(folder, log, 4, resume_step=step),
         decode=str,
-        evaluate=None,
+        evaluate=evaluate,
         probe=lambda policy_version: source.sample(0, prefix.max_length, policy_version),
         stop_requested=lambda: False,
         recall=recall,
@@ -138,6 +142,59 @@ def test_a_student_that_always_ends_at_once_ends_the_run_with_words(tmp_path: Pa
     with pytest.raises(ValueError, match=r"no prefix token from position 5 .* 3 times in a row"):
         conductor(tmp_path, WINDOW, source).order(0, 0)
     assert source.asked == 3
+
+
+class Aborted(Listed):
+    """The first ``times`` of asking give nothing: somebody aborts all requests."""
+
+    def __init__(self, times: int, steps: Sequence[list[Rollout]]) -> None:
+        super().__init__(steps)
+        self.times = times
+
+    def sample(self, step: int, prefix_length: int, policy_version: int) -> list[Rollout]:
+        found = super().sample(step, prefix_length, policy_version)
+        if self.asked <= self.times:
+            raise NoRollouts("none of 2 rollouts is usable: all were aborted or empty")
+        return found
+
+
+def test_a_step_whose_rollouts_were_all_aborted_asks_for_others_and_says_so(
+    tmp_path: Path,
+) -> None:
+    source = Aborted(2, [rollouts(3, 4)])
+    under_test = conductor(tmp_path / "some", PrefixConfig("fixed", 9, 9), source)
+    assert under_test.order(0, 0).kind == "train" and source.asked == 3
+    under_test.close()
+    events = list(read_records(tmp_path / "some" / "events.jsonl"))
+    assert [event["kind"] for event in events] == ["empty", "empty"]
+    assert "all were aborted" in events[0]["message"]
+    lasting = conductor(tmp_path / "all", PrefixConfig("fixed", 9, 9), Aborted(9, [rollouts(3)]))
+    with pytest.raises(ValueError, match=r"all were aborted or empty, and so 3 times in a row"):
+        lasting.order(0, 0)
+    lasting.close()
+
+
+def test_a_probe_whose_rollouts_were_all_aborted_is_left_out_and_told(tmp_path: Path) -> None:
+    under_test = conductor(tmp_path, PrefixConfig("fixed", 3, 9), Aborted(1, [rollouts(9)]))
+    assert under_test.probe_order(2, 0).rollouts == ()
+    assert len(under_test.probe_order(4, 0).rollouts) == 1
+    under_test.close()
+    (event,) = read_records(tmp_path / "events.jsonl")
+    assert event["kind"] == "empty" and "no probe after step 2: none of 2" in event["message"]
+
+
+def test_an_evaluation_whose_answers_were_aborted_is_left_out_and_told(tmp_path: Path) -> None:
+    def aborted(step: int, policy_version: int, roster: object) -> EvalResult:
+        raise NoRollouts("5 answers were asked for and 0 came")
+
+    under_test = conductor(
+        tmp_path, PrefixConfig("fixed", 9, 9), Listed([rollouts(3)]), evaluate=aborted
+    )
+    assert under_test.evaluate(4, 0).kind == "nothing"
+    under_test.close()
+    (event,) = read_records(tmp_path / "events.jsonl")
+    assert event["message"] == "no evaluation of step 4: 5 answers were asked for and 0 came"
+    assert not list(read_records(tmp_path / "evaluations.jsonl"))
 
 
 def test_a_probe_is_told_apart_from_the_prefix(tmp_path: Path) -> None:

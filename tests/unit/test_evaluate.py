@@ -18,6 +18,7 @@ from megatron_prefix.evaluate import (
     write_samples,
 )
 from megatron_prefix.pass_at_k import wilson_interval
+from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.tasks import sort_chain
 from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
 from megatron_prefix.types import FinishReason, Prompt, Rollout
@@ -154,7 +155,7 @@ def test_bad_sets_and_settings_are_refused(
 
 def test_missing_answers_are_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
     config = write_set(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "b"}])
-    with pytest.raises(RuntimeError, match="1 answers were asked for and 0 came"):
+    with pytest.raises(NoRollouts, match="1 answers were asked for and 0 came"):
         evaluate(config, tokenizer, lambda prompts, max_new_tokens: [], BARE)
 
 

@@ -135,6 +135,18 @@ def test_schedules_that_grow_end_at_the_full_length(config: PrefixConfig, steps:
 
 
 @settings(deadline=None)
+@given(configs(), st.integers(1, 40), st.integers(0, 400))
+def test_a_length_past_the_last_step_is_within_bounds_too(
+    config: PrefixConfig, steps: int, past: int
+) -> None:
+    """A probe after the last step asks for one, and so does a plan of a shorter run."""
+    policy = build_policy(config, steps)
+    length = policy.length(steps + past)
+    assert config.min_length <= length <= config.max_length
+    assert 0 <= loss_start(policy, steps + past) < length
+
+
+@settings(deadline=None)
 @given(configs(), st.integers(0, 100))
 def test_the_loss_begins_within_the_prefix_and_later_than_0_for_windows_alone(
     config: PrefixConfig, step: int

@@ -20,7 +20,7 @@ from megatron_prefix.modes import (
 from megatron_prefix.orders import Order
 from megatron_prefix.prefix import Ledger, ModelShape, build_policy
 from megatron_prefix.rollout.pool import Roster
-from megatron_prefix.rollout.protocol import ServerUnavailable, SglangError
+from megatron_prefix.rollout.protocol import NoRollouts, ServerUnavailable, SglangError
 from megatron_prefix.run_log import RunLog
 from megatron_prefix.types import Rollout
 
@@ -170,6 +170,21 @@ def test_a_lost_server_costs_its_evaluation_which_is_made_of_the_weights_there_a
     assert run.told(conductor.order, 7) == ["sync_evaluation", "train"]
     assert run.told(conductor.finish_evaluations, 12)[-1] == "nothing"
     assert run.entered() == [7] and run.answers.asked == [(4, 4), (7, 7)]
+
+
+def test_a_run_whose_evaluations_are_lost_again_and_again_ends_all_the_same(run: Run) -> None:
+    run.answers.fault = NoRollouts("12 answers were asked for and 0 came")
+    run.answers.come.set()
+    run.told(run.conductor.evaluate, 12)
+    kinds = []
+    while not kinds or kinds[-1] != "nothing":
+        run.server.gone = False
+        kinds += run.told(run.conductor.finish_evaluations, 12, most=1)
+        run.server.holds = 12
+    assert len(run.answers.asked) == 4 and run.entered() == []
+    told = run.events("evaluation")
+    assert ["another is made" in words for words in told] == [True] * 3 + [False]
+    assert "no other is made in its place: 12 answers" in told[-1]
 
 
 def test_the_last_evaluation_waits_for_its_server_to_be_back(run: Run) -> None:
