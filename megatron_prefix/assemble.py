@@ -25,7 +25,12 @@ from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.offload import Offload
 from megatron_prefix.mcore.optimizer import make_trainable
 from megatron_prefix.metrics_page import announced
-from megatron_prefix.modes import evaluates_aside, needs_shared_servers
+from megatron_prefix.modes import (
+    evaluates_aside,
+    more_forwards,
+    needs_shared_servers,
+    teacher_heads,
+)
 from megatron_prefix.placement import teachers_of
 from megatron_prefix.prefix import Ledger, build_policy, model_shape
 from megatron_prefix.prefix.recall import Recall
@@ -214,8 +219,8 @@ def _conductor(
                 teacher,
                 recipe.prefix.max_length,
                 more_teachers,
-                teacher_heads=_heads_applied(recipe),
-                more_forwards=int(recipe.loss.weights.rule == "entropy"),
+                teacher_heads=teacher_heads(recipe),
+                more_forwards=more_forwards(recipe),
             ),
             open_log=lambda step: RunLog(
                 folder, recipe.log, recipe.train.steps, console=get_console(), resume_step=step
@@ -230,14 +235,6 @@ def _conductor(
     )
     stack.callback(conductor.close)
     return conductor
-
-
-def _heads_applied(recipe: Recipe) -> int:
-    """How often a step applies its teacher's LM head: once more for weights, unless a server has
-    named the likeliest tokens already."""
-    looks = recipe.loss.weights.rule not in ("uniform", "entropy")
-    weighs = looks and recipe.teacher.placement != "server"
-    return 2 if weighs else 1
 
 
 def _evaluator(

@@ -90,6 +90,18 @@ def needs_teacher(recipe: Recipe) -> bool:
     return not supervised or (recipe.log.probe_interval > 0 and not recipe.rollout.replay)
 
 
+def teacher_heads(recipe: Recipe) -> int:
+    """How often a step with a teacher applies its LM head: once more for token weights, unless
+    they ask the student, or a server has named the likeliest tokens already."""
+    looks = recipe.loss.weights.rule not in ("uniform", "entropy")
+    return 2 if looks and recipe.teacher.placement != "server" else 1
+
+
+def more_forwards(recipe: Recipe) -> int:
+    """Forward passes of the student before a step's own, of steps with a teacher."""
+    return int(recipe.loss.weights.rule == "entropy")
+
+
 def probe_due(recipe: Recipe, finished: int) -> bool:
     """Whether a probe follows ``finished`` steps."""
     interval = recipe.log.probe_interval

@@ -96,6 +96,13 @@ def _check_one(recipe: Recipe, teacher: ModelConfig, section: str) -> None:
             f"SGLang gives log-probabilities of a prompt at temperature 1; set it to 1, or "
             f"{section}.placement=colocated or separate"
         )
+    needs = {"loss.divergence=relaxed_kl": recipe.loss.divergence == "relaxed_kl"}
+    needs[f"prefix.overlap_k={recipe.prefix.overlap_k}"] = recipe.prefix.overlap_k > 0
+    for setting in (setting for setting, needed in needs.items() if needed):
+        raise ValueError(
+            f"{setting} needs the teacher's whole vocabulary, and its servers name top-k tokens; "
+            f"leave it out, or set {section}.placement=colocated or separate"
+        )
     server, limit = teacher.server, PATIENCE * recipe.run.distributed_timeout_s
     longest = server.start_timeout_s + server.request_timeout_s
     if longest > limit:

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.modes import evaluation_due, is_supervised, probe_due, written_count
+from megatron_prefix.modes import (
+    evaluation_due,
+    is_supervised,
+    more_forwards,
+    probe_due,
+    teacher_heads,
+    written_count,
+)
 from megatron_prefix.plan.seen import Seen
 from megatron_prefix.prefix import (
     ModelShape,
@@ -160,12 +167,12 @@ def _run_cost(recipe: Recipe, costs: _Costs, kinds: Counter[_Kind]) -> StepCost:
 def _step(recipe: Recipe, costs: _Costs, kind: _Kind) -> Flops:
     """As the ledger counts it: what was written costs no sampling, cross-entropy no teacher."""
     batch = recipe.train.global_batch_size
-    heads = 1 if recipe.loss.weights.rule == "uniform" else 2
-    one = costs.rollout(kind.length, kind.start, heads)
+    one = costs.rollout(kind.length, kind.start, teacher_heads(recipe))
+    passes = 1.0 if kind.supervised else 1.0 + more_forwards(recipe) / BACKWARD
     return Flops(
         rollout=one.rollout * (batch - kind.written),
         teacher=0.0 if kind.supervised else one.teacher * batch,
-        student=one.student * batch,
+        student=one.student * passes * batch,
     )
 
 

@@ -139,9 +139,11 @@ def test_supervised_runs_hold_no_teacher(recipe: Recipe) -> None:
 def in_the_ledger(run: ValidRun, domains: Sequence[str], teacher_prompt: int = 0) -> StepCost:
     """What a run's own ledger holds at its end, every rollout as long as its step allows."""
     recipe = run.recipe
-    heads = 1 if recipe.loss.weights.rule == "uniform" else 2
+    rule = recipe.loss.weights.rule
+    passes = {"teacher_heads": 2 if rule == "discrepancy" else 1}
+    passes["more_forwards"] = int(rule == "entropy")
     shapes = {name: model_shape(model.hf.config) for name, model in run.more_teachers.items()}
-    ledger = Ledger(*both(run), recipe.prefix.max_length, shapes, teacher_heads=heads)
+    ledger = Ledger(*both(run), recipe.prefix.max_length, shapes, **passes)
     policy = build_policy(recipe.prefix, STEPS)
     for step in range(STEPS):
         length, written = policy.length(step), written_count(recipe, step)
@@ -205,6 +207,16 @@ def test_each_domain_costs_its_own_teacher(recipe: Recipe) -> None:
     check_same(make_plan(run, seen).cost.run, in_the_ledger(run, ["math", "", "math", "math"]))
     unseen = Seen(lengths=(PROMPT,), teacher_lengths=(PROMPT,))
     check_same(make_plan(run, unseen).cost.run, in_the_ledger(run, ["math", ""]))
+
+
+def test_a_look_at_the_students_entropy_costs_the_student_a_pass(recipe: Recipe) -> None:
+    weights = LossConfig(weights=TokenWeightConfig(rule="entropy"))
+    run = validate(replace(recipe, loss=weights))
+    plan = make_plan(run, look_at_prompts(run))
+    check_same(plan.cost.run, in_the_ledger(run, [""]))
+    plain = planned(recipe).cost.run.flops
+    assert plan.cost.run.flops.student == pytest.approx(plain.student * 4 / 3)
+    assert plan.cost.run.flops.teacher == plain.teacher
 
 
 def test_a_teacher_that_reads_and_weighs_costs_more(recipe: Recipe) -> None:
