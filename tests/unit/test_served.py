@@ -88,6 +88,8 @@ def test_a_family_that_megatron_does_not_hold_will_do(recipe: Recipe, tmp_path: 
     ("override", "words"),
     [
         ("loss.temperature=2", "loss.temperature=2.0 needs the teacher's whole vocabulary"),
+        ("loss.divergence=relaxed_kl", "relaxed_kl needs the teacher's whole vocabulary"),
+        ("prefix.overlap_k=8", "prefix.overlap_k=8 needs the teacher's whole vocabulary"),
         ("teacher.server.top_k=264", "teacher.server.top_k=264 leaves no tail of the 264 tokens"),
         ("teacher.server.top_k=0", "teacher.server.top_k=0 must be at least 1"),
         ("teacher.tensor_model_parallel_size=2", "teacher.tensor_model_parallel_size=2 is about"),
