@@ -11,6 +11,7 @@ import argparse
 import functools
 import json
 import multiprocessing
+import resource
 import shutil
 import statistics
 import sys
@@ -53,6 +54,7 @@ class Row:
     ranks: int
     gb_per_s: float
     of_copy: float  # of the copy's rate
+    cpu_s_per_gb: float  # of all its threads and processes: other work on the machine counts less
     peak_mib: float
 
 
@@ -107,8 +109,8 @@ def sums(source: Path) -> None:
     check_manifest(source / STEP_FOLDER)
 
 
-def measured(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds and peak MiB of ``work`` in a forked process."""
+def measured(work: Callable[[], object]) -> tuple[float, float, float]:
+    """Seconds, CPU seconds and peak MiB of ``work`` in a forked process."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def run() -> None:
@@ -116,7 +118,8 @@ def measured(work: Callable[[], object]) -> tuple[float, float]:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before, start = memory("VmRSS"), time.perf_counter()
         work()
-        sender.send((time.perf_counter() - start, memory("VmHWM") - before))
+        seconds, peak = time.perf_counter() - start, memory("VmHWM") - before
+        sender.send((seconds, cpu_seconds(), peak))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -124,6 +127,12 @@ def measured(work: Callable[[], object]) -> tuple[float, float]:
     if process.exitcode:
         raise SystemExit(f"a conversion ended with {process.exitcode}")
     return receiver.recv()
+
+
+def cpu_seconds() -> float:
+    """Of this process so far, and of those that it waited for."""
+    used = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def memory(field: str) -> float:
@@ -142,7 +151,7 @@ def measure(layers: int, rounds: int, ranks: int, folder: Path) -> list[Row]:
         "SHA-256 alone": functools.partial(sums, megatron),
         "to Hugging Face": functools.partial(to_hugging_face, megatron, back, ranks),
     }
-    found: dict[str, list[tuple[float, float]]] = {what: [] for what in works}
+    found: dict[str, list[tuple[float, float, float]]] = {what: [] for what in works}
     for _ in range(rounds):
         for what, work in works.items():
             found[what].append(measured(work))
@@ -150,7 +159,7 @@ def measure(layers: int, rounds: int, ranks: int, folder: Path) -> list[Row]:
             shutil.rmtree(folder / name)
     shutil.rmtree(source)
     rates = {
-        what: size / 1e9 / statistics.median(seconds for seconds, _ in runs)
+        what: size / 1e9 / statistics.median(seconds for seconds, _, _ in runs)
         for what, runs in found.items()
     }
     return [
@@ -160,7 +169,8 @@ def measure(layers: int, rounds: int, ranks: int, folder: Path) -> list[Row]:
             ranks if what.startswith("to ") else 1,
             rates[what],
             rates[what] / rates["copy"],
-            statistics.median(peak for _, peak in runs),
+            statistics.median(cpu for _, cpu, _ in runs) / (size / 1e9),
+            statistics.median(peak for _, _, peak in runs),
         )
         for what, runs in found.items()
     ]
@@ -168,7 +178,7 @@ def measure(layers: int, rounds: int, ranks: int, folder: Path) -> list[Row]:
 
 def show(rows: list[Row]) -> None:
     table = Table(title=f"Conversion of bf16 models in shards of {SHARD_MIB} MiB (medians)")
-    for name in ("model GiB", "what", "processes", "GB/s", "of a copy", "peak MiB"):
+    for name in ("model GiB", "what", "processes", "GB/s", "of a copy", "CPU s/GB", "peak MiB"):
         table.add_column(name, justify="left" if name == "what" else "right")
     for row in rows:
         table.add_row(
@@ -177,6 +187,7 @@ def show(rows: list[Row]) -> None:
             str(row.ranks),
             f"{row.gb_per_s:.2f}",
             f"{row.of_copy:.2f}",
+            f"{row.cpu_s_per_gb:.2f}",
             f"{row.peak_mib:.0f}",
         )
     Console(width=100).print(table)

@@ -103,6 +103,7 @@ class _Share:
     sums: dict[str, str] = field(default_factory=dict)  # SHA-256 by file
     common: Any = None
     not_finite: list[str] = field(default_factory=list)
+    memory: tuple[Scratch, ...] = field(default_factory=lambda: (Scratch(), Scratch()))
 
 
 def hf_to_megatron(job: Conversion, on_bytes: OnBytes, *, dry_run: bool = False) -> None:
@@ -166,6 +167,7 @@ def _run(job: Conversion, work: FileWork, on_bytes: OnBytes) -> list[_Share]:
         share = _Share()
         for number in range(rank + job.crew.rank, count, processes):
             work(number, share, told)
+        share.memory = ()  # a share travels between processes
         return share
 
     assert job.ranks == 1 or job.crew.size == 1, job
@@ -181,7 +183,7 @@ def _packed(
 ) -> Iterator[tuple[Unit, Tensor]]:
     """Each unit as Megatron has it, with the vocabulary's padding; lasts until the one after the
     next is asked for."""
-    for unit, scratch in zip(units, _two_in_turn(), strict=False):
+    for unit, scratch in zip(units, _in_turn(share), strict=False):
         tensors = source.of_unit(unit, scratch)
         for name, tensor in zip(unit.hf_names, tensors, strict=True):
             _look_at(name, tensor, share)
@@ -192,9 +194,9 @@ def _packed(
         yield unit, packed
 
 
-def _two_in_turn() -> Iterator[Scratch]:
+def _in_turn(share: _Share) -> Iterator[Scratch]:
     """One is read into while the other is written out; cleared."""
-    for scratch in itertools.cycle((Scratch(), Scratch())):
+    for scratch in itertools.cycle(share.memory):
         scratch.clear()
         yield scratch
 
@@ -257,7 +259,7 @@ def _unpacked(
 def _by_unit(
     job: Conversion, source: DistReader, units: Sequence[Unit], share: _Share
 ) -> Iterator[tuple[Unit, str, Tensor]]:
-    for unit, scratch in zip(units, _two_in_turn(), strict=False):
+    for unit, scratch in zip(units, _in_turn(share), strict=False):
         place, dtype = place_of(unit, job.hf), job.dtype_of(unit)
         if unit.megatron_name in VOCABULARY:
             whole = source.shape(place.key)
