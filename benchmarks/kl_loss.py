@@ -4,12 +4,15 @@
 
 Each row is one way to get the loss and both of its gradients; ``over_gemms`` divides its CPU
 seconds by those of the four matrix products that any exact one-pass method must do (medians of
-ratios within a round, so that a busy machine slows both). Peak memory is above the inputs, both
-gradients included. Errors are against fp64.
+ratios within a round, so that a busy machine slows both). What an optimizer does once a step,
+zeroing main_grad and dropping the last gradients, is nobody's time. Peak memory is above the
+inputs, both gradients included. Errors are against fp64. Last comes the table of
+docs/performance.md, as markdown.
 
 | method | what it is |
 |---|---|
 | gemms | the four matrix products alone, into memory that is there already: no loss |
+| gemms_chunked | the same at the one_pass chunk, which any method of as little memory must bear |
 | one_pass | megatron_prefix.loss |
 | in_training | the same, into a main_grad that is there already, with a Workspace that is kept |
 | full_logits | whole logits, the divergence from log_softmax, autograd |
@@ -22,6 +25,7 @@ import ctypes
 import importlib.util
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import time
@@ -37,7 +41,9 @@ from benchmarks._kl_checks import Exact, error_rows, tensor_parallel_row
 from benchmarks._kl_methods import (
     D_STUDENT,
     DIVERGENCES,
+    METHODS,
     Inputs,
+    forget_gradients,
     make_inputs,
     methods_for,
     run_fresh,
@@ -72,7 +78,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 class Gemms:
-    """The floor: at the whole N and by chunks; the lesser time counts."""
+    """The floor: at the whole N and by chunks; as the floor counts the lesser time."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -80,10 +86,14 @@ class Gemms:
         self.student = torch.zeros(positions, vocabulary)
         self.teacher = torch.zeros(positions, vocabulary)
         self.dh, self.dw = torch.zeros_like(inputs.hidden), torch.zeros_like(inputs.weight)
-        self.chunks = (positions, chosen_chunk(positions, 2 * vocabulary, CPU_LIMITS))
+        self.chunk = chosen_chunk(positions, 2 * vocabulary, CPU_LIMITS)
 
-    def seconds(self) -> float:
-        return min(seconds_of(lambda chunk=chunk: self.run(chunk)) for chunk in self.chunks)
+    def seconds(self) -> tuple[float, float]:
+        """The floor's, and those at the one_pass chunk."""
+        whole, chunked = (
+            seconds_of(lambda c=c: self.run(c)) for c in (len(self.student), self.chunk)
+        )
+        return min(whole, chunked), chunked
 
     @torch.no_grad()
     def run(self, chunk: int) -> None:
@@ -103,16 +113,20 @@ class Gemms:
 def measure_times(
     inputs: Inputs, gemms: Gemms, rounds: int
 ) -> tuple[float, dict[tuple[str, str], tuple[float, float]]]:
-    """Least CPU seconds of the GEMMs; of each (divergence, method), taken in turns, the least
-    seconds and the median of their ratio to the round's GEMMs."""
+    """Least CPU seconds of the GEMMs; of each (divergence, method), taken in turns, and of the
+    chunked GEMMs ("", "gemms_chunked"), the least seconds and the median of their ratio to the
+    round's GEMMs."""
     floors: list[float] = []
     taken: dict[tuple[str, str], list[float]] = {}
     run_fresh("in_training", inputs, "jsd")  # what a run keeps, it has by its second step
     for _ in range(rounds):
-        floors.append(gemms.seconds())
+        floor, chunked = gemms.seconds()
+        floors.append(floor)
+        taken.setdefault(("", "gemms_chunked"), []).append(chunked)
         for divergence in DIVERGENCES:
             for method in methods_for():
-                took = seconds_of(lambda m=method, d=divergence: run_fresh(m, inputs, d))
+                forget_gradients(inputs)
+                took = seconds_of(lambda m=method, d=divergence: METHODS[m](inputs, d))
                 taken.setdefault((divergence, method), []).append(took)
     ratios = {
         pair: (min(times), statistics.median(t / f for t, f in zip(times, floors, strict=True)))
@@ -155,7 +169,11 @@ def rows_for(positions: int, vocabulary: int, rounds: int) -> list[Row]:
     pairs = [(d, m) for d in DIVERGENCES for m in methods_for()]
     peaks = {pair: peak_mib(inputs, *pair) for pair in pairs}  # before this process's heap grows
     floor, times = measure_times(inputs, gemms, rounds)
-    rows = [Row(*size, "", "gemms", floor, 1.0, 0.0)]
+    chunked = times["", "gemms_chunked"]
+    rows = [
+        Row(*size, "", "gemms", floor, 1.0, 0.0),
+        Row(*size, "", "gemms_chunked", *chunked, 0.0),
+    ]
     for divergence in DIVERGENCES:
         fits = positions * vocabulary <= ERRORS_UP_TO
         exact = Exact.of(inputs, divergence) if fits else None
@@ -175,6 +193,8 @@ class Against:
     divergence: str
     in_training_over_gemms: float
     one_pass_over_gemms: float
+    gemms_chunked_over_gemms: float
+    one_pass_peak: float  # MiB
     full_logits_time: float
     full_logits_peak: float
     saved_logits_time: float
@@ -200,7 +220,9 @@ def compare(rows: list[Row]) -> list[Against]:
         if double is not None:
             doubled = (double.peak_mib - positions * D_STUDENT * 4 / 2**20) / own.peak_mib
         trained = found[*key, "in_training"].over_gemms
-        result.append(Against(*key, trained, own.over_gemms, *ratios, doubled))
+        chunked = found[positions, vocabulary, "", "gemms_chunked"].over_gemms
+        over = trained, own.over_gemms, chunked
+        result.append(Against(*key, *over, own.peak_mib, *ratios, doubled))
     return result
 
 
@@ -211,6 +233,42 @@ def print_table(title: str, rows: list) -> None:
     for row in rows:
         table.add_row(*(_cell(value) for value in asdict(row).values()))
     Console(width=160).print(table)
+
+
+def markdown(rows: list[Against]) -> str:
+    """The table of docs/performance.md."""
+    heads = (
+        "N x V",
+        "divergence",
+        "`in_training` / GEMMs",
+        "`one_pass` / GEMMs",
+        "GEMMs by chunk / GEMMs",
+        "peak MiB, `one_pass`",
+        "full logits: slower, larger",
+        "saved logits",
+        "Liger",
+        "peak at 2N",
+    )
+    lines = [heads, ("---",) * len(heads)]
+    for row in rows:
+        over = row.in_training_over_gemms, row.one_pass_over_gemms, row.gemms_chunked_over_gemms
+        lines.append(
+            (
+                f"{row.positions} x {row.vocabulary}",
+                row.divergence,
+                *(f"{ratio:.2f}" for ratio in over),
+                f"{row.one_pass_peak:.0f}",
+                _times(row.full_logits_time, row.full_logits_peak),
+                _times(row.saved_logits_time, row.saved_logits_peak),
+                _times(row.liger_time, row.liger_peak),
+                "" if row.doubled is None else f"dh + {100 * (row.doubled - 1):.1f}%",
+            )
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _times(slower: float | None, larger: float | None) -> str:
+    return "" if slower is None or larger is None else f"{slower:.2f}x, {larger:.1f}x"
 
 
 def _cell(value: object) -> str:
@@ -241,6 +299,8 @@ def main() -> None:
     print_table("Divergence over the vocabulary: one CPU thread, fp32, d 256 and 384", rows)
     print_table("one_pass: times faster and smaller", against)
     print_table("Errors: of fp64, and of several ranks against one", exact)
+    print(f"{_processor()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f} at the end\n")
+    print(markdown(against))
     if arguments.json:
         machine = {"processor": _processor(), "torch": torch.__version__}
         tables = {"rows": rows, "against": against, "exact": exact}

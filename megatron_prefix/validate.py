@@ -158,10 +158,15 @@ def _check_batch(recipe: Recipe, student: Layout, teacher: Layout, section: str)
 def _validate_model(
     recipe: Recipe, owner: str, model: ModelConfig, layout: Layout, read: ReadModel
 ) -> ValidModel:
+    from megatron_prefix.mcore.fp8 import refuse_delayed
+
     served = model.placement == "server"
     here = served and Path(model.hf_path).is_dir()  # else by the shapes of a published model
     hf = read_served(model.hf_path, owner) if here else read(model.hf_path, owner)
     layers = () if served else check_model(hf, model, owner)
+    if not served:
+        beside = any(teacher.placement == "separate" for teacher in teachers_of(recipe).values())
+        refuse_delayed(model, owner, beside=beside)
     _check_context(recipe, hf, owner)
     return ValidModel(model, hf, layout, layers)
 
@@ -292,12 +297,11 @@ def _check_context(recipe: Recipe, hf: "HfModel", owner: str) -> None:
 
 
 def _check_precision(hf: "HfModel", model: ModelConfig, owner: str) -> None:
-    from megatron_prefix.mcore.fp8 import refuse_delayed, refuse_names
+    from megatron_prefix.mcore.fp8 import refuse_names
 
     if model.fp8.format == "off":
         return
     refuse_names(model.fp8, owner)
-    refuse_delayed(model, owner)
     if model.params_dtype != "bf16":
         raise ValueError(
             f"{owner}.fp8.format={model.fp8.format} needs {owner}.params_dtype=bf16, not "

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron_prefix.config import Fp8Config, ModelConfig
+from megatron_prefix.layout import Layout
 from megatron_prefix.mcore.hf_map.units import DecoderShape
 
 FORMATS = ("off", "e4m3", "hybrid")
@@ -20,23 +22,29 @@ BLACKWELL_ONLY = ("mxfp8", "nvfp4")
 SEQUENCE_MULTIPLE = 128  # blockwise wants token counts divisible by 128
 
 
-def fp8_settings(fp8: Fp8Config, owner: str) -> dict[str, Any]:
+def fp8_settings(fp8: Fp8Config, owner: str, *, own_scales: bool) -> dict[str, Any]:
     """TransformerConfig fields; ValueError where the card, the package or the name cannot."""
     if fp8.format == "off":
         return {}
     refuse_names(fp8, owner)
     refuse_machine(fp8, owner)
-    return fp8_fields(fp8)
+    return fp8_fields(fp8, own_scales=own_scales)
 
 
-def fp8_fields(fp8: Fp8Config) -> dict[str, Any]:
+def fp8_fields(fp8: Fp8Config, *, own_scales: bool) -> dict[str, Any]:
     """TransformerConfig fields of settings that were checked; those not named keep its defaults,
-    one layer at each end in bf16 among them."""
+    one layer at each end in bf16 among them.
+
+    ``own_scales``: with delayed scaling, that each rank takes the amax of its own tensors. Megatron
+    reduces it over one process-wide group, of all ranks or (``tp_only_amax_red``) of those that
+    were made its tensor-parallel ranks: :func:`initialize_megatron` makes each rank one of its own.
+    """
     return {
         "fp8": fp8.format,
         "fp8_recipe": fp8.recipe,
         "fp8_param": False,
         "first_last_layers_bf16": fp8.first_last_layers_bf16,
+        "tp_only_amax_red": own_scales and fp8.recipe == "delayed",
     }
 
 
@@ -52,26 +60,37 @@ def refuse_names(fp8: Fp8Config, owner: str) -> None:
         )
 
 
-def refuse_delayed(model: ModelConfig, owner: str) -> None:
-    """Delayed scaling's history is right on the ranks of one stage that also run backward.
+def refuse_delayed(model: ModelConfig, owner: str, *, beside: bool) -> None:
+    """ValueError where delayed scaling's history would be wrong. ``beside``: other ranks than the
+    student's are in the world.
 
-    Transformer Engine moves the scales on leaving its context only where gradients are enabled, so
-    a teacher would keep those it began with; and Megatron reduces amax over one process-wide group,
-    whose ranks must hold the same layers.
+    A teacher's would stand still: Transformer Engine moves the scales on leaving its context only
+    where gradients are enabled. Megatron reduces amax over the whole world, whose ranks must then
+    all hold the same layers and run them; where they do not, each rank keeps scales of its own
+    (:func:`fp8_fields`). Tensor-parallel ranks cannot: Transformer Engine gathers their inputs
+    as of one scale, and a checkpoint holds the scales of the first of them alone.
     """
     if model.fp8.format == "off" or model.fp8.recipe != "delayed":
         return
-    if owner == "teacher":
+    if owner.startswith("teacher"):
         raise ValueError(
-            "teacher.fp8.recipe='delayed' never moves its scales in a model that runs forward "
-            "only; take 'blockwise' or 'tensorwise'"
+            f"{owner}.fp8.recipe='delayed' never moves its scales in a model that runs forward "
+            "only; take 'tensorwise', the same format with each tensor's own scale, or 'blockwise'"
         )
-    if model.pipeline_model_parallel_size > 1:
+    stages, tp = model.pipeline_model_parallel_size, model.tensor_model_parallel_size
+    if tp > 1 and (stages > 1 or beside):
+        others = f"{stages} pipeline stages" if stages > 1 else "the ranks of a separate teacher"
         raise ValueError(
-            f"{owner}.fp8.recipe='delayed' with {owner}.pipeline_model_parallel_size="
-            f"{model.pipeline_model_parallel_size} would mix the scales of unlike layers; take "
-            "'blockwise' or 'tensorwise', or one pipeline stage"
+            f"{owner}.fp8.recipe='delayed' with {owner}.tensor_model_parallel_size={tp} needs one "
+            f"scale for these ranks alone, which Megatron cannot give it beside {others}; take "
+            "'tensorwise' or 'blockwise', or tensor_model_parallel_size=1"
         )
+
+
+def keeps_own_scales(layout: Layout) -> bool:
+    """Whether other ranks of the world run other layers than a rank of ``layout``, or none."""
+    beside = dist.is_initialized() and dist.get_world_size() > layout.world_size
+    return layout.pp > 1 or beside
 
 
 def saved_activation_bytes(model: ModelConfig, shape: DecoderShape, layers: Sequence[int]) -> int:

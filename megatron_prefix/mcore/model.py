@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.layout import layers_by_stage, padded_vocab_size
 from megatron_prefix.mcore.biased_experts import finish_biased_experts, quick_gelu
-from megatron_prefix.mcore.fp8 import fp8_settings
+from megatron_prefix.mcore.fp8 import fp8_settings, keeps_own_scales
 from megatron_prefix.mcore.group_router import use_group_router
 from megatron_prefix.mcore.groups import ModelGroups
 from megatron_prefix.mcore.hf_map import HfModel
@@ -115,7 +115,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         **uneven,
         **recompute,
-        **fp8_settings(model.fp8, owner),
+        **fp8_settings(model.fp8, owner, own_scales=keeps_own_scales(groups.layout)),
     )
     return _config_kind(hf)(**(settings | hf.settings))
 

@@ -159,13 +159,13 @@ def test_what_a_step_gathers_of_its_microbatches_is_not_read_back() -> None:
     assert seen.kl.shape == (9,) and seen.worst.shape == (2,)
 
 
-@pytest.mark.parametrize("fp8", ["off", "tensorwise"])
-def test_the_job_that_a_gpu_test_starts_is_valid(fp8: str, tmp_path: Path) -> None:
-    overrides = sort_chain_overrides(fp8, tmp_path)
+@pytest.mark.parametrize(("fp8", "stages"), [("off", 1), ("tensorwise", 1), ("delayed", 2)])
+def test_the_job_that_a_gpu_test_starts_is_valid(fp8: str, stages: int, tmp_path: Path) -> None:
+    overrides = sort_chain_overrides(fp8, tmp_path, stages)
     files = sort_chain.prepare_data(tmp_path / "data")
     overrides += [f"data.path={files.train}", f"eval.path={files.held_out}"]
     run = validate(load_recipe(str(ROOT / "recipes" / "quickstart.py"), overrides=overrides))
-    assert run.world_size == 1
+    assert run.world_size == stages
     assert run.recipe.rollout.server_args == ("--mem-fraction-static", "0.2")
     assert (run.recipe.student.fp8.format != "off") == (fp8 != "off")
 

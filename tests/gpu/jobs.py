@@ -3,11 +3,13 @@
 from pathlib import Path
 
 
-def sort_chain_overrides(fp8: str, output: Path) -> list[str]:
-    """The recipe of ``make quickstart`` on one rank, server and trainer on one card, in bf16."""
+def sort_chain_overrides(fp8: str, output: Path, stages: int = 1) -> list[str]:
+    """The recipe of ``make quickstart`` in bf16, a card for each stage of the student's pipeline,
+    on the first the server as well; the teacher whole on each."""
     settings: dict[str, object] = {
         "run.output_dir": output,
         "student.tensor_model_parallel_size": 1,
+        "student.pipeline_model_parallel_size": stages,
         "student.params_dtype": "bf16",
         "teacher.pipeline_model_parallel_size": 1,
         "teacher.num_layers_in_first_pipeline_stage": 0,
@@ -17,4 +19,6 @@ def sort_chain_overrides(fp8: str, output: Path) -> list[str]:
     }
     if fp8 != "off":
         settings |= {"student.fp8.format": "hybrid", "student.fp8.recipe": fp8}
+    if fp8 == "delayed":
+        settings["student.fp8.first_last_layers_bf16"] = False
     return [f"{key}={value}" for key, value in settings.items()]

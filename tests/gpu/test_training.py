@@ -17,9 +17,12 @@ ROOT = Path(__file__).parents[2]
 LEARNT = 0.9
 
 
-@pytest.mark.parametrize("fp8", ["off", "tensorwise"])
-def test_sort_chain_is_learnt(fp8: str, tmp_path: Path) -> None:
-    command = [sys.executable, "tools/quickstart.py", *sort_chain_overrides(fp8, tmp_path)]
+@pytest.mark.parametrize(("fp8", "stages"), [("off", 1), ("tensorwise", 1), ("delayed", 2)])
+def test_sort_chain_is_learnt(fp8: str, stages: int, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < stages:
+        pytest.skip(f"needs {stages} GPUs, one a pipeline stage")
+    overrides = sort_chain_overrides(fp8, tmp_path, stages)
+    command = [sys.executable, "tools/quickstart.py", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())

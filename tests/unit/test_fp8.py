@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.config import Fp8Config, ModelConfig
-from megatron_prefix.mcore.fp8 import fp8_fields, refuse_delayed, saved_activation_bytes
+from megatron_prefix.mcore.fp8 import (
+    fp8_fields,
+    refuse_delayed,
+    saved_activation_bytes,
+)
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.hf_map.units import DecoderShape
 from tests.tiny_models import write_tiny_qwen3
@@ -15,20 +19,32 @@ DELAYED = ModelConfig(fp8=Fp8Config("hybrid", "delayed", first_last_layers_bf16=
 
 
 def test_student_and_teacher_have_recipes_of_their_own() -> None:
-    student, teacher = fp8_fields(Fp8Config("e4m3", "blockwise")), fp8_fields(DELAYED.fp8)
+    student, teacher = (
+        fp8_fields(fp8, own_scales=True) for fp8 in (Fp8Config("e4m3", "blockwise"), DELAYED.fp8)
+    )
     assert (student["fp8"], student["fp8_recipe"]) == ("e4m3", "blockwise")
     assert (teacher["fp8"], teacher["fp8_recipe"]) == ("hybrid", "delayed")
     assert student["first_last_layers_bf16"] and not teacher["first_last_layers_bf16"]
     assert not student["fp8_param"]
+    assert teacher["tp_only_amax_red"] and not student["tp_only_amax_red"]
+    assert not fp8_fields(DELAYED.fp8, own_scales=False)["tp_only_amax_red"]
 
 
-def test_delayed_scales_are_for_a_student_of_one_stage() -> None:
-    refuse_delayed(DELAYED, "student")
-    refuse_delayed(ModelConfig(pipeline_model_parallel_size=2), "teacher")
-    with pytest.raises(ValueError, match="teacher.fp8.recipe='delayed' never moves its scales"):
-        refuse_delayed(DELAYED, "teacher")
-    with pytest.raises(ValueError, match="student.pipeline_model_parallel_size=2 would mix"):
-        refuse_delayed(replace(DELAYED, pipeline_model_parallel_size=2), "student")
+@pytest.mark.parametrize("owner", ["teacher", "teachers.maths"])
+def test_a_teacher_cannot_move_delayed_scales(owner: str) -> None:
+    refuse_delayed(ModelConfig(pipeline_model_parallel_size=2), owner, beside=True)
+    with pytest.raises(ValueError, match=f"{owner}.fp8.recipe='delayed' never moves its scales"):
+        refuse_delayed(DELAYED, owner, beside=False)
+
+
+def test_delayed_scales_of_tensor_parallel_ranks_need_the_world_to_themselves() -> None:
+    sharded = replace(DELAYED, tensor_model_parallel_size=2)
+    refuse_delayed(sharded, "student", beside=False)
+    refuse_delayed(replace(DELAYED, pipeline_model_parallel_size=2), "student", beside=True)
+    with pytest.raises(ValueError, match="beside the ranks of a separate teacher; take"):
+        refuse_delayed(sharded, "student", beside=True)
+    with pytest.raises(ValueError, match="beside 2 pipeline stages; take"):
+        refuse_delayed(replace(sharded, pipeline_model_parallel_size=2), "student", beside=False)
 
 
 @pytest.fixture(scope="module")
