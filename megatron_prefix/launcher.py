@@ -23,7 +23,7 @@ from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
 from megatron_prefix.rollout.server import Server, ServerFailed, free_port, start_server
 from megatron_prefix.rollout.supervisor import Start, Supervisor
 from megatron_prefix.served import endpoints_file, served_teachers, server_settings
-from megatron_prefix.watchdog import hang_report
+from megatron_prefix.watchdog import hang_found, hang_report
 
 POLL_S = 0.1
 KILLED = -1  # no exit code of ours: a rank was killed, or hung
@@ -64,8 +64,9 @@ def _run(recipe: Recipe, record: Path, stops: list[int]) -> int:
                     _start_rank(rank, settings, arguments, folder, ranks_stack)
                     for rank, settings in enumerate(_rank_settings(recipe))
                 ]
+                hung = partial(hang_found, folder, time.time())
                 why = partial(_why, folder, world_layout(recipe, len(ranks)))
-                code = _watch(ranks, [supervisor, *teachers.values()], stops, why)
+                code = _watch(ranks, [supervisor, *teachers.values()], stops, why, hung)
             if code != KILLED or stops or not restarts_left:
                 return FAILED if code == KILLED else code
             print(
@@ -208,16 +209,17 @@ def _watch(
     supervisors: Sequence[Supervisor],
     stops: list[int],
     why: Callable[[int, int | None], str],
+    hung: Callable[[], bool],
 ) -> int:
     """Until all ranks have ended: their exit code, or KILLED. One that fails ends the others; so
     does the last server's end."""
     told = False
     while True:
+        if hung():  # one that was stopped goes on, to write its stacks while the others are there
+            _signal(ranks, signal.SIGCONT)
         codes = [rank.poll() for rank in ranks]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, DONE, SAVED)]
         if failed:
-            if codes[failed[0]] == HUNG:
-                _let_write(ranks)
             return _end_all(ranks, why(failed[0], codes[failed[0]]))
         if None not in codes:
             return SAVED if SAVED in codes else DONE
@@ -231,19 +233,13 @@ def _watch(
         if stops and not told:
             told = True
             print("stopping: the ranks save and end; once more to stop at once", file=sys.stderr)
-            for rank in ranks:
-                rank.send_signal(signal.SIGTERM)
+            _signal(ranks, signal.SIGTERM)
         time.sleep(POLL_S)
 
 
-def _let_write(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until all ranks of a run that hung have written their stacks and ended: one that was stopped
-    can do so once it goes on."""
-    deadline = time.monotonic() + GRACE_S
+def _signal(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
     for rank in ranks:
-        rank.send_signal(signal.SIGCONT)
-    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
-        time.sleep(POLL_S)
+        rank.send_signal(number)
 
 
 def _why(folder: Path, world: WorldLayout, rank: int, code: int | None) -> str:

@@ -3,7 +3,8 @@ for too long writes the stacks of all its threads, has the other ranks write the
 
 Stacks are in ``logs/stacks/rank_N.txt`` of the run folder. A rank that is stopped, or inside a call
 that holds the interpreter, writes none by itself: in the second case the C library's timer writes
-them a little later; the first shows by the lack of its file.
+them a little later; in the first it does so once somebody lets it go on, as the launcher of one
+machine does.
 """
 
 import faulthandler
@@ -41,7 +42,8 @@ class Watchdog:
     wait for another that is."""
 
     def __init__(self, folder: Path, rank: int, timeout_s: float) -> None:
-        self._folder, self._rank, self._timeout_s = stacks_folder(folder), rank, timeout_s
+        self._run_folder, self._folder = folder, stacks_folder(folder)
+        self._rank, self._timeout_s = rank, timeout_s
         self._folder.mkdir(parents=True, exist_ok=True)
         _keep_earlier(self._folder / f"rank_{rank}.txt")
         self._file = (self._folder / f"rank_{rank}.txt").open("w")
@@ -84,13 +86,11 @@ class Watchdog:
             if late > _LATE_S:  # time that it had no use of does not count
                 self._stood_still += late
                 self._since += late
-            elif now - self._since > self._timeout_s or self._marked():
+            elif now - self._since > self._timeout_s or self._found_by_another():
                 self._end()
 
-    def _marked(self) -> bool:
-        """Whether another rank has found the run hanging since this one started."""
-        mark = self._folder / _MARK
-        return mark.exists() and mark.stat().st_mtime > self._started_at
+    def _found_by_another(self) -> bool:
+        return hang_found(self._run_folder, self._started_at)
 
     def _end(self) -> None:
         seconds = time.monotonic() - self._since
@@ -99,7 +99,7 @@ class Watchdog:
         faulthandler.dump_traceback(self._file, all_threads=True)
         (self._folder / _MARK).touch()
         time.sleep(_SHARE_S)
-        logger.error("%s", hang_report(self._folder.parent.parent))
+        logger.error("%s", hang_report(self._run_folder))
         sys.stderr.flush()
         os._exit(HUNG)
 
@@ -124,6 +124,12 @@ def _keep_earlier(path: Path) -> None:
 def stacks_folder(folder: Path) -> Path:
     """In a run's folder."""
     return folder / "logs" / "stacks"
+
+
+def hang_found(folder: Path, since: float) -> bool:
+    """Whether a rank has found the run of ``folder`` hanging after ``since``, Unix time."""
+    mark = stacks_folder(folder) / _MARK
+    return mark.exists() and mark.stat().st_mtime > since
 
 
 def hang_report(folder: Path) -> str:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from megatron_prefix.exit_codes import HUNG
-from megatron_prefix.watchdog import Watchdog, hang_report, patience
+from megatron_prefix.watchdog import Watchdog, hang_found, hang_report, patience
 
 RANK = """
 import sys, time
@@ -59,6 +59,26 @@ def test_one_rank_that_hangs_has_all_write_their_stacks_and_end(tmp_path: Path) 
     assert re.search(r"no progress: rank 0: student of step 4 for \d+\.\d s; rank 1: ", report)
     assert "without a word, stopped or gone: rank 2" in report
     assert "\n" not in report
+
+
+def test_a_rank_that_was_stopped_writes_its_stacks_once_it_goes_on(tmp_path: Path) -> None:
+    since = time.time()
+    hangs, stopped = start(tmp_path, 0, 1.0, 600), start(tmp_path, 1, 600, 600)
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        while not hang_found(tmp_path, since):
+            assert hangs.poll() is None and time.time() < since + 60
+            time.sleep(0.05)
+        stopped.send_signal(signal.SIGCONT)
+        assert (hangs.wait(60), stopped.wait(60)) == (HUNG, HUNG)
+    finally:
+        for process in (hangs, stopped):
+            process.kill()
+            process.wait()
+    assert stacks(tmp_path, 1).startswith("rank 1: student of step ")
+    assert "most recent call first" in stacks(tmp_path, 1)
+    assert not hang_found(tmp_path, time.time())
+    assert "without a word" not in hang_report(tmp_path)
 
 
 def test_a_rank_that_goes_on_and_ends_is_left_alone(tmp_path: Path) -> None:
