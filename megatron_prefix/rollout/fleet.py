@@ -135,6 +135,8 @@ class Fleet:
         for member, label in zip(asked, list(labels), strict=True):
             if isinstance(label, SglangError):
                 self.lose(member.endpoint.url, label)
+            elif label == version_label(member.version):  # as it was given, if not the newest
+                continue
             elif label != version_label(version) and member.version != UNKNOWN:
                 member.version = UNKNOWN
                 member.endpoint = _newer_start(member.endpoint) or member.endpoint
