@@ -4,14 +4,14 @@ from pathlib import Path
 
 
 def sort_chain_overrides(fp8: str, output: Path, stages: int = 1) -> list[str]:
-    """The recipe of ``make quickstart`` in bf16, a card for each stage of the student's pipeline,
-    on the first the server as well; the teacher whole on each."""
+    """The recipe of ``make quickstart`` in bf16, both models in stages of a card each,
+    on the first the server as well."""
     settings: dict[str, object] = {
         "run.output_dir": output,
         "student.tensor_model_parallel_size": 1,
         "student.pipeline_model_parallel_size": stages,
         "student.params_dtype": "bf16",
-        "teacher.pipeline_model_parallel_size": 1,
+        "teacher.pipeline_model_parallel_size": stages,
         "teacher.num_layers_in_first_pipeline_stage": 0,
         "teacher.params_dtype": "bf16",
         "rollout.device": "cuda",
