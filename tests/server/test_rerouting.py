@@ -150,9 +150,8 @@ def test_a_server_with_other_weights_is_told_apart_by_its_version() -> None:
         assert f"{peer.url} holds weights v0, not v3: it gets them anew" in words
         fleet.took(fleet.members, 0)
         assert fleet.in_step(0)
-        told = len(words)
         assert not fleet.in_step(4), "it holds what it was given, and the trainer has gone on"
-        assert len(words) == told and fleet.in_step(0)
+        assert told == [words] and fleet.in_step(0)
         fleet.close()
 
 
