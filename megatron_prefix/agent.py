@@ -9,16 +9,18 @@ rank that saved and ended with 75 for a failed one, and itself ends with 1.
 """
 
 import argparse
+import errno
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_prefix.exit_codes import FAILED, HUNG
+from megatron_prefix.exit_codes import DONE, FAILED, HUNG, SAVED
 from megatron_prefix.rollout.addresses import own_address
 from megatron_prefix.watchdog import hang_report
 
@@ -34,6 +36,11 @@ def main() -> int:
     """The exit code of the node's ranks: 0 done, 75 saved after a signal, 1 failed."""
     arguments = _arguments()
     _block_signals()
+    try:
+        refuse_busy_port(arguments.rendezvous)
+    except (ValueError, OSError) as error:
+        print(f"megatron-prefix: error: {error}", file=sys.stderr)
+        return FAILED
     threading.Thread(target=_forward, name="signals", daemon=True).start()
     # torch 2.14 keeps one store over restarts: new ranks find the addresses of dead ones in it.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -56,13 +63,31 @@ def main() -> int:
 
 
 def rank_main(record: Path, endpoints: Path | None, endpoint_files: int) -> int:
-    """A failure has to end the process with an error for the agent to see it; 75 is no failure."""
+    """A failure has to end the process with an error for the agent to see it; 75 is no failure.
+    Restarted ranks meet at another port."""
     from megatron_prefix.worker import run_rank
 
     code = run_rank(record, endpoints, endpoint_files)
-    if code == FAILED:
-        raise SystemExit(FAILED)
+    if code not in (DONE, SAVED):
+        raise SystemExit(code)
     return code
+
+
+def refuse_busy_port(rendezvous: str) -> None:
+    """ValueError where HOST:PORT is this machine's and taken: torch would take whoever has it for
+    the agents' store, and wait for its answer. Another machine's port is its own to check."""
+    host, _, port = rendezvous.rpartition(":")
+    for address in (socket.gethostbyname(host), "0.0.0.0"):  # the store listens on all
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
+            try:
+                probe.bind((address, int(port)))
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    return
+                raise ValueError(
+                    f"--rendezvous {rendezvous}: {error.strerror}; start again with another port"
+                ) from error
 
 
 def _block_signals() -> None:

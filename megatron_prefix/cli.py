@@ -5,7 +5,6 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_prefix.advise_arguments import EXAMPLES as _ADVISE_EXAMPLES
@@ -151,7 +150,13 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--node", type=Path, metavar="FOLDER", help="can this node of a job run the one in FOLDER?"
     )
-    doctor.add_argument("--gpus", type=int, default=0, metavar="N", help="that --node has to have")
+    doctor.add_argument(
+        "--gpus",
+        type=int,
+        default=int(os.environ.get("SLURM_GPUS_ON_NODE") or 0),
+        metavar="N",
+        help="that --node has to have (default: as many as Slurm gave this step)",
+    )
     return parser
 
 
@@ -210,22 +215,24 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    from megatron_prefix.cluster import check_cluster
+    from megatron_prefix.cluster import check_cluster, on_cluster
     from megatron_prefix.launch import dry_run, launch
     from megatron_prefix.launch_arguments import cluster_of
     from megatron_prefix.plan import card_gib, refuse_what_does_not_fit
     from megatron_prefix.recipe import RECORD_NAME, save_record
+    from megatron_prefix.slurm_queue import check_can_submit
 
     recipe, cluster = _load(arguments), cluster_of(arguments)
     check_cluster(cluster, recipe)
-    if cluster.world_size:
-        recipe = replace(recipe, run=replace(recipe.run, world_size=cluster.world_size))
+    recipe = on_cluster(recipe, cluster)
     folder = _checked_folder(recipe)
     here = card_gib() if cluster.executor == "local" else 0.0
     refuse_what_does_not_fit(recipe, servers_elsewhere=cluster.server_nodes > 0, card_gib=here)
     if arguments.dryrun:
         print(dry_run((folder / RECORD_NAME).absolute(), recipe, cluster), end="")
         return DONE
+    if cluster.executor == "slurm":
+        check_can_submit(wait=not arguments.detach)
     record = save_record(recipe, folder)
     return launch(record.absolute(), recipe, cluster, detach=arguments.detach)
 

@@ -6,7 +6,7 @@
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
@@ -14,12 +14,18 @@ from megatron_prefix.modes import needs_servers
 from megatron_prefix.secret_keys import key_prefix, names_a_secret, referenced
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_FIRST_PORT = 20000  # of rendezvous; the job's number follows, since jobs may share a node
-# Runs in the batch script. The lines that nemo-run adds below it end the job with the exit code of
-# the first step that ends, so servers must outlast the trainer: they wait for the folder to go.
+_CHECK_S = 300  # given to a node to say that it can run the job
+# Runs in the batch script, on the first node, where the ranks will meet: at a port that follows the
+# job's number, since jobs may share a node, and that nobody there has. The lines that nemo-run adds
+# below it end the job with the exit code of the first step that ends, so servers must outlast the
+# trainer: they wait for the folder to go.
 _SETUP = """\
 export run_head="$SLURMD_NODENAME"
 export run_attempt="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+export run_port=$((20000 + SLURM_JOB_ID % 12000))
+while grep -qis ": [0-9A-F]*:$(printf %04X $run_port) " /proc/net/tcp /proc/net/tcp6; do
+  ((run_port++))
+done
 @CPUS@
 unset SLURM_UNBUFFEREDIO  # it gives each task a terminal, and so the logs a progress bar
 endpoints=@ENDPOINTS@
@@ -33,6 +39,7 @@ finish() {
 }
 trap finish EXIT"""
 
+_REFUSED = f'"node $SLURMD_NODENAME cannot run this: see above, or no answer in {_CHECK_S} s"'
 _CPUS = 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_ON_NODE"'
 _HET_CPUS = """\
 run_cpus_0=${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_0%%(*}
@@ -46,6 +53,9 @@ class Cluster:
     executor: str = "local"  # local | slurm
     nodes: int = 1  # of the job, those that serve included
     server_nodes: int = 0  # the last ones; 0: the one node does both, or servers run elsewhere
+    # Of those that train, for a teacher on nodes of its own: whole ones, which the ranks' meeting
+    # chooses.
+    teacher_nodes: int = 0
     heterogeneous: bool = False  # those that serve as a group of their own
     gpus_per_node: int = 0
     server_gpus_per_node: int = 0  # of that group; 0: as gpus_per_node
@@ -78,6 +88,17 @@ class Cluster:
         return ranks if self.trains_alone else self.trainer_nodes * (ranks or 1)
 
 
+def on_cluster(recipe: Recipe, cluster: Cluster) -> Recipe:
+    """``recipe`` with the ranks that ``cluster`` has for it, and its teacher on its own nodes."""
+    if not cluster.world_size:
+        return recipe
+    recipe = replace(recipe, run=replace(recipe.run, world_size=cluster.world_size))
+    if not cluster.teacher_nodes:
+        return recipe
+    ranks = cluster.teacher_nodes * (cluster.world_size // cluster.trainer_nodes)
+    return replace(recipe, teacher=replace(recipe.teacher, placement="separate", world_size=ranks))
+
+
 def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
     """ValueError for what cannot be launched, with the value and the remedy."""
     if cluster.executor not in ("local", "slurm"):
@@ -88,6 +109,11 @@ def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
         raise ValueError(
             f"--server-nodes {cluster.server_nodes} of --nodes {cluster.nodes} must leave one to "
             "train on"
+        )
+    if not 0 <= cluster.teacher_nodes < max(cluster.trainer_nodes, 1):
+        raise ValueError(
+            f"--teacher-nodes {cluster.teacher_nodes} of the {cluster.trainer_nodes} that train "
+            "must leave one to the student"
         )
     elsewhere = recipe.rollout.server_urls or not needs_servers(recipe)
     if cluster.nodes > 1 and not cluster.server_nodes and not elsewhere:
@@ -151,14 +177,15 @@ def step_cpus(group: int) -> str:
 
 def trainer_script(cluster: Cluster, record: Path, folder: Path) -> str:
     """What each node that trains runs, from ``folder``."""
-    if cluster.trains_alone:
-        return _script(cluster, folder, ["-m", "megatron_prefix.cli", "train", str(record)])
     check = _node_check(record, cluster.gpus_per_node)
+    if cluster.trains_alone:
+        words = ["-m", "megatron_prefix.cli", "train", str(record)]
+        return _script(cluster, folder, words, check=check if cluster.executor == "slurm" else [])
     words = ["-m", "megatron_prefix.agent", str(record)]
     words += ["--nodes", str(cluster.trainer_nodes)]
     words += ["--ranks-per-node", str(cluster.ranks_per_node or cluster.gpus_per_node or 1)]
     words += ["--max-restarts", str(cluster.max_restarts)]
-    more = f'--id "$run_attempt" --rendezvous "$run_head:$(({_FIRST_PORT} + SLURM_JOB_ID % 20000))"'
+    more = '--id "$run_attempt" --rendezvous "$run_head:$run_port"'
     if cluster.server_nodes:
         more += f" --endpoints {_endpoints(record)} --endpoint-files {cluster.server_nodes}"
     return _script(cluster, folder, words, more, check)
@@ -191,13 +218,21 @@ def _value(value: str) -> str:
 def _script(
     cluster: Cluster, folder: Path, words: list[str], more: str = "", check: list[str] | None = None
 ) -> str:
-    """``words`` are quoted, ``more`` is shell text; ``check`` has to end well before."""
+    """``words`` are quoted, ``more`` is shell text; ``check`` has to end well, and soon, before."""
     python = cluster.python or ("python" if cluster.container else sys.executable)
     lines = ["set -e"]
     lines += [f"module load {quote(name)}" for name in cluster.modules]
     lines += [f"export {name}={_value(value)}" for name, value in cluster.env]
     lines += [f"cd -- {quote(folder)}"]
     if check:
-        lines += [" ".join(map(quote, [python, *check]))]
+        asked = " ".join(map(quote, [python, *check]))
+        lines += ["trap 'exit 75' USR1 TERM  # nothing has begun: nothing is lost"]
+        lines += [
+            f"timeout -k 10 {_CHECK_S} {asked} || {{",
+            f"  echo {_REFUSED} >&2",
+            "  exit 2",
+            "}",
+        ]
+        lines += ["trap - USR1 TERM"]
     lines += [f"exec {' '.join(map(quote, [python, *words]))} {more}".rstrip()]
     return "\n".join(lines) + "\n"

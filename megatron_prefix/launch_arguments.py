@@ -17,6 +17,8 @@ examples:
       --account me --time 12:00:00 --env HF_HOME=/scratch/hf --detach
   megatron-prefix launch RECIPE --executor slurm --nodes 5 --server-nodes 1 --heterogeneous \\
       --gpus-per-node 8 --server-gpus-per-node 4
+  megatron-prefix launch RECIPE --executor slurm --nodes 9 --server-nodes 1 --teacher-nodes 4 \\
+      --gpus-per-node 8                       student on 4 nodes, teacher on 4, servers on 1
 A recipe's file may have `def cluster() -> Cluster` with these settings; options win over it.
 Afterwards: megatron-prefix status|logs|cancel runs/NAME.
 """
@@ -36,6 +38,9 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_sizes(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--nodes", type=int, metavar="N", help="of the job (default: 1)")
     group.add_argument("--server-nodes", type=int, metavar="N", help="those of them that serve")
+    group.add_argument(
+        "--teacher-nodes", type=int, metavar="N", help="those of the others that only teach"
+    )
     group.add_argument("--gpus-per-node", type=int, metavar="N")
     group.add_argument(
         "--heterogeneous", action="store_const", const=True, help="servers as a group of their own"

@@ -14,7 +14,7 @@ from types import FrameType
 
 from megatron_prefix import die_with_parent
 from megatron_prefix.config import ModelConfig, Recipe, RolloutConfig
-from megatron_prefix.exit_codes import DONE, FAILED, HUNG, SAVED
+from megatron_prefix.exit_codes import DONE, FAILED, HUNG, PORT_TAKEN, SAVED
 from megatron_prefix.jobs import note_end, note_this_process
 from megatron_prefix.modes import check_own_servers, needs_servers
 from megatron_prefix.placement import WorldLayout, resolve_world_size, section_of, world_layout
@@ -254,7 +254,8 @@ def _end_all(
 ) -> int:
     """Give the other ranks a moment to end by themselves (their collectives fail), then kill.
 
-    Returns KILLED where a signal ended one of them, or its watchdog: the next start may go well.
+    Returns KILLED where the next start may go well: a signal ended one of them, or its watchdog, or
+    the port where they were to meet was taken.
     """
     print(f"megatron-prefix: error: {reason}", file=sys.stderr, flush=True)
     deadline = time.monotonic() + grace_s
@@ -263,7 +264,9 @@ def _end_all(
     codes = [rank.poll() for rank in ranks]
     for rank in ranks:
         _kill(rank)
-    return KILLED if any(code == HUNG or (code or 0) < 0 for code in codes) else FAILED
+    return (
+        KILLED if any(code in (HUNG, PORT_TAKEN) or (code or 0) < 0 for code in codes) else FAILED
+    )
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -34,6 +34,25 @@ class JobState:
         return not self.runs and not self.waits
 
 
+def check_can_submit(*, wait: bool) -> None:
+    """ValueError where this machine cannot submit a job, or, with ``wait``, not be told of its end:
+    nemo-run asks sacct, and cancels the job where it gets no answer."""
+    if shutil.which("sbatch") is None:
+        raise ValueError(
+            "--executor slurm: there is no sbatch here; give the command on a login node, or "
+            "--dryrun for the scripts"
+        )
+    if wait and not _has_accounting():
+        raise ValueError(
+            "this cluster keeps no accounts (sacct), which nemo-run waits by; give --detach, then "
+            "follow with megatron-prefix logs RUN -f"
+        )
+
+
+def _has_accounting() -> bool:
+    return shutil.which("sacct") is not None and not _run("sacct", "-X", "-j", "1").returncode
+
+
 def job_state(number: int) -> JobState:
     """From squeue, and where that has forgotten the job, from sacct.
 

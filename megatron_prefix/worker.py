@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.exit_codes import DONE, FAILED, SAVED
+from megatron_prefix.exit_codes import DONE, FAILED, PORT_TAKEN, SAVED
 from megatron_prefix.modes import check_own_servers, needs_servers
 from megatron_prefix.recipe import load_record
 from megatron_prefix.rollout.addresses import await_endpoints, read_endpoints, recipe_endpoints
@@ -32,6 +32,10 @@ from megatron_prefix.served import teacher_endpoints as teacher_endpoints_of
 
 logger = logging.getLogger("megatron_prefix.worker")  # this file runs as __main__
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class PortTaken(RuntimeError):
+    """Somebody took the port that the ranks were told to meet at, before rank 0 came to it."""
 
 
 class StopFlag:
@@ -107,6 +111,9 @@ def run_rank(
     try:
         teachers = teacher_endpoints_of(recipe, teacher_endpoints)
         return _train(recipe, folder, Servers(endpoints, endpoint_files), teachers, stop)
+    except PortTaken as error:
+        logger.error("%s", error)
+        return PORT_TAKEN
     except (RuntimeError, ValueError, OSError) as error:
         logger.debug("traceback", exc_info=True)
         logger.error("%s: %s", type(error).__name__, error, exc_info=rank != 0)
@@ -151,13 +158,20 @@ def keep_out_of_collections() -> None:
 
 
 def _join_world(recipe: Recipe) -> None:
+    """Raises PortTaken on rank 0, which is to listen there."""
     timeout = timedelta(seconds=recipe.run.distributed_timeout_s)
-    if torch.cuda.is_available():
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl", timeout=timeout)
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        dist.init_process_group("gloo", timeout=timeout)
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise PortTaken(f"{address}, where the ranks were to meet, is in use") from error
 
 
 def _arguments() -> argparse.Namespace:

@@ -47,6 +47,10 @@ het_group_host_1=$(scontrol show hostnames=$SLURM_JOB_NODELIST_HET_GROUP_1 | hea
 
 export run_head="$SLURMD_NODENAME"
 export run_attempt="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+export run_port=$((20000 + SLURM_JOB_ID % 12000))
+while grep -qis ": [0-9A-F]*:$(printf %04X $run_port) " /proc/net/tcp /proc/net/tcp6; do
+  ((run_port++))
+done
 run_cpus_0=${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_0%%(*}
 run_cpus_1=${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1%%(*}
 unset SLURM_UNBUFFEREDIO  # it gives each task a terminal, and so the logs a progress bar
@@ -121,12 +125,22 @@ fi
 #!/usr/bin/bash
 set -e
 cd -- /FOLDER
-python3 -m megatron_prefix.cli doctor --node '/FOLDER/runs/it'"'"'s a $(run)' --gpus 8
-exec python3 -m megatron_prefix.agent '/FOLDER/runs/it'"'"'s a $(run)/recipe.yaml' --nodes 2 --ranks-per-node 8 --max-restarts 0 --id "$run_attempt" --rendezvous "$run_head:$((20000 + SLURM_JOB_ID % 20000))" --endpoints '/FOLDER/runs/it'"'"'s a $(run)/endpoints'/"$run_attempt" --endpoint-files 1
+trap 'exit 75' USR1 TERM  # nothing has begun: nothing is lost
+timeout -k 10 300 python3 -m megatron_prefix.cli doctor --node '/FOLDER/runs/it'"'"'s a $(run)' --gpus 8 || {
+  echo "node $SLURMD_NODENAME cannot run this: see above, or no answer in 300 s" >&2
+  exit 2
+}
+trap - USR1 TERM
+exec python3 -m megatron_prefix.agent '/FOLDER/runs/it'"'"'s a $(run)/recipe.yaml' --nodes 2 --ranks-per-node 8 --max-restarts 0 --id "$run_attempt" --rendezvous "$run_head:$run_port" --endpoints '/FOLDER/runs/it'"'"'s a $(run)/endpoints'/"$run_attempt" --endpoint-files 1
 
 # ==> /cluster/nemo/experiments/it-s-a-run-/it-s-a-run-_DRYRUN/it-s-a-run-/scripts/it-s-a-run--1.sh <==
 #!/usr/bin/bash
 set -e
 cd -- /FOLDER
-python3 -m megatron_prefix.cli doctor --node '/FOLDER/runs/it'"'"'s a $(run)' --gpus 4
+trap 'exit 75' USR1 TERM  # nothing has begun: nothing is lost
+timeout -k 10 300 python3 -m megatron_prefix.cli doctor --node '/FOLDER/runs/it'"'"'s a $(run)' --gpus 4 || {
+  echo "node $SLURMD_NODENAME cannot run this: see above, or no answer in 300 s" >&2
+  exit 2
+}
+trap - USR1 TERM
 exec python3 -m megatron_prefix.rollout.serve '/FOLDER/runs/it'"'"'s a $(run)/recipe.yaml' --peer "$run_head" --endpoints-dir '/FOLDER/runs/it'"'"'s a $(run)/endpoints'/"$run_attempt"

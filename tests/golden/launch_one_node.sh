@@ -33,6 +33,10 @@ head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 export run_head="$SLURMD_NODENAME"
 export run_attempt="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+export run_port=$((20000 + SLURM_JOB_ID % 12000))
+while grep -qis ": [0-9A-F]*:$(printf %04X $run_port) " /proc/net/tcp /proc/net/tcp6; do
+  ((run_port++))
+done
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_ON_NODE"
 unset SLURM_UNBUFFEREDIO  # it gives each task a terminal, and so the logs a progress bar
 endpoints='/FOLDER/runs/it'"'"'s a $(run)/endpoints'
@@ -67,4 +71,10 @@ fi
 #!/usr/bin/bash
 set -e
 cd -- /FOLDER
+trap 'exit 75' USR1 TERM  # nothing has begun: nothing is lost
+timeout -k 10 300 python3 -m megatron_prefix.cli doctor --node '/FOLDER/runs/it'"'"'s a $(run)' --gpus 8 || {
+  echo "node $SLURMD_NODENAME cannot run this: see above, or no answer in 300 s" >&2
+  exit 2
+}
+trap - USR1 TERM
 exec python3 -m megatron_prefix.cli train '/FOLDER/runs/it'"'"'s a $(run)/recipe.yaml'

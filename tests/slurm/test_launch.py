@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prefix.recipe import load_record
 from tests.slurm.conftest import STEPS, Job
 from tests.slurm.freeze import PATIENCE_S, frozen_until_signalled
 from tests.slurm.virtual_slurm import VirtualSlurm, wait_until
 
 pytestmark = pytest.mark.slurm
 ODD = 'it\'s  "$(touch INJECTED)" `touch INJECTED` $HOME $$ \\'
+
+
+SECRET = 'a "secret" of $(ours)'
 
 
 class Launched:
@@ -28,6 +32,7 @@ class Launched:
             *(sys.executable, "-m", "megatron_prefix.cli", "launch", "gsm8k_bytes"),
             *("--executor", "slurm", "--ranks-per-node", "1", *words),
             NEMORUN_HOME=str(self.home),
+            OF_OURS=SECRET,
         )
 
     def running(self) -> bool:
@@ -83,9 +88,11 @@ def listening(pid: int) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def served(virtual_slurm: VirtualSlurm, job: Job) -> Iterator[tuple[Launched, Path]]:
-    """Two nodes that train on what a real SGLang on a third one samples."""
+    """A student on one node, its teacher on another, a real SGLang on a third, in a group of its
+    own."""
     settings = [*job.settings("served", replay=False), "train.steps=3"]
-    words = ["--nodes", "3", "--server-nodes", "1", "--env", f"ODD={ODD}", *settings]
+    words = ["--nodes", "3", "--server-nodes", "1", "--heterogeneous", "--teacher-nodes", "1"]
+    words += ["--env", f"ODD={ODD}", "--env", "A_KEY=${oc.env:OF_OURS}", *settings]
     launched = Launched(virtual_slurm, job, *words, "rollout.start_timeout_s=1200")
     try:
         yield launched, wait_for_servers(launched, job.folder("served"))
@@ -100,16 +107,21 @@ def test_servers_are_reached_by_the_nodes_address_and_a_key_of_the_run(
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     (endpoint,) = json.loads(file.read_text())
     assert endpoint["url"].startswith("http://10.77.0.3:")
-    commands = [
-        c for name in virtual_slurm.names for c in commands_on(virtual_slurm, name).values()
-    ]
+    assert_secret(virtual_slurm, job, served[0], endpoint["api_key"], file)
+
+
+def assert_secret(
+    slurm: VirtualSlurm, job: Job, launched: Launched, secret: str, *holders: Path
+) -> None:
+    """On no command line of any node's, and in no file but ``holders``."""
+    commands = [c for name in slurm.names for c in commands_on(slurm, name).values()]
     assert any("rollout.serve" in command for command in commands)
-    assert not any(endpoint["api_key"] in command for command in commands)
-    key = endpoint["api_key"].encode()
-    texts = [path for path in served[0].home.rglob("*") if path.is_file()]
-    texts += [job.folder("served") / "recipe.yaml", *job.folder("served").glob("logs/*.log")]
-    assert texts
-    assert not [path for path in texts if key in path.read_bytes()]
+    assert any("megatron_prefix.agent" in command for command in commands)
+    assert not [command for command in commands if secret in command]
+    folders = (job.folder("served"), launched.home, slurm.root / "spool")
+    texts = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert job.folder("served") / "recipe.yaml" in texts
+    assert [path for path in texts if secret.encode() in path.read_bytes()] == list(holders)
 
 
 def test_servers_listen_on_loopback_and_the_nodes_address_alone(
@@ -130,7 +142,32 @@ def test_a_variable_arrives_as_it_is(
         if "-m megatron_prefix.rollout.serve" in command and "bash" not in command.split()[0]
         if not command.startswith("srun")
     ]
-    assert f"ODD={ODD}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    assert f"ODD={ODD}".encode() in environment
+    assert f"A_KEY={SECRET}".encode() in environment, "what the reference refers to"
+
+
+def test_the_teacher_has_a_node_of_its_own(
+    virtual_slurm: VirtualSlurm, job: Job, served: tuple[Launched, Path]
+) -> None:
+    logs = [job.folder("served") / "logs" / f"rank_{rank}.log" for rank in (0, 1)]
+    wait_until(lambda: all(log.exists() for log in logs), "two ranks", PATIENCE_S)
+    nodes = [
+        name
+        for name in virtual_slurm.names
+        if any("multiprocessing.spawn" in c for c in commands_on(virtual_slurm, name).values())
+    ]
+    assert nodes == ["node1", "node2"]
+    recipe = load_record(job.folder("served") / "recipe.yaml")
+    assert (recipe.run.world_size, recipe.teacher.world_size) == (2, 1)
+    assert recipe.teacher.placement == "separate"
+
+
+def test_a_secret_of_the_environment_is_nowhere_else(
+    virtual_slurm: VirtualSlurm, job: Job, served: tuple[Launched, Path]
+) -> None:
+    assert (virtual_slurm.root / "spool").is_dir()
+    assert_secret(virtual_slurm, job, served[0], SECRET)
 
 
 def test_the_run_ends_well_and_leaves_nothing_running(
@@ -146,6 +183,22 @@ def test_the_run_ends_well_and_leaves_nothing_running(
     left = [c for name in virtual_slurm.names for c in commands_on(virtual_slurm, name).values()]
     assert not [command for command in left if "megatron_prefix" in command or "sglang" in command]
     assert not [path for folder in (Path.cwd(), job.root) for path in folder.rglob("INJECTED")]
+
+
+def test_each_step_is_refused_by_a_node_that_cannot_run_it(
+    virtual_slurm: VirtualSlurm, job: Job
+) -> None:
+    """The nodes have a device file for Slurm to count, and no GPU that torch could use."""
+    words = ["--nodes", "2", "--server-nodes", "1", "--gpus-per-node", "1"]
+    launched = Launched(virtual_slurm, job, *words, *job.settings("refused", replay=False))
+    code, output = launched.end()
+    assert code == 1, output
+    logs = sorted(launched.home.glob("experiments/refused/*/*/log-*.out"))
+    assert len(logs) == 2, "a step each"
+    for node, log in zip(virtual_slurm.names, logs, strict=False):
+        assert "0 GPUs that torch can use, 1 wanted" in log.read_text()
+        assert f"0: node {node} cannot run this: see above" in log.read_text()
+    assert not job.records("refused")
 
 
 def ask_later(slurm: VirtualSlurm, *words: str) -> "subprocess.Popen[str]":

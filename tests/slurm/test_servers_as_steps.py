@@ -60,6 +60,21 @@ def test_a_server_that_cannot_start_fails_the_job(virtual_slurm: VirtualSlurm, j
     assert "no-such-option" in told
 
 
+def test_a_node_that_cannot_run_the_job_is_named(virtual_slurm: VirtualSlurm, job: Job) -> None:
+    """The nodes have a device file for Slurm to count, and no GPU that torch could use."""
+    number = virtual_slurm.sbatch(
+        f"--output={job.root.parent}/no-gpus.out", "--nodes=2", "--gpus-per-node=1", MULTI_NODE,
+        "gsm8k_bytes", *job.settings("no-gpus"), SERVER_NODES="0",
+    )  # fmt: skip
+    assert virtual_slurm.wait_for_end(number, 900) == "FAILED"
+    assert virtual_slurm.job(number)["ExitCode"] == "2:0"
+    told = output_of(job, "no-gpus")
+    for node in virtual_slurm.names[:2]:
+        assert f"error: node {node}: " in told
+    assert "0 GPUs that torch can use, 1 wanted" in told
+    assert not job.records("no-gpus")
+
+
 def test_bad_input_is_told_at_once_and_never_tried_again(
     virtual_slurm: VirtualSlurm, job: Job
 ) -> None:

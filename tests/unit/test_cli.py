@@ -128,7 +128,10 @@ def test_words_that_make_no_command_end_with_2(
     assert "usage: megatron-prefix" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "train", "plan", "launch", "prepare", "doctor"])
+HELP = ["", "train", "plan", "launch", "status", "logs", "cancel", "prepare", "doctor"]
+
+
+@pytest.mark.parametrize("command", HELP)
 def test_help_shows_examples_and_exit_codes(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.cli import build_parser, main
-from megatron_prefix.cluster import Cluster, check_cluster, server_script, trainer_script
+from megatron_prefix.cluster import (
+    Cluster,
+    check_cluster,
+    on_cluster,
+    server_script,
+    trainer_script,
+)
 from megatron_prefix.config import DataConfig, ModelConfig, Recipe, RolloutConfig
 from megatron_prefix.launch_arguments import cluster_of
 from megatron_prefix.recipe import save_record
@@ -37,58 +43,87 @@ STEPS = [
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the command is given, with a model and prompts."""
     monkeypatch.chdir(tmp_path)
-    write_byte_tokenizer(write_tiny_qwen3(tmp_path / "model", vocab_size=264))
-    Path("prompts.jsonl").write_text('{"prompt": "2+2?"}\n')
+    write_sound_recipe(tmp_path)
+    return tmp_path
+
+
+def write_sound_recipe(folder: Path) -> None:
+    """sound/recipe.yaml, whose paths are relative to ``folder``."""
+    write_byte_tokenizer(write_tiny_qwen3(folder / "model", vocab_size=264))
+    (folder / "prompts.jsonl").write_text('{"prompt": "2+2?"}\n')
     model = ModelConfig(hf_path="model")
     data = DataConfig(path="prompts.jsonl", max_prompt_length=64)
     recipe = Recipe(student=model, teacher=model, data=data)
     recipe = replace(recipe, prefix=replace(recipe.prefix, max_length=75))
-    save_record(recipe, tmp_path / "sound")
-    return tmp_path
-
-
-def dry_run(folder: Path, *words: str) -> str:
-    """In a process of its own: nemo-run keeps its home from when it is imported."""
-    command = [sys.executable, "-m", "megatron_prefix.cli", "launch", "sound/recipe.yaml"]
-    command += ["run.name=it's a $(run)", "train.global_batch_size=128", "train.micro_batch_size=1"]
-    done = subprocess.run(
-        [*command, "--executor", "slurm", "--dryrun", *words],
-        env={**os.environ, "NEMORUN_HOME": HOME},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.replace(str(folder), "/FOLDER")
+    save_record(recipe, folder / "sound")
 
 
 HET = [
     *("--nodes", "3", "--server-nodes", "1", "--heterogeneous", "--gpus-per-node", "8"),
     *("--server-gpus-per-node", "4", "--python", "python3"),
 ]
+TEACHER = [
+    *("--nodes", "4", "--server-nodes", "1", "--teacher-nodes", "1", "--gpus-per-node", "2"),
+    *("--env", "HF_TOKEN", "--python", "python3"),
+]
+MANY_NODES = [
+    *("--nodes", "2", "--gpus-per-node", "8", "--python", "python3"),
+    "rollout.server_urls=[http://a:1]",
+]
+SHAPES = {
+    "one_node": ONE_NODE,
+    "many_nodes": MANY_NODES,
+    "steps": STEPS,
+    "heterogeneous": HET,
+    "teacher_nodes": TEACHER,
+}
+DRY_RUNS = """\
+import json, sys
+from megatron_prefix.cli import main
+for words in json.loads(sys.argv[1]):
+    print("# ==== shape", flush=True)
+    if main(words):
+        sys.exit(1)
+"""
 
 
-@pytest.mark.parametrize(
-    "name, words", [("one_node", ONE_NODE), ("steps", STEPS), ("heterogeneous", HET)]
-)
-def test_a_dry_run_prints_the_scripts_and_writes_nothing(
-    name: str, words: list[str], folder: Path
-) -> None:
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the dry run of each shape printed; in one process of its own: nemo-run takes seconds to
+    import, and keeps its home from then on."""
+    folder = tmp_path_factory.mktemp("shapes")
+    write_sound_recipe(folder)
+    common = ["launch", "sound/recipe.yaml", "run.name=it's a $(run)", "--executor", "slurm"]
+    common += ["train.global_batch_size=128", "train.micro_batch_size=1", "--dryrun"]
     before = sorted(folder.rglob("*"))
-    text = dry_run(folder, *words)
+    done = subprocess.run(
+        [sys.executable, "-c", DRY_RUNS, json.dumps([[*common, *w] for w in SHAPES.values()])],
+        env={**os.environ, "NEMORUN_HOME": HOME, "HF_TOKEN": "of nobody's concern"},
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(folder.rglob("*")) == before, "a dry run writes nothing"
+    assert not Path(HOME).exists()
+    texts = done.stdout.replace(str(folder), "/FOLDER").split("# ==== shape\n")[1:]
+    return dict(zip(SHAPES, texts, strict=True))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_dry_run_prints_the_scripts(name: str, shapes: dict[str, str]) -> None:
     golden = GOLDEN / f"launch_{name}.sh"
     if not golden.exists():
-        golden.write_text(text)
+        golden.write_text(shapes[name])
         pytest.fail(f"{golden} was written anew")
-    assert text == golden.read_text()
-    assert sorted(folder.rglob("*")) == before
-    assert not Path(HOME).exists()
+    assert shapes[name] == golden.read_text()
 
 
-@pytest.mark.parametrize("name", ["one_node", "steps", "heterogeneous"])
+@pytest.mark.parametrize("name", SHAPES)
 def test_the_printed_scripts_are_shell(name: str) -> None:
     scripts = (GOLDEN / f"launch_{name}.sh").read_text().split("# ==> ")[1:]
-    assert len(scripts) == {"one_node": 2, "steps": 3, "heterogeneous": 3}[name]
+    assert len(scripts) == (2 if name in ("one_node", "many_nodes") else 3)
     for script in scripts:
         body = script.partition("\n")[2]
         done = subprocess.run(["bash", "-n"], input=body, capture_output=True, text=True)
@@ -118,7 +153,7 @@ def test_a_steps_script_hands_values_on_as_they_are(tmp_path: Path) -> None:
     )
     tool.chmod(0o755)
     cluster = Cluster(nodes=3, server_nodes=1, env=(("ODD", ODD),), python=str(tool))
-    variables = {"run_head": "node1", "run_attempt": "7.0", "SLURM_JOB_ID": "20007"}
+    variables = {"run_head": "node1", "run_attempt": "7.0", "run_port": "20007"}
     seen = []
     for script in (trainer_script(cluster, record, here), server_script(cluster, record, here)):
         command = ["bash", "-c", script.replace("/nemo_run", "/replaced by nemo-run")]
@@ -147,6 +182,10 @@ def test_a_steps_script_hands_values_on_as_they_are(tmp_path: Path) -> None:
         (["--executor", "slurm", "--heterogeneous"], "needs a group that serves"),
         (["--server-gpus-per-node", "4"], "--server-gpus-per-node 4 needs --heterogeneous"),
         (["--executor", "slurm", "--partition", "a\nb"], "control character"),
+        (
+            ["--executor", "slurm", "--nodes", "3", "--server-nodes", "1", "--teacher-nodes", "2"],
+            "--teacher-nodes 2 of the 2 that train must leave one to the student",
+        ),
         (["--env", "a b=1"], "is no variable's name"),
         (["--env", "NOT_SET_ANYWHERE"], "no such variable here; give NOT_SET_ANYWHERE=value"),
         (["--gpus-per-node", "3"], "must be a multiple of"),
@@ -159,6 +198,16 @@ def test_bad_words_are_told_in_one_line(
     told = capsys.readouterr()
     assert message in told.err
     assert told.err.count("\n") == 1
+    assert not (folder / "runs").exists()
+
+
+def test_a_machine_without_slurm_submits_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(folder))
+    words = ["train.global_batch_size=8", "train.micro_batch_size=1", "--detach"]
+    assert main(["launch", "sound/recipe.yaml", "--executor", "slurm", *words]) == 2
+    assert "there is no sbatch here; give the command on a login node" in capsys.readouterr().err
     assert not (folder / "runs").exists()
 
 
@@ -197,3 +246,48 @@ def test_world_sizes() -> None:
     assert Cluster(nodes=3, server_nodes=1).world_size == 2
     assert Cluster(nodes=3, server_nodes=1, gpus_per_node=8).world_size == 16
     assert Cluster(nodes=3, gpus_per_node=8, ranks_per_node=4).world_size == 12
+
+
+def test_a_teacher_on_nodes_of_its_own_has_all_their_ranks() -> None:
+    cluster = Cluster(executor="slurm", nodes=6, server_nodes=1, teacher_nodes=2, gpus_per_node=8)
+    recipe = on_cluster(Recipe(), cluster)
+    assert (recipe.run.world_size, recipe.teacher.world_size) == (40, 16)
+    assert recipe.teacher.placement == "separate"
+    assert on_cluster(Recipe(), Cluster()) == Recipe()
+    assert on_cluster(Recipe(), replace(cluster, teacher_nodes=0)).teacher == Recipe().teacher
+
+
+@pytest.mark.parametrize(("ends", "code"), [("true", 0), ("exit 1", 2), ("sleep 60", 2)])
+def test_a_node_that_does_not_pass_its_check_starts_nothing(
+    ends: str, code: int, tmp_path: Path
+) -> None:
+    tool = tmp_path / "tool"
+    tool.write_text(f"#!/bin/bash\nif [[ $3 == doctor ]]; then {ends}; else echo started; fi\n")
+    tool.chmod(0o755)
+    cluster = Cluster(executor="slurm", nodes=2, python=str(tool))
+    script = trainer_script(cluster, tmp_path / "r" / "recipe.yaml", tmp_path)
+    assert "timeout -k 10 300 " in script
+    variables = {
+        "SLURMD_NODENAME": "node7",
+        "run_head": "node1",
+        "run_attempt": "1",
+        "run_port": "2",
+    }
+    done = subprocess.run(
+        ["bash", "-c", script.replace("10 300 ", "10 0.5 ")],
+        env=variables, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (code, "" if code else "started\n")
+    assert ("node node7 cannot run this" in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_a_signal_during_the_check_ends_with_75(name: str, tmp_path: Path) -> None:
+    tool = tmp_path / "tool"
+    tool.write_text(f"#!/bin/bash\nkill -{name} $(cat {tmp_path}/pid)\n")
+    tool.chmod(0o755)
+    script = trainer_script(
+        Cluster(executor="slurm", nodes=2, python=str(tool)), tmp_path / "r" / "x", tmp_path
+    )
+    done = subprocess.run(["bash", "-c", f"echo $$ >{tmp_path}/pid\n{script}"])
+    assert done.returncode == 75
