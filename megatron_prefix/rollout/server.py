@@ -135,7 +135,7 @@ def start_server(
     command += server_arguments(launch, rollout)
     log = Path(log_path).resolve()
     environment = server_environment(device, architecture, Path(scratch.name))
-    log_start, process = _spawn(command, environment, log, scratch.name)
+    log_start, process = _spawn(command, environment, log, settings)
     endpoint = Endpoint(
         url=f"http://{host}:{port}",
         api_key=api_key,
@@ -181,12 +181,13 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _spawn(
-    command: Sequence[str], environment: dict[str, str], log: Path, folder: str
+    command: Sequence[str], environment: dict[str, str], log: Path, private: Path
 ) -> tuple[int, subprocess.Popen[bytes]]:
-    """Start ``command`` under the guard; also the size of the log before it."""
+    """Start ``command`` under the guard, which keeps the values in ``private`` out of the log; also
+    the size of the log before it."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    guard = [sys.executable, "-I", str(_GUARD), str(os.getpid())]
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # it shows the key
+    guard = [sys.executable, "-I", str(_GUARD), "--hide", str(private), str(os.getpid())]
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with open(descriptor, "ab") as output:
         start = output.tell()
         now = datetime.now().isoformat(timespec="seconds")
@@ -195,7 +196,7 @@ def _spawn(
         process = subprocess.Popen(
             [*guard, *command],
             env=environment,
-            cwd=folder,  # `python -m` puts it first on the path: nothing of the user's there
+            cwd=private.parent,  # `python -m` has it first on its path: nothing of the user's there
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -194,6 +194,27 @@ def test_the_guard_passes_a_sigterm_on() -> None:
         assert process.stdout.read() == "told\nexit code 0\n"
 
 
+def test_the_guard_hides_what_it_is_told_to(tmp_path: Path) -> None:
+    """Also where it comes in pieces, and where the last line has no end."""
+    file = tmp_path / "private.json"
+    file.write_text('{"key": "open sesame"}')
+    script = "printf 'say open'; sleep 0.3; printf ' sesame!\\nopen '; printf sesame >&2"
+    command = [*GUARD, "--hide", str(file), str(os.getpid()), "/bin/sh", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert done.stdout == "say (hidden)!\n(hidden)exit code 0\n"
+    assert "sesame" not in done.stdout + done.stderr
+
+
+def test_the_guard_keeps_up_with_a_command_that_says_much(tmp_path: Path) -> None:
+    file = tmp_path / "private.json"
+    file.write_text('{"key": "open sesame"}')
+    script = "for i in $(seq 20000); do echo line $i of open sesame; done; exit 4"
+    command = [*GUARD, "--hide", str(file), str(os.getpid()), "/bin/sh", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    lines = [f"line {i} of (hidden)" for i in range(1, 20001)]
+    assert done.stdout.splitlines() == [*lines, "exit code 4"]
+
+
 def test_a_server_is_in_a_session_of_its_own(server: Server) -> None:
     """So that the terminal's Ctrl-C reaches the trainer only."""
     assert os.getsid(server.process.pid) == server.process.pid != os.getsid(0)
@@ -207,6 +228,9 @@ def test_only_the_holder_of_the_key_is_served(server: Server) -> None:
     assert len(key) > 30
     for process in [main, *main.children(recursive=True)]:
         assert key not in " ".join(process.cmdline())
+    log = server.log_path.read_text(errors="replace")
+    assert key not in log
+    assert "(hidden)" in log, "SGLang logs its settings"
     for private in (server.log_path, Path(server.scratch.name, "server.yaml")):
         assert stat.S_IMODE(private.stat().st_mode) == 0o600
 
