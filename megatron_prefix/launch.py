@@ -41,16 +41,21 @@ _LOOK_S = 0.1  # between two looks at a process that starts
 def launch(record: Path, recipe: Recipe, cluster: Cluster, *, detach: bool = False) -> int:
     """Submit the run whose resolved recipe is at ``record``; ``detach``: without waiting for it.
 
-    Returns 0, or 1 where it was seen to fail. Steps run from the current folder, which has to be
+    Returns 0, or 1 where it was seen to fail; ValueError with sbatch's words where it takes no such
+    job. Steps run from the current folder, which has to be
     there on every node, as the run folder has.
     """
     if detach and cluster.executor == "local":  # nemo-run's ends with the process that started it
         return _start_here(record, cluster)
+    from invoke.exceptions import UnexpectedExit
     from nemo_run.config import get_nemorun_home
     from torchx.specs.api import AppState
 
     with _experiment(record, recipe, cluster, Path(get_nemorun_home())) as experiment:
-        experiment.run(detach=detach, tail_logs=not detach)
+        try:
+            experiment.run(detach=detach, tail_logs=not detach)
+        except UnexpectedExit as error:
+            raise ValueError(f"the job was not taken: {error.result.stderr}") from error
         if cluster.executor == "slurm":
             _note(record.parent, experiment)
     if detach:
@@ -127,6 +132,7 @@ def _experiment(
         log_level="WARN",
         clean_mode=bool(number),
         skip_status_at_exit=True,
+        enable_goodbye_message=False,  # of commands that know no attempt and no run folder
         serialize_metadata_for_scripts=False,
     ) as experiment:
         _add_job(experiment, title, record, cluster, home)

@@ -201,6 +201,16 @@ def test_each_step_is_refused_by_a_node_that_cannot_run_it(
     assert not job.records("refused")
 
 
+def test_a_job_that_slurm_does_not_take_is_told_in_one_line(
+    virtual_slurm: VirtualSlurm, job: Job
+) -> None:
+    words = ["--detach", "--nodes", "2", "--partition", "no such", *job.settings("nowhere")]
+    code, output = Launched(virtual_slurm, job, *words).end()
+    assert code == 2
+    (told,) = [line for line in output.splitlines() if line.startswith("megatron-prefix: error: ")]
+    assert "the job was not taken: sbatch: error: invalid partition specified: no such" in told
+
+
 def ask_later(slurm: VirtualSlurm, *words: str) -> "subprocess.Popen[str]":
     return slurm.popen(sys.executable, "-m", "megatron_prefix.cli", *words)
 
