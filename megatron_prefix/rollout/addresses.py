@@ -4,6 +4,7 @@ files that only their owner can read, since the keys are in there too."""
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -81,8 +82,10 @@ def report_lost(endpoint: Endpoint, why: str) -> None:
     source = Path(endpoint.source)
     if not source.parent.is_dir():  # its supervisor has ended, and it too
         return
-    partial = source.with_suffix(f".{urlsplit(endpoint.url).port}.telling")
-    partial.write_text(f"{endpoint.start} {why}")
+    # A name of its own: all replicas of the student lose a teacher's server at the same moment.
+    descriptor, partial = tempfile.mkstemp(suffix=".telling", dir=source.parent)
+    with open(descriptor, "w") as file:
+        file.write(f"{endpoint.start} {why}")
     os.replace(partial, _lost_file(source, endpoint.url))
 
 

@@ -4,6 +4,8 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from megatron_prefix.rollout.addresses import (
     own_address,
     read_endpoints,
     recipe_endpoints,
+    report_lost,
+    take_lost_report,
     write_endpoints,
 )
 from megatron_prefix.rollout.client import Endpoint
@@ -50,6 +54,17 @@ def test_waiting_ends_with_a_signal_or_says_who_is_missing(tmp_path: Path) -> No
     assert await_endpoints(tmp_path, 2, 60, should_stop=lambda: True) is None
     with pytest.raises(ServerUnavailable, match=r"1 of 2 nodes .* rollout.start_timeout_s=0"):
         await_endpoints(tmp_path, 2, 0)
+
+
+def test_ranks_that_lose_a_server_at_the_same_moment_tell_its_supervisor(tmp_path: Path) -> None:
+    source = tmp_path / "teacher.json"
+    lost = replace(endpoint(1), source=str(source), start=3)
+    with ThreadPoolExecutor(8) as ranks:
+        told = list(ranks.map(lambda _: report_lost(lost, "it is gone"), range(2000)))
+    assert len(told) == 2000
+    assert take_lost_report(source, lost) == "it is gone"
+    assert take_lost_report(source, lost) == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_servers_that_the_recipe_names(tmp_path: Path) -> None:
