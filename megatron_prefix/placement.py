@@ -160,9 +160,10 @@ def _check_teacher(recipe: Recipe, teacher: ModelConfig, section: str) -> None:
             f"{teacher.placement} teacher has no ranks of its own"
         )
     if teacher.offload and teacher.placement != "colocated":
+        where = "has its ranks to itself" if teacher_ranks(teacher) else "is behind servers"
         raise ValueError(
             f"{section}.offload=true with {section}.placement={teacher.placement}: a teacher that "
-            "has its ranks to itself makes room for nobody; set it to false"
+            f"{where} makes room for nobody; set it to false"
         )
     if teacher.placement != "colocated" and not needs_teacher(recipe):
         raise ValueError(

@@ -75,8 +75,10 @@ def test_settings_of_a_teacher_are_refused_elsewhere() -> None:
         )
     with pytest.raises(ValueError, match="student.offload=true is a setting of a teacher"):
         check_placement(replace(recipe, student=replace(recipe.student, offload=True)))
-    with pytest.raises(ValueError, match="teacher.offload=true with teacher.placement=separate"):
+    with pytest.raises(ValueError, match="offload=true .*=separate: .* has its ranks to itself"):
         check_placement(replace(recipe, teacher=replace(recipe.teacher, offload=True)))
+    with pytest.raises(ValueError, match="offload=true .*=server: a teacher that is behind serv"):
+        check_placement(replace(recipe, teacher=ModelConfig(placement="server", offload=True)))
     with pytest.raises(ValueError, match="teacher.world_size=4 must be a multiple of 3.*3 or 6"):
         check_placement(replace(recipe, teacher=replace(recipe.teacher, world_size=4)))
 
