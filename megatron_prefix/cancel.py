@@ -1,5 +1,6 @@
 """Ends a run: its ranks save first, nothing requeues it, and it can be gone on with later."""
 
+import contextlib
 import os
 import signal
 import time
@@ -78,15 +79,23 @@ def _end_process(start: LocalStart, patience: Patience, say: Say) -> bool:
     ranks and servers."""
     name = f"process {start.pid}"
     if patience.save_s:
-        os.kill(start.pid, signal.SIGTERM)
+        _signal(start, signal.SIGTERM)
         say(f"{name}: told to save; up to {patience.save_s:g} s (--now: without)")
         if _wait(lambda: not start.runs(), patience.save_s):
             say(f"{name}: ended by itself")
             return True
-    os.kill(start.pid, signal.SIGKILL)
+    _signal(start, signal.SIGKILL)
     say(f"{name}: killed")
     _wait(lambda: not start.runs(), patience.end_s)
     return not patience.save_s
+
+
+def _signal(start: LocalStart, number: signal.Signals) -> None:
+    """Nothing where it has ended since, while others were waited for: its number may be another
+    process's by now."""
+    if start.runs():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(start.pid, number)
 
 
 def _wait(done: Callable[[], bool], seconds: float) -> bool:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from megatron_prefix.attempts import Follower
+from megatron_prefix.cancel import Patience, cancel_run
 from megatron_prefix.cli import main
 from megatron_prefix.config import Recipe, RunConfig, TrainConfig
 from megatron_prefix.jobs import (
@@ -289,6 +290,23 @@ def test_cancel_kills_what_does_not_save_in_time(
     assert main(["cancel", str(folder), *words]) == code
     assert process.wait() == -signal.SIGKILL
     assert "nothing is saved; the same command starts anew" in capsys.readouterr().out
+
+
+def test_a_process_that_ends_while_another_is_waited_for_is_signalled_no_more(
+    folder: Path, launched
+) -> None:
+    first, second = launched("stubborn"), launched()
+    told: list[str] = []
+
+    def say(words: str) -> None:
+        told.append(words)
+        if second.poll() is None:
+            second.kill()
+            second.wait()
+
+    assert not cancel_run(folder, Patience(0.5), say)
+    assert first.wait() == -signal.SIGKILL
+    assert told[-1] == f"process {second.pid}: ended by itself"
 
 
 def test_a_process_of_another_machine_is_left_to_it(
