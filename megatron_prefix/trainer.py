@@ -288,9 +288,9 @@ class Trainer:
         if self._step == 0:  # nothing was trained, and Adam's moments are not there yet
             return
         self._begins("save")
+        # The one before ends first, and is told of by itself where it came to nothing.
+        self._finalize_save(wait=wait or self._saved_step != self._step)
         if self._saved_step == self._step:  # by its interval, just now
-            self._finalize_save(wait=wait)
-        if self._saved_step == self._step:
             return
         state: dict[str, Any] = {"policy_version": self._policy_version}
         state["layout"] = self._parts.checkpointer.layout_record()

@@ -78,6 +78,7 @@ class Checkpointer:
         Raises SaveFailed with ``wait`` only; :meth:`finalize` tells of the others.
         """
         self.finalize(wait=True)  # never two saves in flight
+        earlier = self.take_problem()  # is not this one's
         final = step_folder(self._folder, step)
         partial = final.with_suffix(PARTIAL)
         problem = self._share(_make_room(partial) if dist.get_rank() == 0 else "")
@@ -89,6 +90,7 @@ class Checkpointer:
                 self.finalize(wait=True)
         if wait and self._problem:
             raise SaveFailed(self.take_problem())
+        self._problem = self._problem or earlier
 
     def _start(self, partial: Path, final: Path, run_state: str) -> None:
         state, _ = self._sharded_state(is_loading=False)

@@ -36,7 +36,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def save_on_a_full_disk(case: Case, disk: Path, spare_bytes: int) -> list[str]:
-    """What is said of a save with room, two without (the second has to be whole), one with."""
+    """What is said of a save with room, two without (the second has to be whole), one with, and one
+    that has to be whole after another without, of which nobody asked."""
     world = World.build(case, dist.get_world_size())
     checkpointer = Checkpointer(disk / "checkpoints", world.student, CONFIG)
     told = []
@@ -57,6 +58,11 @@ def save_on_a_full_disk(case: Case, disk: Path, spare_bytes: int) -> list[str]:
         told.append(str(error))
     fill(disk, 0, empty=True)
     save(4, wait=True)
+    fill(disk, spare_bytes)
+    checkpointer.save(5, {"layout": checkpointer.layout_record()})
+    checkpointer.finalize(wait=True)
+    fill(disk, 0, empty=True)
+    save(6, wait=True)
     return told
 
 
@@ -75,12 +81,13 @@ def test_a_full_disk_costs_no_checkpoint_and_no_step(
     case: Case, small_disk: Path, spare_bytes: int
 ) -> None:
     ranks = run_ranks(2, save_on_a_full_disk, in_layout(case, 2, 1), small_disk, spare_bytes)
-    first, second, third, fourth = ranks[0]
+    first, second, third, fourth, sixth = ranks[0]
     assert (first, fourth) == ("", "")
     assert "checkpoint step_00000002 could not be written: " in second
     assert "checkpoint step_00000003 could not be written: " in third
     words = "No space left" if spare_bytes < 200_000 else "Worker failure"
     assert words in second and words in third
     assert "the newest whole one is step_00000001" in second
+    assert "checkpoint step_00000005 could not be written: " in sixth
     left = sorted(path.name for path in (small_disk / "checkpoints").iterdir())
-    assert left == ["step_00000001", "step_00000004"]
+    assert left == [f"step_0000000{step}" for step in (4, 6)]  # the last two
