@@ -69,7 +69,8 @@ def _view(
     model: MegatronModel, batch: PrefixBatch, target: Targets, objective: Objective
 ) -> TeacherView:
     if isinstance(target, TopKTargets):
-        return view_of_top_k(target, batch.labels, model.hf.shape.vocab_size)
+        shared = objective.tokens_shared(batch.domain, model.hf.shape.vocab_size)
+        return view_of_top_k(target, batch.labels, shared)
     head = objective.head_of(batch.domain)
     assert head is not None
     return teacher_view(

@@ -56,13 +56,19 @@ class ServerTeacher:
     def _ask(self, passages: Sequence[Passage]) -> Future[list[TopRows]] | None:
         if self._scorer is None or not passages:
             return None
-        self._vocabulary.check(passages)
+        try:
+            self._vocabulary.check(passages)
+        except ValueError as error:  # told where the others wait for the answer
+            refused: Future[list[TopRows]] = Future()
+            refused.set_exception(error)
+            return refused
         return self._scorer.submit(passages)
 
     def _take(self, microbatch: int, asked: Future[list[TopRows]] | None, size: int) -> TopKTargets:
         """One microbatch's, on all ranks of the tensor-parallel group."""
         if not size:
-            return _targets(np.zeros((0, self._top_k), np.int32), np.zeros((0, self._top_k)))
+            empty = _targets(np.zeros((0, self._top_k)), np.zeros((0, self._top_k)))
+            return TopKTargets(empty.ids.to(self._device), empty.logprobs.to(self._device))
         failure: Exception | None = None
         found: TopKTargets | None = None
         if asked is not None:

@@ -46,6 +46,10 @@ class Objective:
     def head_of(self, domain: str) -> TeacherHead | None:
         return self.more_heads.get(domain) if domain else self.teacher_head
 
+    def tokens_shared(self, domain: str, own: int) -> int:
+        """Of the student's ``own``, those that a teacher of top-k targets has too."""
+        return self.common_vocabulary.get(domain, own)
+
 
 @dataclass(frozen=True)
 class WorstToken:
@@ -282,8 +286,7 @@ def _compare(
         "labels": batch.labels,
     }
     if isinstance(target, TopKTargets):
-        own = model.hf.shape.vocab_size
-        settings["vocab_size"] = objective.common_vocabulary.get(batch.domain, own)
+        settings["vocab_size"] = objective.tokens_shared(batch.domain, model.hf.shape.vocab_size)
         given = target.ids, target.logprobs
         return top_k_divergence(hidden, head, *given, batch.token_weight, **settings)
     assert teacher_head is not None

@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from megatron_prefix.batch import pack, plan_microbatches
-from megatron_prefix.config import TokenWeightConfig
+from megatron_prefix.config import LossConfig, TokenWeightConfig
 from megatron_prefix.loss.teacher_view import TeacherView
 from megatron_prefix.reweigh import reweigh, view_of_top_k
-from megatron_prefix.student import forward_backward
+from megatron_prefix.student import Objective, forward_backward
 from megatron_prefix.types import Rollout, TopKTargets
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
@@ -176,3 +176,9 @@ def test_a_teacher_that_names_all_tokens_is_seen_as_one_with_a_whole_softmax() -
     unnamed = view(5).label_logprobs[~named].exp() * 15  # evenly over the fifteen others
     left = 1.0 - logprobs.double().gather(1, order[:, :5]).exp().sum(1)
     torch.testing.assert_close(unnamed, left[~named])
+
+
+def test_the_tail_of_a_teacher_of_top_k_ends_with_the_tokens_that_both_models_have() -> None:
+    objective = Objective(LossConfig(), None, common_vocabulary={"far": 50})
+    assert objective.tokens_shared("far", 64) == 50
+    assert objective.tokens_shared("", 64) == 64

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tests.tiny_models import write_tiny_llama
 
 adapt_to_cpu()
 
+from megatron_prefix.mcore.groups import ModelGroups  # noqa: E402
 from megatron_prefix.reach_teacher import check_server  # noqa: E402
 from megatron_prefix.server_teacher import ServerTeacher  # noqa: E402
 from megatron_prefix.student import Objective, forward_backward  # noqa: E402
@@ -181,13 +183,15 @@ def _targets(url: str, sampled: list[Rollout]) -> int:
 
 def test_two_ranks_fail_alike_where_the_one_that_asks_has_no_answer() -> None:
     sampled = [Rollout((3, 4), (5, 6), (0.0, 0.0), "length", 0, 0)]
+    padding = [replace(sampled[0], prefix_ids=(5, 60))]
     with faulty_peer([(400, '{"error": {"message": "no such thing"}}')]) as peer:
-        told = run_ranks(2, _failure, peer.url, sampled)
-    assert "no such thing" in told[0]
-    assert "the rank that asks the servers had no answer" in told[1]
+        first, second = run_ranks(2, _failures, peer.url, [padding, sampled])
+    assert "token 60 of a rollout is none of the teacher's 50" in first[0]
+    assert "no such thing" in first[1]
+    assert all("the rank that asks the servers had no answer" in told for told in second)
 
 
-def _failure(url: str, sampled: list[Rollout]) -> str:
+def _failures(url: str, steps: list[list[Rollout]]) -> list[str]:
     from megatron_prefix.layout import Layout
     from megatron_prefix.mcore.groups import build_groups, initialize_megatron
 
@@ -195,11 +199,22 @@ def _failure(url: str, sampled: list[Rollout]) -> str:
     groups = build_groups(Layout(tp=2, dp=1, pp=1))
     scorer = asked_of(url) if groups.counts else None
     teacher = ServerTeacher(scorer, groups, Vocabulary(50, 50), 3, CPU)
-    with pytest.raises(TeacherLost) as error:
-        list(teacher.targets(sampled, plan_microbatches(sampled, 1)))
+    told = []
+    for sampled in steps:
+        with pytest.raises(TeacherLost) as error:
+            list(teacher.targets(sampled, plan_microbatches(sampled, 1)))
+        told.append(str(error.value))
     if scorer is not None:
         scorer.close()
-    return str(error.value)
+    return told
+
+
+def test_a_microbatch_without_a_scored_token_has_targets_where_the_others_are() -> None:
+    elsewhere = torch.device("meta")
+    teacher = ServerTeacher(None, cast(ModelGroups, None), Vocabulary(50, 50), 3, elsewhere)
+    targets = teacher._take(0, None, 0)
+    assert targets.ids.shape == targets.logprobs.shape == (0, 3)
+    assert targets.ids.device == targets.logprobs.device == elsewhere
 
 
 def test_a_server_of_another_model_is_named_at_the_start(
