@@ -155,16 +155,20 @@ def test_goals_are_told_as_they_are() -> None:
     assert fixed == ("plan 99.0%, accuracy 32.4%", "MISSED")
 
 
-def test_the_policy_beyond_counts_with_its_best_rate_and_on_b_at_equal_flops() -> None:
+def test_the_policy_beyond_counts_with_its_best_rate_and_on_b_for_no_more_flops() -> None:
     full = [row("full", 0.90, 100.0), row("full", 0.97, 100.0, lr=2e-3)]
     short = [row("anchored_12", 0.96, 27.0), row("anchored_12", 0.93, 27.0, lr=2e-3)]
-    goal = "A: anchored_12 within 1 point of full at 0.30x, both tuned over lr"
+    goal = "A: anchored_12 within 1 point of full at 0.30x, each at its best lr"
     assert told(*full, *short)[goal] == ("-1.0 points, 0.27x", "met")
     on_b = [row("full", 0.67, 100.0, student="B"), row("anchored_12", 0.6, 30.0, student="B")]
-    of_b = "B: anchored_12 within 3 points of full at equal FLOPs"
+    of_b = "B: anchored_12 within 3 points of full for no more FLOPs"
     assert told(*on_b)[of_b] == ("-7.0 points, 0.30x", "not measured")
     longer = [on_b[0], row("anchored_12", 0.6, 95.0, student="B")]
     assert told(*longer)[of_b] == ("-7.0 points, 0.95x", "MISSED")
+    better = [on_b[0], row("anchored_12", 0.7, 70.0, student="B")]
+    assert told(*better)[of_b] == ("+3.0 points, 0.70x", "met")
+    dearer = [on_b[0], row("anchored_12", 0.7, 120.0, student="B")]
+    assert told(*dearer)[of_b] == ("+3.0 points, 1.20x", "not measured")
 
 
 def test_a_kept_row_needs_no_folder(tmp_path: Path) -> None:
