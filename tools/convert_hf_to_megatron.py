@@ -45,7 +45,7 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
 
     check_ranks(args.ranks, crew.size)
     crew.lead(lambda: check_output(args.output, overwrite=args.overwrite))
-    folder, hf = open_source(args.hf_model)
+    folder, hf = crew.alike(lambda: open_source(args.hf_model))
     dtype = args.dtype or params_dtype(folder, hf)
     job = Conversion(hf, args.output, dtype, args.ranks, crew=crew)
     what = f"{hf.config['architectures'][0]}, {parameters(hf):,} parameters, "

@@ -57,10 +57,10 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
 
     check_ranks(args.ranks, crew.size)
     crew.lead(lambda: check_output(args.output, overwrite=args.overwrite))
-    step = find_step(args.checkpoint, args.step)
-    hf = open_config(args.hf_model or find_hf_model(step))
-    verified = check_manifest(step)
-    saved = read_step(step)
+    step = crew.alike(lambda: find_step(args.checkpoint, args.step))
+    hf = crew.alike(lambda: open_config(args.hf_model or find_hf_model(step)))
+    verified = crew.lead(lambda: check_manifest(step))  # all of it, once
+    saved = crew.alike(lambda: read_step(step))
     dtype = args.dtype or saved.params_dtype
     job = Conversion(hf, args.output, dtype, args.ranks, crew=crew)
     what = (

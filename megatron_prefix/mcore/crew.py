@@ -32,6 +32,13 @@ class Crew:
                 raise error
         return [value for value, _ in answers]
 
+    def alike[T](self, work: Callable[[], T]) -> T:
+        """Done by every rank for itself, as reading what all should see; what one of them cannot
+        do is told by all. The results stay where they are."""
+        own: list[T] = []
+        self.each(lambda: own.append(work()))
+        return own[0]
+
     def lead[T](self, work: Callable[[], T]) -> T:
         """Done by rank 0 alone, while the others wait; its result on all."""
         found = self.each(lambda: work() if self.rank == 0 else None)[0]

@@ -1,6 +1,7 @@
 """Conversions that torchrun's processes share, and the files that every conversion writes."""
 
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +86,15 @@ def test_a_tool_runs_under_torchrun(
     assert capfd.readouterr().err.count("out is there already") == 1
     assert torchrun(model, tmp_path / "other", "--ranks", 2) == {0: 2, 1: 2}
     assert capfd.readouterr().err.count("--ranks 2 under torchrun with 2 processes") == 1
+    unlike = elastic_launch(config, seen_by_the_first_alone)
+    assert unlike(model, tmp_path / "other") == {0: 2, 1: 2}
+    assert capfd.readouterr().err.count("other-1 is no folder") == 1
+
+
+def seen_by_the_first_alone(model: Path, output: Path) -> int:
+    """A model that the second rank, on another machine, does not see."""
+    rank = int(os.environ["RANK"])
+    return to_megatron(model if rank == 0 else Path(f"{output}-{rank}"), output)
 
 
 def test_a_file_that_does_not_keep_its_bytes_is_noticed() -> None:
