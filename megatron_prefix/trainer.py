@@ -86,6 +86,7 @@ class Trainer:
                 order = self._agree(self._decide)
             if order.kind == "save_and_stop":
                 self._save(wait=True)
+                self._begins("last evaluation")
                 if self._parts.conductor:
                     self._parts.conductor.stop_evaluations()
                 return False

@@ -1,9 +1,11 @@
-"""What ``validate`` refuses of a recipe's data sets and its mode; no data set is opened."""
+"""What ``validate`` refuses of a recipe's data sets, its mode and its evaluations; no data set is
+opened."""
 
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.modes import needs_prompts, needs_teacher, needs_written
+from megatron_prefix.modes import evaluates_aside, needs_prompts, needs_teacher, needs_written
+from megatron_prefix.served import PATIENCE
 
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -23,6 +25,7 @@ def check_data(recipe: Recipe) -> None:
             "supervised run take mode.name=sft"
         )
     _check_refresh(recipe)
+    _check_stop_wait(recipe)
     written = recipe.mode.written.path
     if not recipe.data.path and (needs_prompts(recipe) or _lacks_written(recipe)):
         raise ValueError("data.path is not set; give a .jsonl or .parquet file, or a hub id")
@@ -44,6 +47,16 @@ def check_data(recipe: Recipe) -> None:
 def _lacks_written(recipe: Recipe) -> bool:
     replayed = bool(recipe.rollout.replay)
     return needs_written(recipe) and not recipe.mode.written.path and not replayed
+
+
+def _check_stop_wait(recipe: Recipe) -> None:
+    """The other ranks are in a collective while rank 0 waits for answers."""
+    wait_s, timeout_s = recipe.eval.stop_wait_s, recipe.run.distributed_timeout_s
+    if evaluates_aside(recipe) and wait_s > PATIENCE * timeout_s:
+        raise ValueError(
+            f"eval.stop_wait_s={wait_s:g} must be at most {PATIENCE} of run.distributed_timeout_s="
+            f"{timeout_s:g}: so long do the other ranks wait; set it to {PATIENCE * timeout_s:g}"
+        )
 
 
 def _check_refresh(recipe: Recipe) -> None:

@@ -2,12 +2,20 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_prefix.conductor import Conductor, Staff
-from megatron_prefix.config import EvalConfig, LogConfig, PrefixConfig, Recipe, TrainConfig
+from megatron_prefix.config import (
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    PrefixConfig,
+    Recipe,
+    TrainConfig,
+)
 from megatron_prefix.evaluate import EvalResult
 from megatron_prefix.jsonl import read_records
 from megatron_prefix.modes import (
@@ -23,6 +31,7 @@ from megatron_prefix.rollout.pool import Roster
 from megatron_prefix.rollout.protocol import NoRollouts, ServerUnavailable, SglangError
 from megatron_prefix.run_log import RunLog
 from megatron_prefix.types import Rollout
+from megatron_prefix.validate_data import check_data
 
 SHAPE = ModelShape(2, 64, 4, 4, 16, 2 * 192, 46)
 PREFIX = PrefixConfig("fixed", 3, 9)
@@ -270,3 +279,17 @@ def test_servers_that_are_not_there_are_refused() -> None:
         check_own_servers(recipe(), 1)
     with pytest.raises(ValueError, match=r"own_servers=3 of 2 server"):
         check_own_servers(recipe("sft", own=3), 2)
+
+
+def test_a_stop_that_waits_longer_than_the_other_ranks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("{}")
+    path = str(tmp_path / "prompts.jsonl")
+
+    def waiting(seconds: float, own: int = 1) -> Recipe:
+        held_out = EvalConfig(path=path, own_servers=own, stop_wait_s=seconds)
+        return replace(Recipe(), data=DataConfig(path=path), eval=held_out)
+
+    check_data(waiting(510.0))
+    check_data(waiting(900.0, own=0))
+    with pytest.raises(ValueError, match=r"stop_wait_s=900 must be at most 0.85 .* set it to 510"):
+        check_data(waiting(900.0))
