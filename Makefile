@@ -48,4 +48,4 @@ bench: env
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script --quick"; $(PYTHON) $$script --quick; done
 
 gpu-test: env
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest tests/gpu

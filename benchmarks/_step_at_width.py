@@ -12,6 +12,7 @@ import transformers
 from megatron_prefix.batch import pack, plan_microbatches
 from megatron_prefix.config import Fp8Config, LossConfig, ModelConfig, OptimizerConfig
 from megatron_prefix.layout import model_layout
+from megatron_prefix.loss.task import GPU_LIMITS, chosen_chunk
 from megatron_prefix.mcore.groups import build_groups
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import MegatronModel, build_model
@@ -21,6 +22,8 @@ from megatron_prefix.teacher import ColocatedTeacher
 from megatron_prefix.types import Rollout, TeacherHead
 
 BYTES_A_PARAMETER = 18  # bf16 weight, fp32 gradient, fp32 copy and two moments
+FP8_COPIES = 2  # bytes a trunk parameter: Transformer Engine's copy and its transpose
+MOST_LAYERS = 36
 FP8 = {
     "off": Fp8Config(),
     "blockwise": Fp8Config("e4m3", "blockwise"),
@@ -48,6 +51,15 @@ class Width:
         """Embedding and head, untied."""
         return 2 * self.hidden * self.vocabulary
 
+    @property
+    def saved_bytes(self) -> int:
+        """Of a token and layer, kept for the backward in bf16: two norms' inputs and outputs; what
+        makes queries, keys and values before and after their own norm and rotation; attention's
+        output; both halves that go into SwiGLU, and what comes out."""
+        queries, keys = self.heads * self.head_dim, self.query_groups * self.head_dim
+        attention = 3 * (queries + keys) + keys + queries
+        return 2 * (4 * self.hidden + attention + 3 * self.ffn)
+
 
 @dataclass(frozen=True)
 class Load:
@@ -57,6 +69,11 @@ class Load:
     microbatches: int = 4
     prompt: int = 512  # tokens at most; unlike
     prefix: int = 512
+
+    @property
+    def most_rollouts(self) -> int:
+        """Of a microbatch, where they are spread evenly."""
+        return -(-self.rollouts // self.microbatches)
 
     def rollouts_of(self, vocabulary: int, seed: int) -> list[Rollout]:
         draw = torch.Generator().manual_seed(seed)
@@ -89,11 +106,42 @@ class Row:
     last_loss: float
 
 
-def layers_that_fit(free_bytes: int, width: Width, share: float = 0.6) -> int:
-    """Layers of the student, with a teacher of a quarter as many in bf16; the rest of the memory
-    is for activations. At least one, at most 36."""
-    left = share * free_bytes - (BYTES_A_PARAMETER + 2 + 2) * width.vocabulary_parameters
-    return max(1, min(36, int(left / ((BYTES_A_PARAMETER + 0.5) * width.layer_parameters))))
+def teacher_layers_of(layers: int) -> int:
+    return max(1, layers // 4)
+
+
+def needed_bytes(layers: int, width: Width, load: Load) -> int:
+    """What a step holds at its fullest, at most: student and teacher, a microbatch's activations
+    at its longest, the loss of its prefixes.
+
+    At hidden size 4096 in GB (1e9 bytes): 3.9 a student's layer with its FP8 copies, 0.4 for each
+    four a teacher's, 1.1 of activations a layer (8,192 tokens); 22.4 for embedding and head, 2.5
+    for the teacher's embedding and the head that it lends, 4.5 for the loss. 20 layers take 132.
+    """
+    trunk, ends = layers * width.layer_parameters, width.vocabulary_parameters
+    student = (BYTES_A_PARAMETER + FP8_COPIES) * trunk + BYTES_A_PARAMETER * ends
+    teacher = 2 * (teacher_layers_of(layers) * width.layer_parameters + ends)
+    tokens = load.most_rollouts * (load.prompt + load.prefix)
+    activations = tokens * layers * width.saved_bytes
+    return student + teacher + activations + _loss_bytes(width, load)
+
+
+def _loss_bytes(width: Width, load: Load) -> int:
+    """Both models' logits of a chunk, their gradient, and the zeros that stand for dW."""
+    positions = load.most_rollouts * load.prefix
+    chunk = chosen_chunk(positions, 2 * width.vocabulary, GPU_LIMITS)
+    return chunk * width.vocabulary * (2 * 4 + 2) + width.vocabulary_parameters
+
+
+def layers_that_fit(free_bytes: int, width: Width, load: Load, share: float = 0.9) -> int:
+    """Layers of the student, with a teacher of a quarter as many, in ``share`` of the memory; the
+    rest is for libraries and for what lies in pieces. At least one, at most 36."""
+    fitting = (
+        layers
+        for layers in range(MOST_LAYERS, 1, -1)
+        if needed_bytes(layers, width, load) <= share * free_bytes
+    )
+    return next(fitting, 1)
 
 
 def write_config(folder: Path, width: Width, layers: int) -> Path:
@@ -216,7 +264,7 @@ def measure(
     params_dtype: str = "bf16",
 ) -> Row:
     """In a world of one rank that is there already, Megatron's state too."""
-    teacher_layers = max(1, layers // 4)
+    teacher_layers = teacher_layers_of(layers)
     folders = (
         write_config(folder / "student", width, layers),
         write_config(folder / "teacher", width, teacher_layers),

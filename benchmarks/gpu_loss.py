@@ -1,31 +1,44 @@
 """Time and memory of the vocab-parallel divergence on NVIDIA GPUs, bf16.
 
-    python benchmarks/gpu_loss.py [--quick] [--json FILE]
-    torchrun --nproc-per-node 8 benchmarks/gpu_loss.py      tensor parallel over the GPUs
+    python -m benchmarks.gpu_loss [--quick] [--json FILE]
+    torchrun --nproc-per-node 8 -m benchmarks.gpu_loss      tensor parallel over the GPUs
 
 Medians of CUDA events after a warm-up. Rows are shards of one size: N 16384, V 151936,
 d_s 4096, d_t 7168; on one GPU the shard of one rank in eight (without its collectives), and the
 whole vocabulary beside Liger's Triton kernel, where it is installed. ``over_gemms`` divides by
-the four GEMMs alone at the same chunk; ``peak_mib`` is above the inputs and main_grad. Over several
-GPUs ``hidden`` is the share of the collectives' own time that does not show in the loss's.
+the four GEMMs alone at the same chunk; ``peak_mib`` is above the inputs and main_grad, and
+``expected_mib`` what arithmetic says of it (``expected_bytes``). Over several GPUs ``hidden`` is
+the share of the collectives' own time that does not show in the loss's.
+
+Memory in MiB, by arithmetic (bf16; main_grad, logits fp32):
+
+    rows       inputs  main_grad  chunk  logits  their gradient  dh   zeros of dW  all at once
+    18,992       760        297   4096      593             148  192          148          934
+    151,936     3616       2374   2048     2374             594  160         1187         3689
+
+``dh`` is bf16, with a chunk of it in fp32; the zeros that autograd gets for the dW that went to
+main_grad are made when the gradient of the logits is gone. Over ranks, two chunks are in flight.
+Liger's at 151,936 rows: chunks of 512, five to seven fp32 tensors of 297, dW fp32 2374 and bf16
+1187, so 4 to 5 GiB. The largest row takes less than 12 GiB; all take a minute or two.
 """
 
 import argparse
+import functools
 import importlib.util
-import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks._card import Attempts, Cells, report
 from megatron_prefix.loss import Workspace, gemm, prefix_divergence
 from megatron_prefix.loss.task import CPU_LIMITS, GPU_LIMITS, chosen_chunk
 
@@ -49,6 +62,16 @@ WHOLE = Size(16384, 151936)
 QUICK_WHOLE = Size(2048, 151936)
 
 
+def expected_bytes(size: Size, chunks_in_flight: int = 1) -> int:
+    """What one call of ours needs at once on a GPU above bf16 inputs and main_grad: the logits,
+    ``dh``, and the larger of the logits' gradient with a chunk of fp32 ``dh``, and dW's zeros."""
+    chunk = chosen_chunk(size.positions, 2 * chunks_in_flight * size.rows, GPU_LIMITS)
+    logits = 4 * 2 * chunks_in_flight * chunk * size.rows
+    gradient = 2 * chunk * size.rows + 4 * chunk * size.student_width
+    zeros = 2 * size.rows * size.student_width
+    return logits + 2 * size.positions * size.student_width + max(gradient, zeros)
+
+
 @dataclass(frozen=True)
 class Inputs:
     hidden: Tensor  # [N, d_s], wants a gradient
@@ -57,27 +80,21 @@ class Inputs:
     teacher_weight: Tensor  # [rows, d_t]
     token_weight: Tensor  # fp32 [N]
     workspace: Workspace
+    chunks_in_flight: int  # as over as many ranks as are measured
 
     @property
     def chunk(self) -> int:
         limits = GPU_LIMITS if self.hidden.is_cuda else CPU_LIMITS
-        return chosen_chunk(self.hidden.shape[0], 2 * self.weight.shape[0], limits)
+        logits = 2 * self.chunks_in_flight * self.weight.shape[0]
+        return chosen_chunk(self.hidden.shape[0], logits, limits)
 
 
-@dataclass(frozen=True)
-class Row:
-    method: str
-    divergence: str
-    ranks: int
-    positions: int
-    rows: int
-    ms: float
-    over_gemms: float
-    peak_mib: float
-    hidden: float | None = None
-
-
-def make_inputs(size: Size, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+def make_inputs(
+    size: Size,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    chunks_in_flight: int = 1,
+) -> Inputs:
     draw = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int, width: int, spread: float) -> Tensor:
@@ -95,6 +112,7 @@ def make_inputs(size: Size, device: torch.device, dtype: torch.dtype = torch.bfl
         normal(size.rows, size.teacher_width, size.teacher_width**-0.5),
         torch.full((size.positions,), 1 / size.positions, device=device),
         Workspace(),
+        chunks_in_flight,
     )
 
 
@@ -116,12 +134,16 @@ def ours(inputs: Inputs, divergence: str, group: dist.ProcessGroup | None = None
     inputs.hidden.grad = inputs.weight.grad = None
 
 
+def gradient_of_logits(inputs: Inputs) -> Tensor:
+    """[C, V] like a chunk's, for the GEMMs to work on; random, for zeros would cost less power."""
+    shape, device = (inputs.chunk, inputs.weight.shape[0]), inputs.hidden.device
+    return torch.randn(shape, device=device, dtype=inputs.hidden.dtype).mul_(1e-3)
+
+
 @torch.no_grad()
-def gemms(inputs: Inputs) -> None:
-    """The four of each chunk, as the loss calls them, with its gradient in bf16."""
-    shape = inputs.chunk, inputs.weight.shape[0]
-    student, teacher = inputs.workspace.logits(2, shape, inputs.hidden.device)
-    gradient = student.to(inputs.hidden.dtype)
+def gemms(inputs: Inputs, gradient: Tensor) -> None:
+    """The four of each chunk, as the loss calls them."""
+    student, teacher = inputs.workspace.logits(2, (*gradient.shape,), inputs.hidden.device)
     dh = torch.empty_like(inputs.hidden)
     main_grad: Tensor = inputs.weight.main_grad  # type: ignore[attr-defined]
     for at in range(0, inputs.hidden.shape[0], inputs.chunk):
@@ -186,81 +208,100 @@ def peak_mib(call: Callable[[], None], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def measure(
-    size: Size, device: torch.device, repeats: int, *, with_liger: bool, dtype: torch.dtype
-) -> list[Row]:
-    """On one rank."""
-    inputs = make_inputs(size, device, dtype)
-    floor = median_ms(lambda: gemms(inputs), device, repeats)
-    rows = [Row("gemms", "", 1, size.positions, size.rows, floor, 1.0, 0.0)]
-    methods: dict[str, Callable[[Inputs, str], None]] = {"ours": ours}
+@dataclass(frozen=True)
+class Bench:
+    """Where and how often; rows are dictionaries, for one that failed has an error and no time."""
+
+    size: Size
+    device: torch.device
+    repeats: int
+    dtype: torch.dtype = torch.bfloat16
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def chunks_in_flight(self) -> int:
+        return 1 if self.group is None else 2
+
+    def inputs(self) -> Inputs:
+        return make_inputs(self.size, self.device, self.dtype, self.chunks_in_flight)
+
+    def median(self, call: Callable[[], None]) -> float:
+        return median_ms(call, self.device, self.repeats)
+
+    def floor(self) -> Cells:
+        inputs = self.inputs()
+        gradient = gradient_of_logits(inputs)
+        return {"ms": self.median(lambda: gemms(inputs, gradient)), "over_gemms": 1.0}
+
+    def row(self, method: Callable[[Inputs], None], floor: object) -> Cells:
+        """On fresh inputs: their workspace counts for the peak."""
+        inputs = self.inputs()
+        peak = peak_mib(lambda: method(inputs), self.device)
+        ms = self.median(lambda: method(inputs))
+        over = ms / floor if isinstance(floor, float) else None
+        return {"ms": ms, "over_gemms": over, "peak_mib": peak}
+
+    def hidden(self, divergence: str, ms: object) -> Cells:
+        """Beside the loss of one rank and the collectives, each alone."""
+        assert self.group is not None and isinstance(ms, float)
+        inputs, group = self.inputs(), self.group
+        alone = self.median(lambda: ours(inputs, divergence))
+        own = self.median(lambda: collectives(inputs, divergence, group))
+        return {"hidden": 1 - (ms - alone) / own}
+
+    def label(self, method: str, divergence: str = "") -> dict[str, object]:
+        ranks = 1 if self.group is None else self.group.size()
+        place = {"ranks": ranks, "positions": self.size.positions, "rows": self.size.rows}
+        return {"method": method, "divergence": divergence, **place}
+
+
+def measure(bench: Bench, attempts: Attempts, *, with_liger: bool = False) -> list[Cells]:
+    """Over all ranks of ``bench.group``, or on one. Each row by itself, inputs and all."""
+    floor = attempts.measure(bench.floor)
+    rows: list[Cells] = [bench.label("gemms") | floor]
+    methods: dict[str, Callable[[Inputs, str], None]] = {
+        "ours": lambda inputs, divergence: ours(inputs, divergence, bench.group)
+    }
     if with_liger:
         methods["liger"] = liger
+    expected = expected_bytes(bench.size, bench.chunks_in_flight) / 2**20
     for divergence in DIVERGENCES:
         for name, method in methods.items():
-            fresh = make_inputs(size, device, dtype)  # its workspace counts for its peak
-            peak = peak_mib(lambda m=method, i=fresh, d=divergence: m(i, d), device)
-            ms = median_ms(lambda m=method, i=fresh, d=divergence: m(i, d), device, repeats)
-            place = 1, size.positions, size.rows
-            rows.append(Row(name, divergence, *place, ms, ms / floor, peak))
+            call = functools.partial(_call, method, divergence)
+            row = attempts.measure(functools.partial(bench.row, call, floor.get("ms")))
+            if name == "ours":
+                row = {**row, "expected_mib": expected}
+            if bench.group is not None and "ms" in row:
+                share = functools.partial(bench.hidden, divergence, row["ms"])
+                row = {**row, **attempts.measure(share)}
+            rows.append(bench.label(name, divergence) | row)
+            print(".", end="", file=sys.stderr, flush=True)
     return rows
 
 
-def measure_ranks(
-    size: Size, device: torch.device, repeats: int, *, dtype: torch.dtype
-) -> list[Row]:
-    """Over all ranks of the world; the same on every rank but for the noise of the clock."""
-    group = dist.group.WORLD
-    assert group is not None
-    inputs = make_inputs(size, device, dtype)
-    floor = median_ms(lambda: gemms(inputs), device, repeats)
-    rows = []
-    for divergence in DIVERGENCES:
-        alone = median_ms(lambda d=divergence: ours(inputs, d), device, repeats)
-        own = median_ms(lambda d=divergence: collectives(inputs, d, group), device, repeats)
-        ms = median_ms(lambda d=divergence: ours(inputs, d, group), device, repeats)
-        fresh = make_inputs(size, device, dtype)
-        peak = peak_mib(lambda d=divergence, i=fresh: ours(i, d, group), device)
-        place = group.size(), size.positions, size.rows
-        rows.append(Row("ours", divergence, *place, ms, ms / floor, peak, 1 - (ms - alone) / own))
-    return rows
+def _call(method: Callable[[Inputs, str], None], divergence: str, inputs: Inputs) -> None:
+    method(inputs, divergence)
 
 
-def print_rows(rows: list[Row], title: str) -> None:
-    table = Table(title=title)
-    for name in asdict(rows[0]):
-        table.add_column(name.replace("_", " "))
-    for row in rows:
-        cells = asdict(row).values()
-        table.add_row(*(f"{c:.3f}" if isinstance(c, float) else str(c or "") for c in cells))
-    Console(width=140).print(table)
-
-
-def all_rows(device: torch.device, *, quick: bool) -> list[Row]:
-    repeats, dtype = (5, torch.bfloat16) if quick else (20, torch.bfloat16)
-    if dist.is_initialized() and dist.get_world_size() > 1:
+def all_rows(device: torch.device, attempts: Attempts, *, quick: bool) -> list[Cells]:
+    repeats = 5 if quick else 20
+    if dist.is_initialized():
         shard = Size(SHARD.positions, WHOLE.rows // dist.get_world_size())
-        return measure_ranks(shard, device, repeats, dtype=dtype)
+        return measure(Bench(shard, device, repeats, group=dist.group.WORLD), attempts)
     there = importlib.util.find_spec("liger_kernel") is not None
     if not there:
         print("no row of Liger's: pip install --no-deps liger-kernel==0.8.5")
-    rows = measure(SHARD, device, repeats, with_liger=False, dtype=dtype)
+    rows = measure(Bench(SHARD, device, repeats), attempts)
     whole = QUICK_WHOLE if quick else WHOLE
-    return rows + measure(whole, device, repeats, with_liger=there, dtype=dtype)
-
-
-def describe_machine() -> dict[str, str]:
-    return {
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "none",
-    }
+    return rows + measure(Bench(whole, device, repeats), attempts, with_liger=there)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer positions and repeats")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="write machine and rows here")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_loss.py needs an NVIDIA GPU and this machine has none: nothing was measured")
@@ -268,16 +309,15 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl")
-    rows = all_rows(device, quick=arguments.quick)
+        # A rank that fails leaves the others in a collective: not for NCCL's ten minutes.
+        dist.init_process_group("nccl", timeout=timedelta(minutes=2))
+    attempts = Attempts()
+    rows = all_rows(device, attempts, quick=arguments.quick)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        machine = describe_machine()
-        print_rows(rows, f"Divergence on {machine['card']}, bf16, medians")
-        if arguments.json:
-            told = {"machine": machine, "rows": [asdict(row) for row in rows]}
-            arguments.json.write_text(json.dumps(told, indent=1) + "\n")
+        report("Divergence in bf16, medians", rows, arguments.json)
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.exit(1 if attempts.failed else 0)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def _run_on_one_rank(work: Work, buffers: Sequence[Tensor]) -> None:
         work.set_label_logprobs(positions, torch.cat((done.statistics, labels), 1)[None])
         if work.differentiates:
             work.backpropagate(positions, done.gradient)
+        del done  # in bf16 the gradient has memory of its own: not two chunks' at a time
 
 
 def _run_over_ranks(work: Work, pairs: list[list[Tensor]]) -> None:

@@ -1,19 +1,23 @@
 """What runs on a GPU alone, as far as a CPU can run it: the cores of benchmarks and GPU tests."""
 
 import dataclasses
+import gc
+import json
 import math
 import multiprocessing
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 
+from benchmarks import _card, gpu_loss, gpu_step
 from benchmarks import _step_at_width as step
-from benchmarks import gpu_loss, gpu_step
 from megatron_prefix.mcore.groups import initialize_megatron
 from megatron_prefix.recipe import load_recipe
 from megatron_prefix.student import _Accumulator
@@ -33,52 +37,103 @@ TINY = gpu_loss.Size(40, 128, 16, 24)
 NARROW = step.Width(64, 128, 4, 2, 16, 200)
 
 
+def _bench(group: dist.ProcessGroup | None = None) -> gpu_loss.Bench:
+    return gpu_loss.Bench(TINY, CPU, 2, torch.float32, group)
+
+
 def test_gpu_loss_measures_one_rank() -> None:
-    rows = gpu_loss.measure(TINY, CPU, 2, with_liger=False, dtype=torch.float32)
-    assert [row.method for row in rows] == ["gemms", "ours", "ours", "ours"]
-    assert all(row.ms > 0 and row.over_gemms > 0 for row in rows)
-    gpu_loss.print_rows(rows, "tiny")
+    attempts = _card.Attempts()
+    rows = gpu_loss.measure(_bench(), attempts)
+    assert [row["method"] for row in rows] == ["gemms", "ours", "ours", "ours"]
+    assert all(row["ms"] > 0 and row["over_gemms"] > 0 for row in rows)
+    assert attempts.failed == 0 and _card.markdown(rows).count("\n") == 5
 
 
-def _over_ranks() -> list[gpu_loss.Row]:
-    return gpu_loss.measure_ranks(TINY, CPU, 2, dtype=torch.float32)
+def _over_ranks() -> tuple[list[_card.Cells], int]:
+    attempts = _card.Attempts()
+    return gpu_loss.measure(_bench(dist.group.WORLD), attempts)[1:], attempts.failed
 
 
 def test_gpu_loss_measures_several_ranks() -> None:
-    for rows in run_ranks(2, _over_ranks):
-        assert [row.divergence for row in rows] == list(gpu_loss.DIVERGENCES)
-        assert all(row.ranks == 2 and row.hidden is not None for row in rows)
+    for rows, failed in run_ranks(2, _over_ranks):
+        assert [row["divergence"] for row in rows] == list(gpu_loss.DIVERGENCES)
+        assert all(row["ranks"] == 2 and math.isfinite(row["hidden"]) for row in rows)
+        assert failed == 0
 
 
-def test_the_floor_adds_to_main_grad_what_the_loss_adds() -> None:
-    """With the logits' place taken for their gradient: the same GEMMs on other numbers."""
+def test_a_row_that_fails_says_why_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A teacher whose hidden states are of another width than its head: no GEMM takes them."""
+    bench, attempts = _bench(), _card.Attempts()
+    broken = replace(bench.inputs(), teacher_weight=torch.zeros(TINY.rows, 7))
+    kept = weakref.ref(broken.teacher_weight)
+    rows: list[_card.Cells] = [{"method": "broken", **_attempt(attempts, broken)}]
+    del broken
+    rows.append({"method": "ours", **attempts.measure(lambda: bench.row(_reverse, None))})
+    assert kept() is None and attempts.failed == 1
+    assert str(rows[0]["error"]).startswith("ValueError: ") and rows[1]["ms"] > 0
+    _card.report("tiny", rows, tmp_path / "rows.json")
+    printed = capsys.readouterr().out
+    assert "| broken | ValueError: " in printed and f"torch {torch.__version__}" in printed
+    told = json.loads((tmp_path / "rows.json").read_text())
+    assert told["rows"][0] == rows[0]
+    assert {"card", "driver", "cuda", "torch", *_card.PACKAGES} <= told["machine"].keys()
+
+
+def _attempt(attempts: _card.Attempts, inputs: gpu_loss.Inputs) -> _card.Cells:
+    def call() -> _card.Cells:
+        gpu_loss.ours(inputs, "reverse_kl")
+        return {}
+
+    return attempts.measure(call)
+
+
+def _reverse(inputs: gpu_loss.Inputs) -> None:
+    gpu_loss.ours(inputs, "reverse_kl")
+
+
+def test_memory_by_arithmetic() -> None:
+    """The figures in the help, in MiB; a shard of eight stays under a GiB and a half."""
+    by_size = {gpu_loss.SHARD: (1, 934), gpu_loss.WHOLE: (1, 3689)}
+    for size, (in_flight, expected) in by_size.items():
+        found = gpu_loss.expected_bytes(size, in_flight) / 2**20
+        assert round(found) == expected and str(expected) in (gpu_loss.__doc__ or "")
+    assert gpu_loss.expected_bytes(gpu_loss.SHARD, 2) < 1.5 * 2**30
+
+
+def test_the_floor_adds_to_main_grad() -> None:
     inputs = gpu_loss.make_inputs(TINY, CPU, torch.float32)
-    gpu_loss.gemms(inputs)
-    first = inputs.weight.main_grad.clone()
-    assert first.isfinite().all()
-    gpu_loss.ours(inputs, "jsd")
-    assert not torch.equal(inputs.weight.main_grad, first)
+    gradient = gpu_loss.gradient_of_logits(inputs)
+    gpu_loss.gemms(inputs, gradient)
+    torch.testing.assert_close(inputs.weight.main_grad, gradient.T @ inputs.hidden.detach())
 
 
 def _real_step(folder: Path) -> step.Row:
     initialize_megatron(1)
     load = step.Load(rollouts=4, microbatches=2, prompt=12, prefix=10)
-    return step.measure("off", folder, NARROW, 2, load, 4, CPU, params_dtype="fp32")
+    row = step.measure("off", folder, NARROW, 2, load, 4, CPU, params_dtype="fp32")
+    _card.free_memory()
+    left = [each for each in gc.get_objects() if isinstance(each, GPTModel)]
+    assert not left  # the next row needs the memory
+    return row
 
 
 def test_gpu_step_runs_a_training_step(tmp_path: Path) -> None:
     (row,) = run_ranks(1, _real_step, tmp_path)
     assert math.isfinite(row.first_loss) and row.last_loss < row.first_loss
     assert row.tokens % 128 == 0 and row.tokens_a_second > 0 and row.layers == 2
-    gpu_step.print_row(row, "tiny")
+    assert "off" in _card.markdown([dataclasses.asdict(row)])
 
 
 def test_layers_that_fit() -> None:
-    width = step.Width()
-    assert step.layers_that_fit(1 << 30, width) == 1
-    assert 8 < step.layers_that_fit(141 << 30, width) < 24
-    assert step.layers_that_fit(1 << 50, width) == 36
-    assert step.layers_that_fit(141 << 30, replace(width, hidden=2048)) == 36
+    width, load = step.Width(), step.Load()
+    assert step.layers_that_fit(1 << 30, width, load) == 1
+    assert step.layers_that_fit(139 << 30, width, load) == 20
+    assert step.layers_that_fit(79 << 30, width, load) == 9
+    assert step.layers_that_fit(1 << 50, width, load) == 36
+    assert step.needed_bytes(20, width, load) == pytest.approx(132e9, rel=0.01)
+    assert "20 layers of 139 GiB" in (gpu_step.__doc__ or "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")

@@ -32,11 +32,12 @@ def test_sort_chain_is_learnt(fp8: str, stages: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fp8", ["off", "blockwise"])
 def test_a_step_at_real_width(fp8: str, one_rank: torch.device, tmp_path: Path) -> None:
+    from benchmarks._card import free_memory
     from benchmarks._step_at_width import Load, Width, layers_that_fit, measure
 
-    torch.cuda.empty_cache()
-    width, free = Width(), torch.cuda.mem_get_info()[0]
-    layers = layers_that_fit(free, width)
-    row = measure(fp8, tmp_path, width, layers, Load(), 4, one_rank)
+    free_memory()
+    width, load, free = Width(), Load(), torch.cuda.mem_get_info()[0]
+    layers = layers_that_fit(free, width, load)
+    row = measure(fp8, tmp_path, width, layers, load, 4, one_rank)
     assert math.isfinite(row.last_loss) and row.last_loss < row.first_loss
     assert row.tokens_a_second > 0 and row.peak_gib < free / 2**30
