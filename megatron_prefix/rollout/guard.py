@@ -9,6 +9,7 @@ With ``--hide`` the values of FILE, a JSON object, are left out of what the comm
 logs all of its settings, the key with them.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -76,8 +77,9 @@ class Veil:
     def _write(self, text: bytes) -> None:
         for secret in self._secrets:
             text = text.replace(secret, HIDDEN)
-        while text:
-            text = text[os.write(1, text) :]
+        with contextlib.suppress(OSError):  # a full disk costs the log, not the server
+            while text:
+                text = text[os.write(1, text) :]
 
 
 def die_with_guard() -> None:
@@ -105,7 +107,8 @@ def main(parent_pid: int, command: list[str], secrets: Sequence[bytes] = ()) -> 
     veil = Veil(secrets, server.stdout.fileno()) if server.stdout else None
     _await_an_end((parent, os.pidfd_open(server.pid)), veil)
     code = server.poll()
-    print("the parent process is gone" if code is None else f"exit code {code}", flush=True)
+    with contextlib.suppress(OSError):
+        print("the parent process is gone" if code is None else f"exit code {code}", flush=True)
     os.killpg(0, signal.SIGKILL)
 
 

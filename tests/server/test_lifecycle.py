@@ -205,6 +205,17 @@ def test_the_guard_hides_what_it_is_told_to(tmp_path: Path) -> None:
     assert "sesame" not in done.stdout + done.stderr
 
 
+def test_a_full_disk_costs_the_log_and_not_the_command(tmp_path: Path) -> None:
+    file, end = tmp_path / "private.json", tmp_path / "end"
+    file.write_text('{"key": "open sesame"}')
+    script = 'echo said; sleep 0.3; echo said; touch "$0"'
+    command = [*GUARD, "--hide", str(file), str(os.getpid()), "/bin/sh", "-c", script, str(end)]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, start_new_session=True, timeout=60)
+    assert end.exists()
+    assert done.returncode == -signal.SIGKILL, "the guard lives to take all along"
+
+
 def test_the_guard_keeps_up_with_a_command_that_says_much(tmp_path: Path) -> None:
     file = tmp_path / "private.json"
     file.write_text('{"key": "open sesame"}')
