@@ -33,7 +33,7 @@ def run_attempts(folder: Path) -> list[Attempt]:
 def attempts_of(folder: Path, start: Start) -> list[Attempt]:
     if isinstance(start, LocalStart):
         own = Path(start.output or folder / "logs" / "rank_0.log")
-        servers = sorted((folder / "logs").glob("server-*.log"))
+        servers = sorted((folder / "logs").glob("*server-*.log"))  # teachers' too
         return [Attempt(str(start.pid), (own,) if own.is_file() else (), tuple(servers))]
     return _of_job(folder, start)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_prefix.attempts import Follower
+from megatron_prefix.attempts import Follower, run_attempts
 from megatron_prefix.cancel import Patience, cancel_run
 from megatron_prefix.cli import main
 from megatron_prefix.config import Recipe, RunConfig, TrainConfig
@@ -230,6 +230,14 @@ def test_logs_show_the_newest_attempt_or_the_one_that_is_named(
     assert names == ["9.0", "9.0", "12.0", "12.2", "12.10", "12.10"]
     assert main(["logs", str(folder), "--attempt", "12.3"]) == 2
     assert "--attempt 12.3 is not one of the run's: 9.0, 12.0" in capsys.readouterr().err
+
+
+def test_servers_of_teachers_have_logs_too(folder: Path) -> None:
+    note_this_process(folder)
+    for name in ("rank_0.log", "server-0.log", "teacher-server-0.log"):
+        (folder / "logs" / name).touch()
+    (attempt,) = run_attempts(folder)
+    assert [path.name for path in attempt.servers] == ["server-0.log", "teacher-server-0.log"]
 
 
 def test_logs_are_followed_over_a_requeue_until_the_run_ends(
