@@ -46,6 +46,7 @@ def free_memory() -> None:
     """Models hang together in circles (parameters, hooks, buffers) that only a collection ends."""
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.init()  # before it there are no statistics to reset
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
