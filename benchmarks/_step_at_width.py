@@ -115,8 +115,8 @@ def needed_bytes(layers: int, width: Width, load: Load) -> int:
     at its longest, the loss of its prefixes.
 
     At hidden size 4096 in GB (1e9 bytes): 3.9 a student's layer with its FP8 copies, 0.4 for each
-    four a teacher's, 1.1 of activations a layer (8,192 tokens); 22.4 for embedding and head, 2.5
-    for the teacher's embedding and the head that it lends, 4.5 for the loss. 20 layers take 132.
+    four a teacher's, 1.2 of activations a layer (8,192 tokens); 22.4 for embedding and head, 2.5
+    for the teacher's embedding and the head that it lends, 4.4 for the loss. 20 layers take 132.5.
     """
     trunk, ends = layers * width.layer_parameters, width.vocabulary_parameters
     student = (BYTES_A_PARAMETER + FP8_COPIES) * trunk + BYTES_A_PARAMETER * ends

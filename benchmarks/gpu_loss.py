@@ -19,7 +19,7 @@ Memory in MiB, by arithmetic (bf16; main_grad, logits fp32):
 ``dh`` is bf16, with a chunk of it in fp32; the zeros that autograd gets for the dW that went to
 main_grad are made when the gradient of the logits is gone. Over ranks, two chunks are in flight.
 Liger's at 151,936 rows: chunks of 512, five to seven fp32 tensors of 297, dW fp32 2374 and bf16
-1187, so 4 to 5 GiB. The largest row takes less than 12 GiB; all take a minute or two.
+1187, so about 4 GiB. The largest row takes less than 12 GiB; all take a minute or two.
 """
 
 import argparse
