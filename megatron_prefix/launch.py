@@ -7,6 +7,7 @@ of the recipe and of the user go into the steps' own scripts, which ``cluster.py
 
 import contextlib
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def _start_here(record: Path, cluster: Cluster) -> int:
     folder = record.parent
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    output = logs / f"local-{len(list(logs.glob('local-*.out')))}.out"
+    number = itertools.count(len(list(logs.glob("local-*.out"))))  # one may have been deleted
+    output = next(path for n in number if not (path := logs / f"local-{n}.out").exists())
     with output.open("xb") as file:
         process = subprocess.Popen(
             ["bash", "-s"],  # a script's words would be seen by all on this machine

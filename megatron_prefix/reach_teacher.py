@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.mcore.hf_map import HfModel
@@ -51,7 +51,7 @@ def reach_teacher(
             for endpoint in endpoints if groups.dp_rank == 0 else ():
                 if endpoint.url in there:
                     check_server(endpoint, config, name)
-        except (SglangError, ValueError) as error:
+        except (SglangError, ValueError, OSError, SafetensorError) as error:
             problem = str(error)
     told = [""] * dist.get_world_size()
     dist.all_gather_object(told, problem)
@@ -73,11 +73,11 @@ def check_server(endpoint: Endpoint, config: ModelConfig, section: str) -> None:
     hf = read_served(config.hf_path, section)
     with SglangClient(endpoint) as client:
         info = client.model_info()
-        architectures = info.get("architectures")
-        if architectures != hf.config["architectures"]:
+        architectures, expected = info.get("architectures"), hf.config.get("architectures")
+        if architectures != expected:
             raise ValueError(
                 f"{endpoint.url} serves {info.get('model_path')}, a {architectures}, and "
-                f"{section}.hf_path={config.hf_path} is a {hf.config['architectures']}; give the "
+                f"{section}.hf_path={config.hf_path} is a {expected}; give the "
                 "folder of the model that is served, or start a server of this one"
             )
         if config.server.verify_weights:

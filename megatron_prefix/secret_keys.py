@@ -21,7 +21,7 @@ _KEYS = re.compile(
     r"|(xox[abpr]-)[A-Za-z0-9-]{20,}|(AKIA)[A-Z0-9]{16}|(AIza)[A-Za-z0-9_-]{35})"
 )
 _KEY_ARGUMENTS = ("--api-key", "--admin-api-key", "--ssl-keyfile-password")
-_SECRET_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)S?$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(^|_)((KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?|TOKEN)$", re.IGNORECASE)
 
 
 def referenced(text: str) -> str:

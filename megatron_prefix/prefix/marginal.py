@@ -43,7 +43,7 @@ class MarginalPolicy:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self._lengths.clear()
-        self._lengths.extendleft(int(state[f"audit_{age}"]) for age in range(len(state)))
+        self._lengths.extend(int(state[f"audit_{age}"]) for age in reversed(range(len(state))))
 
 
 def richest_length(observation: PrefixObservation) -> int:

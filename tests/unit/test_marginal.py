@@ -52,3 +52,14 @@ def test_the_shortest_of_the_last_audits_counts_and_no_other_step() -> None:
     assert policy.length(4) == 2  # of 1, 3, 6
     policy.observe(audit(15, [0.5] * 6, [8] * 6))
     assert policy.length(4) == 3  # of 3, 6, 6
+
+
+def test_with_fewer_audits_after_a_resume_the_newest_stay() -> None:
+    four = PrefixConfig("marginal", 1, 6, marginal=MarginalConfig(audit_every=1, audits=4))
+    before = build_policy(four, 100)
+    for step, best in enumerate((1, 3, 5)):
+        before.observe(audit(step, [0.5] * best + [0.0] * (6 - best), [8] * 6))
+    two = PrefixConfig("marginal", 1, 6, marginal=MarginalConfig(audit_every=3, audits=2))
+    after = build_policy(two, 100)
+    after.load_state_dict(before.state_dict())
+    assert after.length(4) == 3  # of 3 and 5

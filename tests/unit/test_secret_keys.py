@@ -129,6 +129,7 @@ def test_variables_that_are_called_like_secrets(name: str) -> None:
     assert names_a_secret(name)
     assert not names_a_secret(f"{name}_PATH")
     assert not names_a_secret("TOKENIZERS_PARALLELISM")
+    assert not names_a_secret("MAX_TOKENS")
 
 
 @pytest.mark.parametrize("variable", ["HF_TOKEN=sesame", f"HARMLESS={TOKEN}"])
