@@ -7,20 +7,21 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_prefix.config import RolloutConfig
 from megatron_prefix.mcore.export import export_hf
+from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.model import DTYPES, MegatronModel
 from megatron_prefix.mcore.weights import hf_buckets
 from megatron_prefix.rollout.checksum import (
-    COMPARED,
     ServedLayout,
     WeightHasher,
     WeightsDiffer,
+    is_compared,
     verify,
 )
 from megatron_prefix.rollout.client import Endpoint, SglangClient
@@ -112,8 +113,7 @@ class ServerPublisher:
 
     def _to_all(self, fleet: Fleet, version: int, buckets: Iterator[Bucket]) -> None:
         members = fleet.members
-        due = self._proof_due(members)
-        hasher = WeightHasher(self._served(members[0].client)) if due else None
+        hasher = self._hasher(members[0].client) if self._proof_due(members) else None
         passing = hasher.passing(buckets) if hasher is not None else buckets
         clients = [member.client for member in members]
         if self._rollout.weight_sync == "disk":
@@ -132,14 +132,6 @@ class ServerPublisher:
     def _proof_due(self, members: Sequence[Member]) -> bool:
         """Whether checksums are compared after this publication."""
         every = self._rollout.verify_weights_every
-        family = self._model.hf.config["architectures"][0]
-        if family not in COMPARED:
-            if self._published == 0:
-                logger.warning(
-                    "that servers hold the trainer's weights is not proved: SGLang rearranges a %s",
-                    family,
-                )
-            return False
         due = self._published == 0 or (every > 0 and self._published % every == 0)
         return due or any(member.version == UNKNOWN for member in members)
 
@@ -171,16 +163,35 @@ class ServerPublisher:
             self.close()
             self._fleet.doubt(error)
 
-    def _served(self, client: SglangClient) -> ServedLayout:
-        """How the servers hold the model; they are all started alike."""
+    def _hasher(self, client: SglangClient) -> WeightHasher | None:
+        """None, with a warning, for a model whose tensors the servers hold rearranged; all servers
+        are started alike."""
         info = client.server_info(timeout_s=self._rollout.sync_timeout_s)
-        return ServedLayout(
-            device=info["device"],
-            dtype=self._dtype,
-            tensor_model_parallel_size=info["tp_size"],
-            num_key_value_heads=self._model.hf.shape.num_query_groups,
-            num_experts=self._model.hf.shape.num_experts,
-        )
+        family = self._model.hf.config["architectures"][0]
+        if is_compared(family, info["device"]):
+            return WeightHasher(served_layout(self._model.hf, self._dtype, info))
+        if self._published == 0:
+            logger.warning(
+                "that servers hold the trainer's weights is not proved: "
+                "SGLang on %s rearranges a %s",
+                info["device"],
+                family,
+            )
+        return None
+
+
+def served_layout(hf: HfModel, dtype: torch.dtype, info: dict[str, Any]) -> ServedLayout:
+    """How a server whose ``/server_info`` is ``info`` holds a model in ``dtype``."""
+    return ServedLayout(
+        device=info["device"],
+        dtype=dtype,
+        tensor_model_parallel_size=info["tp_size"],
+        num_key_value_heads=hf.shape.num_query_groups,
+        num_experts=hf.shape.num_experts,
+        num_shared_experts=hf.config.get("n_shared_experts") or 0,
+        latent_attention=hf.latent_attention,
+        query_latent=bool(hf.config.get("q_lora_rank")),
+    )
 
 
 def _endpoints(fleet: Fleet) -> list[Endpoint]:

@@ -12,7 +12,8 @@ from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.model import DTYPES, MegatronModel
 from megatron_prefix.placement import section_of, teachers_of
-from megatron_prefix.rollout.checksum import ServedLayout, WeightHasher, verify
+from megatron_prefix.publisher import served_layout
+from megatron_prefix.rollout.checksum import WeightHasher, is_compared, verify
 from megatron_prefix.rollout.client import Endpoint, SglangClient
 from megatron_prefix.rollout.protocol import SglangError
 from megatron_prefix.rollout.scorer import Scorer
@@ -88,17 +89,16 @@ def check_server(endpoint: Endpoint, config: ModelConfig, section: str) -> None:
 def _verify_weights(client: SglangClient, config: ModelConfig, hf: HfModel) -> None:
     """WeightsDiffer, naming tensors, where the server's checksums are not the folder's."""
     info = client.server_info()
-    dtype = DTYPES[config.params_dtype]
-    layout = ServedLayout(
-        device=info["device"],
-        dtype=dtype,
-        tensor_model_parallel_size=info["tp_size"],
-        num_key_value_heads=hf.shape.num_query_groups,
-        num_experts=hf.shape.num_experts,
-    )
-    hasher = WeightHasher(layout)
+    family = hf.config["architectures"][0]
+    if not is_compared(family, info["device"]):
+        raise ValueError(
+            f"teacher.server.verify_weights=true: SGLang on {info['device']} rearranges a "
+            f"{family}, whose checksums are then others than the folder's; set it false"
+        )
+    hasher = WeightHasher(served_layout(hf, DTYPES[config.params_dtype], info))
     for file in sorted(hf.path.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
-                hasher.add(name, tensors.get_tensor(name))
+                if not name.startswith(hf.skipped):
+                    hasher.add(name, tensors.get_tensor(name))
     verify(client, hasher.checksums())

@@ -119,8 +119,8 @@ def hf_buckets(
 
     Collective: every rank iterates; other ranks get empty lists. Replica 0 alone sends. A bucket
     holds units of one stage and at most ``max_bytes`` (or one unit, or one expert of each
-    expert-parallel rank, or all experts where Hugging Face has them in one tensor), so no rank
-    holds more.
+    expert-parallel rank, or all experts where Hugging Face has them in one tensor, and beyond that
+    a unit that SGLang joins to the one before), so no rank holds more.
     """
     for bucket in _bucket_plan(model, max_bytes, dtype):
         in_fp32 = bucket.units[0].fp32_buffer
@@ -157,7 +157,8 @@ def _bucket_plan(model: MegatronModel, max_bytes: int, dtype: torch.dtype) -> li
         if buckets and _of_one_stack(parcel[0], buckets[-1].parcels[-1][0]):
             buckets[-1] = _Bucket(kind, (*buckets[-1].parcels, parcel))
             continue
-        if not buckets or buckets[-1].kind != kind or filled + size > max_bytes:
+        full = filled + size > max_bytes and not parcel[0].with_previous
+        if not buckets or buckets[-1].kind != kind or full:
             buckets.append(_Bucket(kind, (parcel,)))
             filled = 0
         else:

@@ -13,6 +13,8 @@ LOOPBACK = "127.0.0.1"
 _CPU_ENGINE = Path(__file__).resolve().with_name("cpu_engine")
 # SGLang's modules of the models that a CPU serves: of these, only the wanted one is imported.
 SERVED_MODULES = {
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v2",
     "LlamaForCausalLM": "llama",
     "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2",
@@ -109,6 +111,8 @@ def _cpu_environment(environment: dict[str, str], architecture: str) -> dict[str
         added["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "served_model"
         module = f"sglang.srt.models.{SERVED_MODULES[architecture]}"
         added["MEGATRON_PREFIX_SERVED_MODEL"] = f"{module}:{architecture}"
+    if architecture.startswith("Deepseek"):
+        added["TORCH_COMPILE_DISABLE"] = "1"  # its latent attention is compiled, for a GPU
     return added
 
 

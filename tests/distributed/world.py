@@ -111,8 +111,14 @@ class World:
 
     def weights(self) -> dict[str, torch.Tensor]:
         # A bucket smaller than the model, so that several are made.
-        buckets = hf_buckets(self.student.model, 1 << 14, torch.float32)
-        return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
+        whole: dict[str, torch.Tensor] = {}
+        for bucket in hf_buckets(self.student.model, 1 << 14, torch.float32):
+            names = {name for name, _ in bucket}
+            for name in names:  # SGLang loads these two together or not at all
+                joined = name.replace(".q_a_proj.", ".kv_a_proj_with_mqa.")
+                assert joined in names, f"{name} travels without {joined}"
+            whole |= {name: tensor.clone() for name, tensor in bucket}
+        return whole
 
 
 def train(case: Case, world_size: int, steps: int) -> Run:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_prefix.rollout import hashing
-from megatron_prefix.rollout.checksum import ServedLayout, WeightHasher
+from megatron_prefix.rollout.checksum import ServedLayout, WeightHasher, is_compared
 from megatron_prefix.rollout.hashing import MixedWordHash, Sha256Hash, TensorHash
 
 MIXED = [MixedWordHash, Sha256Hash]
@@ -104,7 +104,7 @@ def expected_hash(tensor: torch.Tensor) -> str:
 
 
 def test_fused_tensors_are_whole_whatever_order_they_come_in() -> None:
-    q, k, v, gate, up = (torch.randn(rows, 8) for rows in (16, 4, 4, 12, 12))
+    q, k, v, gate, up = (torch.randn(rows, 8) for rows in (16, 4, 4, 32, 32))
     hasher = WeightHasher(ServedLayout("cpu", torch.bfloat16))
     for name, tensor in {
         "mlp.up_proj": up,
@@ -128,8 +128,8 @@ def test_fused_tensors_are_whole_whatever_order_they_come_in() -> None:
 
 def test_experts_are_stacked_with_gate_over_up() -> None:
     experts = 3
-    gate, up = torch.randn(2, experts, 6, 8)
-    down = torch.randn(experts, 8, 6)
+    gate, up = torch.randn(2, experts, 32, 8)
+    down = torch.randn(experts, 8, 32)
     hasher = WeightHasher(ServedLayout("cpu", torch.float32, num_experts=experts))
     names = ("gate_proj", "up_proj", "down_proj")
     for expert in (2, 0, 1):
@@ -181,3 +181,78 @@ def test_shards_of_tensor_parallel_servers() -> None:
             "model.norm.weight": expected_hash(norm),
         }
     assert sorted(hasher.checksums()) == [0, 1, 2, 3]
+
+
+def test_latent_attention_is_named_as_sglang_fuses_it() -> None:
+    """With a latent for queries both down-projections are one; without, each keeps its name."""
+    layer = "model.layers.0.self_attn"
+    query, key_value, up = torch.randn(6, 8), torch.randn(5, 8), torch.randn(16, 4)
+    with_latent = ServedLayout("cpu", torch.bfloat16, latent_attention=True, query_latent=True)
+    hasher = WeightHasher(with_latent)
+    hasher.add(f"{layer}.kv_a_proj_with_mqa.weight", key_value)
+    hasher.add(f"{layer}.q_a_proj.weight", query)
+    hasher.add(f"{layer}.kv_b_proj.weight", up)
+    assert hasher.checksums()[0] == {
+        f"{layer}.fused_qkv_a_proj_with_mqa.weight": expected_hash(
+            torch.cat([query, key_value]).bfloat16()
+        ),
+        f"{layer}.kv_b_proj.weight": expected_hash(up.bfloat16()),
+    }
+    hasher = WeightHasher(ServedLayout("cpu", torch.bfloat16, latent_attention=True))
+    hasher.add(f"{layer}.kv_a_proj_with_mqa.weight", key_value)
+    hasher.add(f"{layer}.q_proj.weight", query)
+    assert hasher.checksums()[0] == {
+        f"{layer}.kv_a_proj_with_mqa.weight": expected_hash(key_value.bfloat16()),
+        f"{layer}.q_proj.weight": expected_hash(query.bfloat16()),
+    }
+
+
+def test_a_routers_bias_and_shared_experts_of_deepseek() -> None:
+    layer = "model.layers.1.mlp"
+    gate, up, bias = torch.randn(32, 8), torch.randn(32, 8), torch.randn(4)
+    hasher = WeightHasher(ServedLayout("cpu", torch.bfloat16, num_experts=4, latent_attention=True))
+    hasher.add(f"{layer}.shared_experts.up_proj.weight", up)
+    hasher.add(f"{layer}.shared_experts.gate_proj.weight", gate)
+    hasher.add(f"{layer}.gate.e_score_correction_bias", bias)
+    assert hasher.checksums()[0] == {
+        f"{layer}.shared_experts.gate_up_proj.weight": expected_hash(
+            torch.cat([gate, up]).bfloat16()
+        ),
+        f"{layer}.gate.e_score_correction_bias": expected_hash(bias),
+    }
+
+
+def test_a_cpu_server_pads_the_width_of_mlps_with_zeros() -> None:
+    """To 32 a rank, and to 32 for each of the shared experts, which are one MLP."""
+    layer = "model.layers.1.mlp"
+    up, down = torch.randn(80, 8), torch.randn(8, 80)
+    layout = {"num_shared_experts": 2, "num_experts": 1}
+    for device, width in (("cpu", 128), ("cuda", 80)):
+        hasher = WeightHasher(ServedLayout(device, torch.float32, **layout))
+        for name in ("shared_experts.gate_proj", "shared_experts.up_proj"):
+            hasher.add(f"{layer}.{name}.weight", up)
+        hasher.add(f"{layer}.shared_experts.down_proj.weight", down)
+        hasher.add(f"{layer}.down_proj.weight", down)
+        expert = 96 if device == "cpu" else 80
+        wide = torch.cat([up, torch.zeros(width - 80, 8)])
+        hashed = MixedWordHash if device == "cuda" else Sha256Hash
+        assert hasher.checksums()[0] == {
+            f"{layer}.shared_experts.gate_up_proj.weight": digest(hashed, wide, wide),
+            f"{layer}.shared_experts.down_proj.weight": digest(
+                hashed, torch.cat([down, torch.zeros(8, width - 80)], 1)
+            ),
+            f"{layer}.down_proj.weight": digest(
+                hashed, torch.cat([down, torch.zeros(8, expert - 80)], 1)
+            ),
+        }
+
+
+def test_deepseek_is_compared_on_a_cpu_alone() -> None:
+    compared = {
+        (family, device)
+        for family in ("Qwen3Moe", "DeepseekV2", "DeepseekV3", "GptOss")
+        for device in ("cpu", "cuda")
+        if is_compared(f"{family}ForCausalLM", device)
+    }
+    deepseek = {("DeepseekV2", "cpu"), ("DeepseekV3", "cpu")}
+    assert compared == {("Qwen3Moe", "cpu"), ("Qwen3Moe", "cuda")} | deepseek

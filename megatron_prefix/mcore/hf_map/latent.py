@@ -5,7 +5,7 @@ Legend: H hidden size, n heads, c_q and c_kv the ranks of the latents.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_prefix.mcore.hf_map.checks import refuse_biases, rope_settings
@@ -111,19 +111,20 @@ def latent_units(shape: DecoderShape, hf: Mapping[str, Any], layer: int) -> list
     def norm(name: str, source_name: str, size: int) -> Unit:
         return norm_unit(f"{megatron}{name}", f"{source}{source_name}", size, layer)
 
+    down = linear("linear_kv_down_proj", "kv_a_proj_with_mqa", latent.kv_rank + latent.rope, hidden)
     units = [norm("input_layernorm", "input_layernorm", hidden)]
     if latent.q_rank:
         units += [
             linear("linear_q_down_proj", "q_a_proj", latent.q_rank, hidden),
+            replace(down, with_previous=True),
             norm("self_attention.q_layernorm", "self_attn.q_a_layernorm", latent.q_rank),
             linear("linear_q_up_proj", "q_b_proj", query, latent.q_rank, 0),
         ]
     else:
-        units.append(linear("linear_q_proj", "q_proj", query, hidden, 0))
+        units += [linear("linear_q_proj", "q_proj", query, hidden, 0), down]
     keys_and_values = heads * (latent.nope + latent.value)
     return [
         *units,
-        linear("linear_kv_down_proj", "kv_a_proj_with_mqa", latent.kv_rank + latent.rope, hidden),
         norm("self_attention.kv_layernorm", "self_attn.kv_a_layernorm", latent.kv_rank),
         linear("linear_kv_up_proj", "kv_b_proj", keys_and_values, latent.kv_rank, 0),
         linear("linear_proj", "o_proj", hidden, heads * latent.value, 1),

@@ -35,6 +35,9 @@ class Unit:
     stacked: int = 0
     # Whatever the model's precision: a buffer of a router, which no optimizer moves.
     fp32_buffer: bool = False
+    # Travels to servers in the bucket of the unit before it: SGLang joins the two, and drops one
+    # that comes alone.
+    with_previous: bool = False
     pack: Pack = lambda tensors: tensors[0]
     unpack: Unpack = lambda tensor: (tensor,)
     turned: bool = False  # packing transposes the one tensor

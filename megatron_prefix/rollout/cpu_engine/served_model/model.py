@@ -1,6 +1,6 @@
 """The one model class that is served: ``MEGATRON_PREFIX_SERVED_MODEL`` is its ``module:class``.
 
-SGLang imports this in the scheduler's process, which makes it the place for the hook below.
+SGLang imports this in the scheduler's process, which makes it the place for the hooks below.
 """
 
 import importlib
@@ -17,3 +17,12 @@ def _keep_cpu_kernels(*args: object, **kwargs: object) -> None:
 module, name = os.environ["MEGATRON_PREFIX_SERVED_MODEL"].split(":")
 EntryClass = [getattr(importlib.import_module(module), name)]
 batch_invariant_ops.enable_batch_invariant_mode = _keep_cpu_kernels
+
+if name.startswith("Deepseek"):
+    from sglang.srt.models.deepseek_common.attention_backend_handler import (
+        AttentionBackendRegistry,
+        AttnForwardMethod,
+    )
+
+    # torch_native, the one attention for a CPU, is not among those that DeepSeek's model knows.
+    AttentionBackendRegistry.register("torch_native", lambda layer, batch: AttnForwardMethod.MLA)
