@@ -11,14 +11,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_prefix.config import RolloutConfig
+from megatron_prefix.mcore.cpu import adapt_to_cpu
 from megatron_prefix.mcore.hf_map import read_hf_model
-from megatron_prefix.publisher import served_layout
 from megatron_prefix.rollout.checksum import WeightHasher, WeightsDiffer, verify
 from megatron_prefix.rollout.client import SglangClient
 from megatron_prefix.rollout.protocol import Sampling
 from megatron_prefix.rollout.server import server_pool
 from megatron_prefix.rollout.weights import WeightGroup
 from tests.tiny_models import write_tiny_deepseek_v3
+
+adapt_to_cpu()
+
+from megatron_prefix.publisher import served_layout  # noqa: E402
 
 PROMPT = [5, 6, 7, 9, 20, 31]
 TOKENS = 12
