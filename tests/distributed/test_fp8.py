@@ -77,9 +77,8 @@ def test_a_checkpoint_without_such_state_leaves_it_as_it_was(case: Case, tmp_pat
 
 def _bf16_layers(case: Case, world_size: int) -> list[tuple[int, bool]]:
     """Numbers of this stage's layers, and whether Megatron would leave FP8's context for them."""
-    config = TransformerConfig(
-        num_layers=4, hidden_size=64, num_attention_heads=4, **fp8_fields(Fp8Config("e4m3"))
-    )
+    fields = fp8_fields(Fp8Config("e4m3"), own_scales=False)
+    config = TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4, **fields)
     layers = World.build(case, world_size).student.model.module.decoder.layers
     numbers = [layer.layer_number for layer in layers]
     return [(number, is_first_last_bf16_layer(config, number - 1)) for number in numbers]
