@@ -12,13 +12,13 @@ from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE
 from megatron_prefix.jsonl import METRICS, number, read_records
 from megatron_prefix.launcher import launch_local
-from megatron_prefix.limits import check_choice
 from megatron_prefix.pilot import Pilot, read_pilot
 from megatron_prefix.prefix import model_shape
 from megatron_prefix.preflight import check_data_sets, check_machine
 from megatron_prefix.recipe import RECORD_NAME, check_run_folder, load_recipe, load_record
 from megatron_prefix.report import picture
 from megatron_prefix.validate import validate
+from megatron_prefix.validate.limits import check_choice
 
 PICTURE = "advice"
 # Full length, no student moved: what is left of the learning rate is under fp32's resolution.

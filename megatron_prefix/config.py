@@ -1,6 +1,6 @@
 """Every setting of a run, as frozen dataclasses. Imports neither torch nor Megatron.
 
-A recipe (``recipes/*.py``) returns a :class:`Recipe`; ``recipe.py`` lays a YAML overlay and typed
+A recipe (``recipes/*.py``) returns a :class:`Recipe`; ``recipe/`` lays a YAML overlay and typed
 dotted overrides over it. An empty string, an empty tuple or 0 says "not set" where that makes
 sense; each field's comment says what it means then. Names that Megatron has are Megatron's.
 """
@@ -247,7 +247,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. ``validate.py`` holds the checks that need more than one field."""
+    """A whole run. ``validate/`` holds the checks that need more than one field."""
 
     run: RunConfig = field(default_factory=RunConfig)
     student: ModelConfig = field(default_factory=ModelConfig)

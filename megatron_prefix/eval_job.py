@@ -21,11 +21,11 @@ from megatron_prefix.config import DataConfig, EvalConfig, Recipe, RolloutConfig
 from megatron_prefix.eval_arguments import KNOWN_SETS
 from megatron_prefix.evaluate import load_eval_set
 from megatron_prefix.exit_codes import DONE, FAILED, SAVED
-from megatron_prefix.limits import RANGES, check_choice
 from megatron_prefix.recipe import RECORD_NAME, load_record
 from megatron_prefix.rollout.protocol import Sampling, SglangError
 from megatron_prefix.rollout.server import ServerFailed, server_pool
 from megatron_prefix.scorers import load_scorer
+from megatron_prefix.validate.limits import RANGES, check_choice
 
 _REQUEST_TIMEOUT_S = 7200.0  # of one answer, which may be long and waits for others
 _EXPORTER = "tools/convert_megatron_to_hf.py"  # of a checkout

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_prefix.modes import needs_prompts
 from megatron_prefix.preflight import open_prompts
 from megatron_prefix.validate import ValidRun
-from megatron_prefix.validate_data import is_local
+from megatron_prefix.validate.data import is_local
 from megatron_prefix.written import written_data
 
 PROMPTS_LOOKED_AT = 256

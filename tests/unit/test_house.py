@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prefix.placement import world_layout
+from megatron_prefix.placement import resolve_world_size, world_layout
 from megatron_prefix.recipe import load_recipe
-from megatron_prefix.validate import resolve_world_size, validate
+from megatron_prefix.validate import validate
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("megatron_prefix", "recipes", "tools", "tests", "benchmarks")

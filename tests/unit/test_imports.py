@@ -23,7 +23,7 @@ IN_THE_SERVER = "rollout.cpu_engine"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "config_modes", "config_prefix", "config_teacher", "types", "exit_codes", "modes"),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
-    ("recipe", "cluster", "layout", "limits", "hf_folder", "tokenizers", "tasks", "scorers")
+    ("recipe", "cluster", "layout", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
     + ("account", "pilot", "advise", "advise_arguments")
     + ("jobs", "secret_keys", "attempts", "slurm_queue", "run_state", "cancel")
@@ -41,9 +41,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     + ("metrics_page", "slow_phases", "step_times", "watchdog")
     + ("placement", "domains", "sources", "written", "evaluate", "pass_at_k", "eval_run")
     + ("teacher_prompts", "write_answers", "stop_tokens"),
-    ("alarms", "prefix_checks", "token_weights"),
+    ("alarms", "token_weights"),
     ("mcore",),
-    ("validate_data", "served"),
+    ("served",),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "agreement", "token_kl", "entropy_choice", "reweigh", "publisher"),
     ("lagged",),
@@ -65,7 +65,7 @@ EDGES = {
     "nemo_run": ("launch",),
 }
 # What a module may import of ours, where the layers alone would allow more.
-ONLY = {"recipe": ("config",), "cluster": ("config", "modes", "secret_keys")}
+ONLY = {"recipe": ("config", "recipe"), "cluster": ("config", "modes", "secret_keys")}
 ONLY |= {"loss": ("loss",), "secret_keys": ("config",)}
 ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes", "jobs"), "modes": ("config",)}
 # Importing these may bring Megatron along; importing any other must not.
@@ -89,7 +89,7 @@ NEEDS_MEGATRON += (
     "world",
 )
 NEEDS_MEGATRON += ("server_teacher", "reach_teacher")
-WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "limits", "plan")
+WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "plan")
 WITHOUT_TORCH += (
     "placement",
     "prefix",
@@ -98,7 +98,6 @@ WITHOUT_TORCH += (
     "served",
     "types",
     "validate",
-    "validate_data",
 )
 
 

@@ -18,7 +18,7 @@ from megatron_prefix.config import (
 from megatron_prefix.prefix import PrefixObservation, build_policy
 from megatron_prefix.prefix.overlap import OverlapPolicy, reliable_length
 from megatron_prefix.prefix.recall import settled
-from megatron_prefix.prefix_checks import check_prefix
+from megatron_prefix.validate.prefix import check_prefix
 
 SETTINGS = OverlapConfig(factor=2.0, threshold=0.5, window=2, momentum=0.5)
 CONFIG = PrefixConfig("overlap", 4, 32, overlap=SETTINGS, overlap_k=16)

@@ -31,7 +31,7 @@ from megatron_prefix.rollout.pool import Roster
 from megatron_prefix.rollout.protocol import NoRollouts, ServerUnavailable, SglangError
 from megatron_prefix.run_log import RunLog
 from megatron_prefix.types import Rollout
-from megatron_prefix.validate_data import check_data
+from megatron_prefix.validate.data import check_data
 
 SHAPE = ModelShape(2, 64, 4, 4, 16, 2 * 192, 46)
 PREFIX = PrefixConfig("fixed", 3, 9)

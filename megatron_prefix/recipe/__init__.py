@@ -1,0 +1,24 @@
+"""From a recipe's name to settings, and their record in the run's folder. Imports config alone."""
+
+from megatron_prefix.recipe.load import factory_beside, load_recipe
+from megatron_prefix.recipe.record import (
+    OUTSIDE_IDENTITY,
+    RECORD_NAME,
+    check_run_folder,
+    fingerprint,
+    identity,
+    load_record,
+    save_record,
+)
+
+__all__ = [
+    "OUTSIDE_IDENTITY",
+    "RECORD_NAME",
+    "check_run_folder",
+    "factory_beside",
+    "fingerprint",
+    "identity",
+    "load_recipe",
+    "load_record",
+    "save_record",
+]
