@@ -7,7 +7,8 @@ import torch
 
 from megatron_prefix.mcore.gradients import cosine, host_copy
 from megatron_prefix.mcore.optimizer import TrainableStudent
-from megatron_prefix.student import Objective, PrefixSums, forward_backward
+from megatron_prefix.prefix_sums import PrefixSums
+from megatron_prefix.student import Objective, forward_backward
 from megatron_prefix.types import PrefixBatch, Targets
 
 

@@ -4,28 +4,20 @@ import argparse
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prefix.advise_arguments import EXAMPLES as _ADVISE_EXAMPLES
 from megatron_prefix.advise_arguments import add_advise_arguments
-from megatron_prefix.config import Recipe
+from megatron_prefix.command import ABOUT_RECIPES, Command
 from megatron_prefix.eval_arguments import EXAMPLES as _EVAL_EXAMPLES
 from megatron_prefix.eval_arguments import add_eval_arguments
 from megatron_prefix.exit_codes import BAD_INPUT, DONE, FAILED
-from megatron_prefix.launch_arguments import EXAMPLES as _LAUNCH_EXAMPLES
-from megatron_prefix.launch_arguments import add_launch_arguments
+from megatron_prefix.recipe_commands import LAUNCH, PLAN, PREPARE, TRAIN
 from megatron_prefix.report_arguments import EXAMPLES as _REPORT_EXAMPLES
 from megatron_prefix.report_arguments import add_report_arguments
 from megatron_prefix.run_commands import RUN_COMMANDS
 
-_WITHOUT_RECIPE = ("eval", "report", "doctor", *RUN_COMMANDS)
-
-_RECIPES = """\
-RECIPE is a Python file with `def recipe() -> Recipe`, the name of one in recipes/, an importable
-package.module, or the recipe.yaml of a run's folder, which repeats that run's settings.
-Settings are laid over it in this order: recipe < --overlay FILE < section.key=value ...
-"""
 _EXIT_CODES = """\
 exit codes:
   0   done
@@ -33,8 +25,7 @@ exit codes:
   2   bad input, told in one line on stderr; nothing was started
   75  stopped by a signal with everything saved; the same command goes on
 """
-_EXAMPLES = {
-    "main": """\
+_EXAMPLES = """\
 examples:
   megatron-prefix doctor                             what can this machine run?
   megatron-prefix plan recipes/quickstart.py         what would it cost? starts nothing
@@ -43,42 +34,14 @@ examples:
   megatron-prefix status runs/quickstart             where does it stand? also: logs, cancel
   megatron-prefix eval runs/quickstart               how good is what it trained?
   megatron-prefix report runs/quickstart             one page with pictures of all of it
-""",
-    "train": """\
-examples:
-  megatron-prefix train recipes/quickstart.py
-  megatron-prefix train quickstart run.name=short prefix.policy=fixed prefix.min_length=9
-  megatron-prefix train quickstart --overlay cluster.yaml optimizer.lr=1e-4
-  megatron-prefix train runs/short/recipe.yaml run.name=again      the same settings once more
-Ctrl-C or SIGTERM saves and ends with exit code 75; the same command resumes. A second one kills.
-""",
-    "plan": """\
-examples:
-  megatron-prefix plan recipes/quickstart.py
-  megatron-prefix plan quickstart student.tensor_model_parallel_size=4 run.world_size=8
-  megatron-prefix plan quickstart --json | jq .cost.run.ratio
-  megatron-prefix plan qwen3_235b_to_qwen3_8b_4x8xh200_bf16 run.gpu_memory_gib=80
-Models that are not on this machine are planned by recipes/shapes/. With run.gpu_memory_gib set, a
-recipe that does not fit is refused, with the smallest change that would: exit code 2.
-""",
-    "eval": _EVAL_EXAMPLES,
-    "report": _REPORT_EXAMPLES,
-    "advise": _ADVISE_EXAMPLES,
-    "launch": _LAUNCH_EXAMPLES,
-    **{name: verb.examples for name, verb in RUN_COMMANDS.items()},
-    "prepare": """\
-examples:
-  megatron-prefix prepare quickstart run.world_size=16
-The scripts in slurm/ call it, and hand the record that it names to the ranks and servers.
-""",
-    "doctor": """\
+"""
+_DOCTOR_EXAMPLES = """\
 examples:
   megatron-prefix doctor
   megatron-prefix doctor --json
   megatron-prefix doctor --node runs/NAME --gpus 8      what a job's scripts ask each node first
 Exit code 0 where this machine can run the CPU path at least, 1 where it cannot; with --node 2.
-""",
-}
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,165 +74,36 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-prefix",
         description="On-policy prefix distillation in Megatron-Core, with rollouts from SGLang.",
-        epilog=_EXAMPLES["main"] + "\n" + _EXIT_CODES,
+        epilog=_EXAMPLES + "\n" + _EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    train = _command(commands, "train", "run a recipe on this machine", _train)
-    _recipe_arguments(train)
-    train.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on where the run folder's last checkpoint is (default); "
-        "--no-resume refuses a folder that holds a run",
-    )
-    plan = _command(commands, "plan", "validate a recipe and lay it out, starting nothing", _plan)
-    _recipe_arguments(plan)
-    plan.add_argument("--json", action="store_true", help="every number, exact")
-    plan.add_argument(
-        "--quick", action="store_true", help="bytes by arithmetic: build none of Megatron's modules"
-    )
-    start = _command(commands, "launch", "run a recipe on a cluster, through nemo-run", _launch)
-    _recipe_arguments(start)
-    add_launch_arguments(start)
-    for name, verb in RUN_COMMANDS.items():
-        verb.add_arguments(_command(commands, name, verb.summary, verb.run))
-    _recipe_arguments(
-        _command(commands, "prepare", "check a recipe, write its record, print its path", _prepare)
-    )
-    judge = _command(commands, "eval", "ask a model a data set's problems and score it", _eval)
-    add_eval_arguments(judge)
-    report = _command(commands, "report", "one page out of one run or several", _report)
-    add_report_arguments(report)
-    add_advise_arguments(
-        _command(commands, "advise", "the prefix that a pilot of full rollouts asks for", _advise)
-    )
-    doctor = _command(commands, "doctor", "what this machine has, can run, and lacks", _doctor)
-    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
-    doctor.add_argument(
+    for name, command in _COMMANDS.items():
+        about = command.summary[0].upper() + command.summary[1:] + "."
+        one = commands.add_parser(
+            name,
+            help=command.summary,
+            description=f"{about}\n\n{command.about}" if command.about else about,
+            epilog=command.examples + "\n" + _EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(one)
+        one.set_defaults(command=command.run)
+    return parser
+
+
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the findings as JSON")
+    parser.add_argument(
         "--node", type=Path, metavar="FOLDER", help="can this node of a job run the one in FOLDER?"
     )
-    doctor.add_argument(
+    parser.add_argument(
         "--gpus",
         type=int,
         default=int(os.environ.get("SLURM_GPUS_ON_NODE") or 0),
         metavar="N",
         help="that --node has to have (default: as many as Slurm gave this step)",
     )
-    return parser
-
-
-def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    summary: str,
-    run: Callable[[argparse.Namespace], int],
-) -> argparse.ArgumentParser:
-    about = summary[0].upper() + summary[1:] + "."
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=about if name in _WITHOUT_RECIPE else f"{about}\n\n{_RECIPES}",
-        epilog=_EXAMPLES[name] + "\n" + _EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(command=run)
-    return parser
-
-
-def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a file, a name, a module or a record")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings, typed; the last wins"
-    )
-    parser.add_argument("--overlay", default="", metavar="FILE", help="a YAML file of settings")
-
-
-def _load(arguments: argparse.Namespace) -> Recipe:
-    from megatron_prefix.recipe import load_recipe
-    from megatron_prefix.secret_keys import check_secrets
-
-    recipe = load_recipe(arguments.recipe, arguments.overlay, arguments.overrides)
-    check_secrets(recipe)
-    return recipe
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from megatron_prefix.plan import card_gib, refuse_what_does_not_fit
-    from megatron_prefix.preflight import check_data_sets, check_machine
-    from megatron_prefix.recipe import RECORD_NAME, check_run_folder
-    from megatron_prefix.validate import validate
-
-    recipe = _load(arguments)
-    folder = Path(recipe.run.output_dir, recipe.run.name)
-    if not arguments.resume and (folder / RECORD_NAME).exists():
-        raise ValueError(f"--no-resume: {folder} holds a run; set another run.name or remove it")
-    check_run_folder(folder, recipe)
-    check_machine(validate(recipe))
-    refuse_what_does_not_fit(recipe, card_gib=card_gib())
-    check_data_sets(recipe)
-    from megatron_prefix.launcher import launch_local
-
-    return launch_local(recipe)
-
-
-def _launch(arguments: argparse.Namespace) -> int:
-    from megatron_prefix.cluster import check_cluster, on_cluster
-    from megatron_prefix.launch import dry_run, launch
-    from megatron_prefix.launch_arguments import cluster_of
-    from megatron_prefix.plan import card_gib, refuse_what_does_not_fit
-    from megatron_prefix.recipe import RECORD_NAME, save_record
-    from megatron_prefix.slurm_queue import check_can_submit
-
-    recipe, cluster = _load(arguments), cluster_of(arguments)
-    check_cluster(cluster, recipe)
-    recipe = on_cluster(recipe, cluster)
-    folder = _checked_folder(recipe)
-    here = card_gib() if cluster.executor == "local" else 0.0
-    refuse_what_does_not_fit(recipe, servers_elsewhere=cluster.server_nodes > 0, card_gib=here)
-    if arguments.dryrun:
-        print(dry_run((folder / RECORD_NAME).absolute(), recipe, cluster), end="")
-        return DONE
-    if cluster.executor == "slurm":
-        check_can_submit(wait=not arguments.detach)
-    record = save_record(recipe, folder)
-    return launch(record.absolute(), recipe, cluster, detach=arguments.detach)
-
-
-def _prepare(arguments: argparse.Namespace) -> int:
-    from megatron_prefix.jobs import note_own_job
-    from megatron_prefix.recipe import save_record
-
-    recipe = _load(arguments)
-    record = save_record(recipe, _checked_folder(recipe))
-    note_own_job(record.parent)
-    print(record)
-    return DONE
-
-
-def _checked_folder(recipe: Recipe) -> Path:
-    """The run folder of a recipe that could start, but for the machines that it is to start on."""
-    from megatron_prefix.preflight import check_data_sets
-    from megatron_prefix.recipe import check_run_folder
-    from megatron_prefix.validate import validate
-
-    folder = Path(recipe.run.output_dir, recipe.run.name)
-    check_run_folder(folder, recipe)
-    validate(recipe)
-    check_data_sets(recipe)
-    return folder
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    from megatron_prefix.cluster import Cluster
-    from megatron_prefix.plan import run_plan
-    from megatron_prefix.recipe import factory_beside
-
-    recipe, beside = _load(arguments), factory_beside(arguments.recipe, "cluster")
-    cluster = beside() if beside else Cluster()
-    run_plan(recipe, cluster, as_json=arguments.json, quick=arguments.quick)
-    return DONE
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -312,6 +146,29 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
         print_findings(findings, Console())
     return DONE if findings.cpu_path else FAILED
+
+
+_COMMANDS = {
+    "doctor": Command(
+        "what this machine has, can run, and lacks", _DOCTOR_EXAMPLES, _add_doctor_arguments,
+        _doctor,
+    ),
+    "plan": PLAN,
+    "advise": Command(
+        "the prefix that a pilot of full rollouts asks for", _ADVISE_EXAMPLES,
+        add_advise_arguments, _advise, ABOUT_RECIPES,
+    ),
+    "train": TRAIN,
+    "launch": LAUNCH,
+    **RUN_COMMANDS,
+    "eval": Command(
+        "ask a model a data set's problems and score it", _EVAL_EXAMPLES, add_eval_arguments, _eval
+    ),
+    "report": Command(
+        "one page out of one run or several", _REPORT_EXAMPLES, add_report_arguments, _report
+    ),
+    "prepare": PREPARE,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

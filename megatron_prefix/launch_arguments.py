@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from megatron_prefix.cluster import Cluster
+from megatron_prefix.command import add_recipe_arguments
 from megatron_prefix.recipe import factory_beside
 from megatron_prefix.secret_keys import names_a_secret
 
@@ -26,6 +27,7 @@ Afterwards: megatron-prefix status|logs|cancel runs/NAME.
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Options left out are None: the recipe's ``cluster()`` or the defaults decide."""
+    add_recipe_arguments(parser)
     parser.add_argument("--executor", choices=("local", "slurm"), help="default: local")
     parser.add_argument("--dryrun", action="store_true", help="print the scripts, write nothing")
     parser.add_argument(

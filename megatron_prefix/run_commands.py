@@ -3,9 +3,8 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 
+from megatron_prefix.command import Command
 from megatron_prefix.exit_codes import DONE, FAILED
 
 STATUS_EXAMPLES = """\
@@ -110,23 +109,15 @@ def run_cancel(arguments: argparse.Namespace) -> int:
     return DONE if whole else FAILED
 
 
-@dataclass(frozen=True)
-class RunCommand:
-    summary: str
-    examples: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-
-
 RUN_COMMANDS = {
-    "status": RunCommand(
+    "status": Command(
         "where a run stands: queue, step, checkpoint", STATUS_EXAMPLES,
         add_status_arguments, run_status,
     ),
-    "logs": RunCommand(
+    "logs": Command(
         "the logs of a run's attempts", LOGS_EXAMPLES, add_logs_arguments, run_logs
     ),
-    "cancel": RunCommand(
+    "cancel": Command(
         "save and end a run", CANCEL_EXAMPLES, add_cancel_arguments, run_cancel
     ),
 }  # fmt: skip

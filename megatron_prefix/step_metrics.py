@@ -10,7 +10,7 @@ from megatron_prefix.types import StepMetrics
 
 if TYPE_CHECKING:
     from megatron_prefix.mcore.optimizer import UpdateResult
-    from megatron_prefix.student import PrefixSums
+    from megatron_prefix.prefix_sums import PrefixSums
 
 
 def step_metrics(

@@ -23,12 +23,13 @@ from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
 from megatron_prefix.modes import asks_servers, evaluation_due, is_supervised, probe_due
 from megatron_prefix.orders import Order, microbatches, share_order
 from megatron_prefix.phases import Phases
+from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.publisher import NoPublisher, Publisher
 from megatron_prefix.reweigh import Weighted, reweigh
 from megatron_prefix.slow_phases import SlowPhases
 from megatron_prefix.step_metrics import step_metrics
 from megatron_prefix.step_times import gather_hosts, gather_times, time_work
-from megatron_prefix.student import Objective, PrefixSums, forward_backward, score
+from megatron_prefix.student import Objective, forward_backward, score
 from megatron_prefix.teacher import Teacher
 from megatron_prefix.token_kl import by_rollout
 from megatron_prefix.trouble import stop_on_trouble

@@ -1,7 +1,7 @@
 """What ends a run that goes wrong without an error."""
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.student import PrefixSums
+from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.types import StepMetrics
 
 

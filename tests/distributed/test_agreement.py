@@ -10,7 +10,8 @@ import transformers
 
 from megatron_prefix.agreement import Audit, audit_gradients
 from megatron_prefix.batch import pack, plan_microbatches
-from megatron_prefix.student import PrefixSums, forward_backward
+from megatron_prefix.prefix_sums import PrefixSums
+from megatron_prefix.student import forward_backward
 from megatron_prefix.token_kl import by_rollout
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (

@@ -19,8 +19,8 @@ from megatron.core.models.gpt import GPTModel
 from benchmarks import _card, gpu_loss, gpu_step
 from benchmarks import _step_at_width as step
 from megatron_prefix.mcore.groups import initialize_megatron
+from megatron_prefix.prefix_sums import Tally
 from megatron_prefix.recipe import load_recipe
-from megatron_prefix.student import _Accumulator
 from megatron_prefix.tasks import sort_chain
 from megatron_prefix.types import PrefixBatch, TopKTargets
 from megatron_prefix.validate import validate
@@ -208,7 +208,7 @@ def test_what_a_step_gathers_of_its_microbatches_is_not_read_back() -> None:
     fields = {field.name: ids for field in dataclasses.fields(PrefixBatch)}
     floats = {"token_weight": tensor(5), "rollout_logprobs": tensor(5)}
     batch = PrefixBatch(**{**fields, **floats, "max_seqlen": 5})
-    seen = _Accumulator(9, torch.device("meta"))
+    seen = Tally(9, torch.device("meta"))
     seen.add(batch, tensor(), tensor(5), tensor(5))
     seen.watch(tensor(5), TopKTargets(tensor(5, 2, dtype=torch.int64), tensor(5, 2)), {})
     assert seen.kl.shape == (9,) and seen.worst.shape == (2,)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from megatron_prefix.mcore.stop_map import exchange_rows
-from megatron_prefix.student import PrefixSums
+from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.types import Rollout
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import Case, World, model_config, rollouts

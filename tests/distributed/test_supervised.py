@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from megatron_prefix.batch import pack, plan_microbatches
-from megatron_prefix.student import PrefixSums, forward_backward
+from megatron_prefix.prefix_sums import PrefixSums
+from megatron_prefix.student import forward_backward
 from megatron_prefix.types import Rollout
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (

@@ -21,7 +21,8 @@ IN_THE_SERVER = "rollout.cpu_engine"
 
 # From the bottom up: a module imports modules of its own layer and of those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "config_modes", "config_prefix", "config_teacher", "types", "exit_codes", "modes"),
+    ("config", "config_modes", "config_prefix", "config_teacher", "types", "exit_codes", "modes")
+    + ("command",),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
     ("recipe", "cluster", "layout", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
@@ -41,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     + ("metrics_page", "slow_phases", "step_times", "watchdog")
     + ("placement", "domains", "sources", "written", "evaluate", "pass_at_k", "eval_run")
     + ("teacher_prompts", "write_answers", "stop_tokens"),
-    ("alarms", "token_weights"),
+    ("alarms", "prefix_sums", "token_weights"),
     ("mcore",),
     ("served",),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
@@ -53,7 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("supplies", "world", "assemble", "worker"),
     ("agent",),
     ("launch_arguments", "launch", "launcher", "die_with_parent"),
-    ("advise_job", "run_commands"),
+    ("advise_job", "recipe_commands", "run_commands"),
     ("cli",),
 )
 # What may import these packages of others.
@@ -82,7 +83,6 @@ NEEDS_MEGATRON = (
 NEEDS_MEGATRON += (
     "token_kl",
     "lagged",
-    "trouble",
     "reweigh",
     "entropy_choice",
     "teacher_loop",
