@@ -1,5 +1,6 @@
 """Random checkpoints of a few thousand parameters, written by ``transformers`` itself."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,18 @@ def write_tiny_deepseek_v3(folder: Path, *, seed: int = 0, **overrides: Any) -> 
     sizes = _sizes(overrides, **(_LATENT | routing | {"num_nextn_predict_layers": 0} | overrides))
     del sizes["head_dim"]
     return _write(Path(folder), "DeepseekV3", sizes, seed)
+
+
+def as_published(folder: Path) -> Path:
+    """``folder`` with what DeepSeek's published configs say and SGLang asks for, and transformers
+    leaves out of what it writes."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    v3 = config["architectures"] == ["DeepseekV3ForCausalLM"]
+    routing = ("noaux_tc", "sigmoid") if v3 else (config.get("topk_method", "greedy"), "softmax")
+    said = {"moe_layer_freq": 1, "topk_method": routing[0], "scoring_func": routing[1]}
+    path.write_text(json.dumps(config | said))
+    return folder
 
 
 def write_tiny_deepseek_v2(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:

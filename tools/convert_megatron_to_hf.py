@@ -50,6 +50,7 @@ def work(args: argparse.Namespace) -> int:
 def convert(args: argparse.Namespace, crew: "Crew") -> None:
     from megatron_prefix.mcore.contents import check_manifest, find_hf_model, read_step
     from megatron_prefix.mcore.convert import Conversion, megatron_to_hf
+    from megatron_prefix.mcore.fp8_blocks import cut_blocks
     from megatron_prefix.mcore.progress_bar import byte_progress
     from megatron_prefix.mcore.source import open_config, parameters
     from megatron_prefix.mcore.steps import find_step
@@ -74,6 +75,16 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
         megatron_to_hf(job, saved, advance, dry_run=args.dry_run)
     if crew.rank == 0:
         print(f"{'would write' if args.dry_run else 'wrote'} {args.output}: {what}")
+        if dtype == "fp8" and (cut := cut_blocks(hf)):
+            print(f"note: {served_in_fp8(cut)}", file=sys.stderr)
+
+
+def served_in_fp8(cut: list[str]) -> str:
+    more = f" and {len(cut) - 1} more" if cut[1:] else ""
+    return (
+        f"SGLang refuses these weights in FP8: it joins {cut[0]}{more} to others, and the rows are "
+        "no multiple of 128; Megatron reads them as a teacher's; for a server choose bf16"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,6 +30,7 @@ from megatron_prefix.mcore.fp8_blocks import (
     block_grid,
     quantization_config,
     quantize_blocks,
+    quantized,
 )
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.hf_map.units import Unit, joined
@@ -87,12 +88,6 @@ class Conversion:
         """Of what is written, without FP8's scales."""
         units = self.hf.units
         return sum(torch.Size(u.shape).numel() * self.dtype_of(u).itemsize for u in units)
-
-
-def quantized(unit: Unit, hf: HfModel) -> bool:
-    """Whether FP8 weights have this unit in FP8: linear layers of the trunk, but no router."""
-    inside = 0 <= unit.layer < hf.shape.num_layers and not unit.stacked
-    return inside and len(unit.shape) == 2 and "router" not in unit.megatron_name
 
 
 @dataclass

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_prefix.hf_folder import BLOCK
+from megatron_prefix.mcore.hf_map import HfModel
+from megatron_prefix.mcore.hf_map.units import Unit
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
@@ -55,3 +57,21 @@ def quantization_config(not_quantized: list[str]) -> dict[str, Any]:
         "weight_block_size": [BLOCK, BLOCK],
         "modules_to_not_convert": not_quantized,
     }
+
+
+def quantized(unit: Unit, hf: HfModel) -> bool:
+    """Whether FP8 weights have this unit in FP8: linear layers of the trunk, but no router."""
+    inside = 0 <= unit.layer < hf.shape.num_layers and not unit.stacked
+    return inside and len(unit.shape) == 2 and "router" not in unit.megatron_name
+
+
+def cut_blocks(hf: HfModel) -> list[str]:
+    """Tensors whose rows are no whole blocks, though SGLang puts others under them: it refuses to
+    serve such a model in FP8."""
+    return [
+        name
+        for unit, after in zip(hf.units, [*hf.units[1:], hf.units[0]], strict=True)
+        if quantized(unit, hf) and (len(unit.hf_names) > 1 or after.with_previous)
+        for name, shape in zip(unit.hf_names, unit.hf_shapes, strict=True)
+        if shape[0] % BLOCK
+    ]

@@ -117,15 +117,25 @@ def _cpu_environment(environment: dict[str, str], architecture: str) -> dict[str
 
 
 def served_architecture(folder: Path) -> str:
-    """The first of config.json's ``architectures``."""
+    """The first of config.json's ``architectures``; ValueError where there is none, or where SGLang
+    would serve another model under its name."""
     path = folder / "config.json"
     try:
-        return str(json.loads(path.read_text())["architectures"][0])
+        config = json.loads(path.read_text())
+        architecture = str(config["architectures"][0])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"{path} names no architecture to serve ({type(error).__name__}: {error}); "
             "give a Hugging Face model folder"
         ) from error
+    # SGLang 0.5.23 reads neither setting, and leaves the experts that it makes up as they come.
+    dense = config.get("mlp_only_layers") or (config.get("decoder_sparse_step") or 1) > 1
+    if architecture == "Qwen3MoeForCausalLM" and dense:
+        raise ValueError(
+            f"{path}: SGLang gives every layer of a Qwen3-MoE experts, and this one has layers "
+            "without (mlp_only_layers, decoder_sparse_step); serve another model"
+        )
+    return architecture
 
 
 def resolve_device(device: str) -> str:

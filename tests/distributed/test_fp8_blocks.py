@@ -81,6 +81,20 @@ def test_the_export_is_laid_out_as_deepseeks(in_fp8: tuple[Path, Path]) -> None:
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())
 
 
+def test_an_export_that_sglang_would_refuse_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """tests/server/test_fp8_export.py has one that it takes."""
+    sizes = {"head_dim": 64, "intermediate_size": 320}  # 256 and 128 rows of q, k, v are blocks
+    folder = write_tiny_llama(tmp_path / "model", num_hidden_layers=1, **sizes)
+    assert to_megatron(folder, tmp_path / "megatron") == 0
+    assert to_hf(tmp_path / "megatron", tmp_path / "fp8", "--dtype", "fp8", "--dry-run") == 0
+    said = capfd.readouterr().err
+    assert "it joins model.layers.0.mlp.gate_proj.weight and 1 more to others" in said
+    assert to_hf(tmp_path / "megatron", tmp_path / "bf16", "--dry-run") == 0
+    assert "SGLang" not in capfd.readouterr().err
+
+
 def dequantized(folder: Path, output: Path) -> Path:
     """The same weights in fp32, by hand."""
     held = tensors(folder)

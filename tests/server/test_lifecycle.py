@@ -1,6 +1,7 @@
 """Server processes: how they start, what they say when they cannot, and that none is left."""
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -17,7 +18,13 @@ import pytest
 from megatron_prefix.config import RolloutConfig
 from megatron_prefix.rollout import guard
 from megatron_prefix.rollout.client import SglangClient
-from megatron_prefix.rollout.command import LOOPBACK, Launch, server_arguments, server_environment
+from megatron_prefix.rollout.command import (
+    LOOPBACK,
+    Launch,
+    served_architecture,
+    server_arguments,
+    server_environment,
+)
 from megatron_prefix.rollout.protocol import RequestRefused
 from megatron_prefix.rollout.server import (
     Server,
@@ -74,6 +81,18 @@ def test_a_folder_without_a_model_is_refused_before_a_process_starts(tmp_path: P
     with pytest.raises(ValueError, match=r"config.json names no architecture"):
         start_server(tmp_path, CPU, params_dtype="fp32", log_path=tmp_path / "server.log")
     assert not (tmp_path / "server.log").exists()
+
+
+def test_a_qwen3_moe_with_dense_layers_is_refused(tmp_path: Path) -> None:
+    """SGLang 0.5.23 would make experts for those layers, and serve what memory holds as weights."""
+    config = {"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [], "num_experts": 4}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"decoder_sparse_step": 1}))
+    assert served_architecture(tmp_path) == "Qwen3MoeForCausalLM"
+    for setting in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):
+        path.write_text(json.dumps(config | setting))
+        with pytest.raises(ValueError, match="experts, and this one has layers without"):
+            served_architecture(tmp_path)
 
 
 def test_a_server_that_cannot_start_fails_with_its_logs_last_words(

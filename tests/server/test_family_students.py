@@ -1,8 +1,10 @@
-"""A DeepSeek-V3 of random weights on a real server: it answers as transformers does, takes weights
-through the group, and the checksums prove it. Latent attention, a dense layer, stacked and shared
-experts whose width the server pads, and a router's bias that stays in fp32 are all in it."""
+"""A student of random weights on a real server, family by family: it answers as transformers does,
+takes weights through the group in the smallest buckets, and the checksums prove it.
 
-import json
+DeepSeek-V3 stands for the others: latent attention, a dense layer, stacked and shared experts whose
+width the server pads, and a router's bias that stays in fp32. Qwen3's students are everywhere else.
+"""
+
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,15 @@ from megatron_prefix.rollout.client import SglangClient
 from megatron_prefix.rollout.protocol import Sampling
 from megatron_prefix.rollout.server import server_pool
 from megatron_prefix.rollout.weights import WeightGroup
-from tests.tiny_models import write_tiny_deepseek_v3
+from tests.tiny_models import (
+    as_published,
+    write_tiny_deepseek_v2,
+    write_tiny_deepseek_v3,
+    write_tiny_llama,
+    write_tiny_mixtral,
+    write_tiny_qwen2,
+    write_tiny_qwen3_moe,
+)
 
 adapt_to_cpu()
 
@@ -27,16 +37,30 @@ from megatron_prefix.publisher import served_layout  # noqa: E402
 PROMPT = [5, 6, 7, 9, 20, 31]
 TOKENS = 12
 Weights = dict[str, torch.Tensor]
-# Published configs say what transformers leaves out of what it writes, and SGLang asks for.
-PUBLISHED = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LIMITED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+FAMILIES = {
+    "deepseek-v3": (write_tiny_deepseek_v3, {}),
+    "deepseek-v2": (write_tiny_deepseek_v2, LIMITED | {"q_lora_rank": None}),
+    "mixtral": (write_tiny_mixtral, {}),
+    "qwen3-moe": (write_tiny_qwen3_moe, {}),
+    "llama": (write_tiny_llama, {"rope_parameters": LLAMA3, "max_position_embeddings": 16384}),
+    "qwen2": (write_tiny_qwen2, {}),
+}
+DEFAULT, *OTHERS = FAMILIES
 
 
-def written(folder: Path, seed: int) -> Path:
-    write_tiny_deepseek_v3(folder, seed=seed, vocab_size=100, max_position_embeddings=512)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | PUBLISHED))
-    return folder
+def written(family: str, folder: Path, seed: int) -> Path:
+    write, overrides = FAMILIES[family]
+    write(folder, seed=seed, **({"vocab_size": 100} | overrides))
+    return as_published(folder) if "deepseek" in family else folder
 
 
 def greedy(folder: Path) -> list[int]:
@@ -67,8 +91,11 @@ def answer(client: SglangClient) -> list[int]:
     return list(client.generate([PROMPT], Sampling(TOKENS, temperature=0.0))[0].token_ids)
 
 
-def test_a_latent_student_is_served_synced_and_proved(tmp_path: Path) -> None:
-    first, second = written(tmp_path / "first", 0), written(tmp_path / "second", 1)
+@pytest.mark.parametrize(
+    "family", [DEFAULT, *(pytest.param(name, marks=pytest.mark.on_request) for name in OTHERS)]
+)
+def test_a_student_is_served_synced_and_proved(family: str, tmp_path: Path) -> None:
+    first, second = (written(family, tmp_path / str(seed), seed) for seed in (0, 1))
     weights = load_file(second / "model.safetensors")
     rollout = RolloutConfig(device="cpu")
     with (
@@ -82,7 +109,8 @@ def test_a_latent_student_is_served_synced_and_proved(tmp_path: Path) -> None:
         group.close()
         verify(client, hashes(client, second, weights))
         assert answer(client) == greedy(second) != greedy(first)
-        weights[BIAS][0] += 1e-6  # less than bf16 tells apart
-        with pytest.raises(WeightsDiffer, match=f"hold the published weights: {BIAS}") as caught:
+        name = next((name for name in weights if "correction_bias" in name), "model.norm.weight")
+        weights[name][0] += 1e-6  # less than bf16 tells apart
+        with pytest.raises(WeightsDiffer, match=f"hold the published weights: {name}") as caught:
             verify(client, hashes(client, second, weights))
         assert str(caught.value).count("(trainer") == 1
