@@ -40,6 +40,7 @@ from torch import Tensor
 
 from benchmarks._card import Attempts, Cells, report
 from megatron_prefix.loss import Workspace, gemm, prefix_divergence
+from megatron_prefix.loss.gather import all_gather
 from megatron_prefix.loss.task import CPU_LIMITS, GPU_LIMITS, chosen_chunk
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
@@ -162,7 +163,7 @@ def collectives(inputs: Inputs, divergence: str, group: dist.ProcessGroup) -> No
         part = inputs.hidden.detach()[at : at + inputs.chunk].clone()
         for count in per_token:
             own = part.new_zeros(len(part) * count, dtype=torch.float64)
-            dist.all_gather_single(own.new_empty(own.numel() * group.size()), own, group=group)
+            all_gather(own, group)
         dist.all_reduce(part, group=group)
 
 

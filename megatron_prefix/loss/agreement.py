@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_prefix.loss.gather import start_all_gather
+
 _REFUSED = -1
 
 
@@ -34,22 +36,19 @@ class Agreement:
         digest = _REFUSED if refusal else _digest(self._facts)
         # Filled on the device: a copy from the host could wait for it.
         self._own = torch.full((1,), digest, dtype=torch.int64, device=device)
-        self._everyone = self._own.new_empty(group.size())
-        handle = dist.all_gather_single(self._everyone, self._own, group=group, async_op=True)
-        assert handle is not None
-        self._handle = handle
+        self._everyone, self._handle = start_all_gather(self._own, group)
         if device.type == "cuda":
             # The answer travels on a stream of its own: reading it here must not wait for the
             # GEMMs that the caller queues meanwhile.
             self._stream = torch.cuda.Stream(device)
             with torch.cuda.stream(self._stream):
-                handle.wait()
+                self._handle.wait()
                 self._host = self._everyone.to("cpu", non_blocking=True)
             self._everyone.record_stream(self._stream)
 
     def confirm(self) -> None:
         """Raises ValueError, with the same words on all ranks, where they do not agree."""
-        digests = self._answer().tolist()
+        digests = self._answer().flatten().tolist()
         if digests[0] == _REFUSED or len(set(digests)) > 1:
             raise ValueError(self._explain())
 

@@ -7,10 +7,10 @@ ranks.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_prefix.loss.gather import start_all_gather
 from megatron_prefix.loss.task import Outcome, Task, Work, begin
 
 
@@ -103,17 +103,12 @@ class _Chunk:
 
 
 class _Gather:
-    """An all-gather under way: a fixed order of ranks, unlike a reduction's."""
+    """An all-gather under way."""
 
     def __init__(self, own: Tensor, group: ProcessGroup | None) -> None:
         assert group is not None
         self._own = own  # must live as long as the collective
-        self._everyone = own.new_empty((group.size(), *own.shape))
-        handle = dist.all_gather_single(
-            self._everyone.view(-1), own.view(-1), group=group, async_op=True
-        )
-        assert handle is not None
-        self._handle = handle
+        self._everyone, self._handle = start_all_gather(own, group)
 
     def wait(self) -> Tensor:
         """fp64 [R, ...] in rank order, the same on all ranks."""

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss import gemm
 from megatron_prefix.loss.divergence import EMPTY_MAX
+from megatron_prefix.loss.gather import all_gather
 from megatron_prefix.loss.task import CPU_LIMITS, GPU_LIMITS, chosen_chunk
 
 
@@ -31,7 +32,6 @@ def vocab_parallel_entropy(
     ``hidden [N, d]`` alike on all of them, ``weight [V/R, d]`` this rank's rows. Costs one of the
     loss's GEMMs; logits exist for C positions at a time.
     """
-    ranks = 1 if tp_group is None else tp_group.size()
     first_row = 0 if tp_group is None else dist.get_rank(tp_group) * weight.shape[0]
     real = weight[: min(max(vocab_size - first_row, 0), weight.shape[0])]
     limits = GPU_LIMITS if hidden.is_cuda else CPU_LIMITS
@@ -41,13 +41,7 @@ def vocab_parallel_entropy(
         rows = slice(at, min(at + size, len(hidden)))
         logits = hidden.new_empty((rows.stop - at, len(real)), dtype=torch.float32)
         gemm.logits_into(logits, hidden[rows], real)
-        own = _statistics(logits)
-        everyone = own.new_empty((ranks, *own.shape))
-        if tp_group is None or ranks == 1:
-            everyone[0] = own
-        else:
-            dist.all_gather_into_tensor(everyone.view(-1), own.view(-1), group=tp_group)
-        entropy[rows] = _merge(everyone)
+        entropy[rows] = _merge(all_gather(_statistics(logits), tp_group))
     return entropy
 
 

@@ -6,9 +6,10 @@ tensor-parallel ranks.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_prefix.loss.gather import all_gather
 
 
 class TopKOverlap:
@@ -45,7 +46,5 @@ class TopKOverlap:
             return self._logits, self._ids
         parts = []
         for own in (self._logits, self._ids):
-            everyone = own.new_empty((group.size(), *own.shape))
-            dist.all_gather_into_tensor(everyone.view(-1), own.view(-1), group=group)
-            parts.append(everyone.permute(1, 2, 0, 3).flatten(2))
+            parts.append(all_gather(own, group).permute(1, 2, 0, 3).flatten(2))
         return parts[0], parts[1]

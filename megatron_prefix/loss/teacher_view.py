@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_prefix.loss import gemm
+from megatron_prefix.loss.gather import all_gather
 from megatron_prefix.loss.task import CPU_LIMITS, GPU_LIMITS, chosen_chunk
 
 _FIRST, _SECOND, _SUM, _LABEL = range(4)
@@ -39,7 +40,6 @@ def teacher_view(
     """``hidden [N, d_t]`` and ``labels`` int64 [N] alike on all ranks of the group, ``weight
     [V/R, d_t]`` this rank's rows. Costs one of the loss's GEMMs; logits exist for C positions at a
     time."""
-    ranks = 1 if tp_group is None else tp_group.size()
     first_row = 0 if tp_group is None else dist.get_rank(tp_group) * weight.shape[0]
     real = weight[: min(max(vocab_size - first_row, 0), weight.shape[0])]
     limits = GPU_LIMITS if hidden.is_cuda else CPU_LIMITS
@@ -50,12 +50,7 @@ def teacher_view(
         logits = hidden.new_empty((rows.stop - at, len(real)), dtype=torch.float32)
         gemm.logits_into(logits, hidden[rows], real)
         own = _statistics(logits, labels[rows] - first_row)
-        everyone = own.new_empty((ranks, *own.shape))
-        if tp_group is None or ranks == 1:
-            everyone[0] = own
-        else:
-            dist.all_gather_into_tensor(everyone.view(-1), own.view(-1), group=tp_group)
-        label_logprobs[rows], margin[rows] = _merge(everyone)
+        label_logprobs[rows], margin[rows] = _merge(all_gather(own, tp_group))
     inside = (labels >= 0) & (labels < vocab_size)
     return TeacherView(label_logprobs.where(inside, torch.nan), margin)
 

@@ -39,8 +39,10 @@ def adapt_to_cpu() -> bool:
     if getattr(torch, "_megatron_prefix_on_cpu", False):
         return True
     torch._megatron_prefix_on_cpu = True  # type: ignore[attr-defined]
-    # SGLang brings flash_mla; megatron.core imports it where found and dies of it: no libcuda.
-    sys.modules["flash_mla"] = None  # type: ignore[assignment]
+    # megatron.core imports these where it finds them. SGLang brings flash_mla, which dies of it (no
+    # libcuda); Transformer Engine's sums and norms of gradients want a device.
+    for package in ("flash_mla", "transformer_engine"):
+        sys.modules[package] = None  # type: ignore[assignment]
     _adapt_devices()
     _adapt_streams()
     _adapt_rng()
