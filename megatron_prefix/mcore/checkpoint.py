@@ -31,6 +31,7 @@ from megatron_prefix.mcore.sealing import Sealing
 from megatron_prefix.mcore.step_folders import (
     PARTIAL,
     RUN_STATE,
+    clear_unfinished,
     damage,
     saved_steps,
     set_aside,
@@ -160,8 +161,12 @@ class Checkpointer:
         """Load the newest checkpoint that verifies; None where there is none.
 
         One that fails its checksums is named in a warning and set aside, and the one before it is
-        tried. ValueError where checkpoints are there and none verifies.
+        tried; one that was being written when the run ended is named and removed. ValueError where
+        checkpoints are there and none verifies.
         """
+        if dist.get_rank() == 0:
+            for name in clear_unfinished(self._folder):
+                logger.warning("checkpoint %s was not whole when the run ended: not used", name)
         folders = _agree([str(f) for f in reversed(saved_steps(self._folder))])
         for place, folder in enumerate(folders):
             if self._verifies(Path(folder)):

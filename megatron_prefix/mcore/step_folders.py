@@ -66,6 +66,14 @@ def set_aside(folder: Path) -> None:
     folder.rename(aside)
 
 
+def clear_unfinished(folder: Path) -> list[str]:
+    """Removes what saves and removals left that were cut short; the names of those saves' steps."""
+    saves = sorted(folder.glob(f"step_*{PARTIAL}"))
+    for left in (*saves, *folder.glob(f"step_*{REMOVING}")):
+        shutil.rmtree(left, ignore_errors=True)
+    return [save.stem for save in saves]
+
+
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint by its manifest; empty where nothing is."""
     try:

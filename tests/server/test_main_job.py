@@ -1,5 +1,6 @@
 """The main job on real text, as a user starts it: servers, ranks, signals, resume, replay."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import transformers
 
@@ -187,6 +189,56 @@ def test_replayed_without_interruption_it_is_the_same_run_to_the_last_bit(
     for live, replayed in zip(job.records(), job.records("replayed"), strict=True):
         for key in ("loss", "grad_norm", "lr", "kl_by_position", "prefix_tokens"):
             assert live[key] == replayed[key], (live["step"], key)
+
+
+def hold_a_save(process: subprocess.Popen[bytes], folder: Path) -> int:
+    """The step of a save, not the first one, of which rank 0's shard is on the disk and rank 1's
+    writer cannot end: it finds a pipe in its shard's place, and waits for a reader."""
+
+    def held() -> list[Path]:
+        return [path for path in folder.glob("*.partial") if (path / "__1_0.distcp").is_fifo()]
+
+    while process.poll() is None and not held():
+        for partial in folder.glob("*.partial"):
+            if partial.stem != "step_00000002":
+                with contextlib.suppress(FileExistsError, FileNotFoundError):
+                    os.mkfifo(partial / "__1_0.distcp")
+        time.sleep(0.001)
+    (partial,) = held()
+    shard = partial / "__0_0.distcp"
+    assert wait_until(lambda: shard.exists() and shard.stat().st_size > 0, 60)
+    assert not (partial / ".metadata").exists()
+    return int(partial.stem.removeprefix("step_"))
+
+
+def test_a_rank_killed_within_a_save_costs_the_steps_since_the_save_before(
+    job: Job, resumed: subprocess.CompletedProcess[str]
+) -> None:
+    replay = (f"rollout.replay={job.folder / 'rollouts'}", "rollout.record=false")
+    saves = ("checkpoint.save_interval=2", "run.max_restarts=1", "train.steps=8")
+    output, folder = job.root / "killed-output", job.root / "runs" / "killed"
+    with output.open("w") as file:
+        command = job.command(*replay, *saves, name="killed")
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        half = hold_a_save(process, folder / "checkpoints")
+        assert wait_until(lambda: len(job.records("killed")) > half, 60), "steps wait for the save"
+        ranks = psutil.Process(process.pid).children()
+        (rank,) = [each for each in ranks if each.environ().get("RANK") == "1"]
+        writers = rank.children()
+        rank.kill()
+        assert process.wait(300) == 0, output.read_text()
+    finally:
+        process.kill()
+    told = output.read_text()
+    assert writers and not any(writer.is_running() for writer in writers)
+    assert f"checkpoint step_{half:08d} was not whole when the run ended: not used" in told
+    assert f"resumed after step {half - 2} from step_{half - 2:08d}" in told
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1] == "step_00000008"
+    assert not list(folder.glob("checkpoints/*.partial"))
+    for live, again in zip(job.records(), job.records("killed"), strict=True):
+        for key in ("step", "loss", "grad_norm", "lr", "kl_by_position", "prefix_tokens"):
+            assert live[key] == again[key], (live["step"], key)
 
 
 def test_what_was_trained_is_exported_and_loads(

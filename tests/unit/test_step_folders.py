@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.mcore.step_folders import (
+    clear_unfinished,
     damage,
     drop,
     put_in_place,
@@ -72,6 +73,17 @@ def test_a_removal_that_was_cut_short_leaves_nothing_that_passes_for_whole(
             drop(folder)
     assert saved_steps(tmp_path) == []
     assert (tmp_path / "step_00000002.removing" / "run_state.json").exists()
+
+
+def test_what_was_cut_short_is_cleared_and_nothing_else_is(tmp_path: Path) -> None:
+    kept = {write(tmp_path, 2).name, write(tmp_path, 4).with_suffix(".damaged").name}
+    set_aside(step_folder(tmp_path, 4))
+    for step, end in ((7, ".partial"), (6, ".partial"), (1, ".removing")):
+        write(tmp_path / "new", step).rename(step_folder(tmp_path, step).with_suffix(end))
+    (tmp_path / "new").rmdir()
+    assert clear_unfinished(tmp_path) == ["step_00000006", "step_00000007"]
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert clear_unfinished(tmp_path / "nowhere") == []
 
 
 def test_a_step_that_is_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
