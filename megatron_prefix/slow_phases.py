@@ -10,6 +10,7 @@ Legend: R ranks, P phases.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class SlowPhases:
             history = self._history.setdefault(phase, deque(maxlen=_HISTORY))
             length = times.prefix_length
             alike = [s for other, s in history if other <= 2 * length and length <= 2 * other]
-            usual = float(np.median(alike)) if len(alike) >= _FEWEST else float("inf")
+            usual = median(alike) if len(alike) >= _FEWEST else float("inf")
             history.append((length, took))
             excess = took - usual
             if took > _FACTOR * usual and excess > max(_LEAST_S, worst):
@@ -105,7 +106,13 @@ class SlowPhases:
 
 def _ratios(work: np.ndarray) -> np.ndarray:
     """Each rank's time over the median of the others' [R]; 1 for a lone rank."""
-    if len(work) < 2:
-        return np.ones(len(work))
-    others = [float(np.median(np.delete(work, rank))) for rank in range(len(work))]
-    return work / np.maximum(others, 1e-9)
+    count = len(work) - 1
+    if not count:
+        return np.ones(1)
+    rising, place_R = np.sort(work), work.argsort().argsort()
+
+    def of_the_others(k: int) -> np.ndarray:  # their k-th time [R]: sorted once for all ranks
+        return np.where(k < place_R, rising[k], rising[k + 1])
+
+    medians_R = (of_the_others((count - 1) // 2) + of_the_others(count // 2)) / 2
+    return work / np.maximum(medians_R, 1e-9)

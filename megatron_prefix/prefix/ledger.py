@@ -71,22 +71,28 @@ class Ledger:
         sampled all the same. The counterfactual is
         full-length on-policy distillation all the same.
         """
-        total = StepCost()
+        total, known = StepCost(), dict[tuple[object, ...], StepCost]()
         for rollout in rollouts:
-            prefix = len(rollout.prefix_ids)
-            by_itself = rollout.finish_reason == "stop"
-            full = prefix if by_itself else max(prefix, self._max_length)
-            cost = self._flops(rollout, prefix, loss_start)
-            heads = head_flops(self._teachers[rollout.domain], max(prefix - loss_start, 0))
-            sampled = self._flops(rollout, prefix + rollout.discarded, loss_start).rollout
-            spent = Flops(
-                rollout=0.0 if rollout.written else sampled,
-                teacher=0.0 if supervised else cost.teacher + self._more_heads * heads,
-                student=cost.student if supervised else cost.student * self._student_passes,
-            )
-            prompt = len(rollout.prompt_ids)
-            total += StepCost(spent, self._flops(rollout, full, 0), prompt, prefix, full)
+            alike = _what_counts(rollout)
+            if alike not in known:  # most rollouts of a short prefix cost the same
+                known[alike] = self._cost(rollout, loss_start, supervised)
+            total += known[alike]
         return total
+
+    def _cost(self, rollout: Rollout, loss_start: int, supervised: bool) -> StepCost:
+        prefix = len(rollout.prefix_ids)
+        by_itself = rollout.finish_reason == "stop"
+        full = prefix if by_itself else max(prefix, self._max_length)
+        cost = self._flops(rollout, prefix, loss_start)
+        heads = head_flops(self._teachers[rollout.domain], max(prefix - loss_start, 0))
+        sampled = self._flops(rollout, prefix + rollout.discarded, loss_start).rollout
+        spent = Flops(
+            rollout=0.0 if rollout.written else sampled,
+            teacher=0.0 if supervised else cost.teacher + self._more_heads * heads,
+            student=cost.student if supervised else cost.student * self._student_passes,
+        )
+        prompt = len(rollout.prompt_ids)
+        return StepCost(spent, self._flops(rollout, full, 0), prompt, prefix, full)
 
     def _flops(self, rollout: Rollout, prefix_tokens: int, loss_start: int) -> Flops:
         """Of a rollout that is sampled, scored and trained on; the teacher may read a prompt of
@@ -143,3 +149,10 @@ class Ledger:
             int(state["prefix_tokens"]),
             int(state["full_tokens"]),
         )
+
+
+def _what_counts(rollout: Rollout) -> tuple[object, ...]:
+    """What :meth:`Ledger._cost` reads of a rollout."""
+    lengths = len(rollout.prompt_ids), len(rollout.teacher_prompt_ids), len(rollout.prefix_ids)
+    by_itself = rollout.finish_reason == "stop"
+    return (*lengths, rollout.discarded, by_itself, rollout.written, rollout.domain)

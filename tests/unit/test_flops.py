@@ -221,6 +221,18 @@ def test_written_prefixes_cost_no_sampling_and_supervised_steps_no_teacher() -> 
     assert mixed.rollout == whole.rollout and mixed.teacher == 2 * whole.teacher
 
 
+def test_rollouts_that_are_measured_together_cost_what_each_costs_by_itself() -> None:
+    ledger = Ledger(STUDENT, TEACHER, max_length=75)
+    plain = rollout(14, 6, "length")
+    others = [rollout(15, 6, "length"), rollout(14, 7, "length"), rollout(14, 6, "stop")]
+    others += [replace(plain, written=True), replace(plain, discarded=3)]
+    others += [replace(plain, teacher_prompt_ids=(1, 2, 3))]
+    every = [plain, *others, plain]
+    single = [ledger.measure([each]) for each in every]
+    assert all(cost != single[0] for cost in single[1:-1])
+    assert ledger.measure(every) == sum(single, StepCost())
+
+
 def test_tokens_past_a_cut_were_sampled_and_nothing_else() -> None:
     ledger = Ledger(STUDENT, TEACHER, max_length=75)
     cut = rollout(14, 6, "cut")

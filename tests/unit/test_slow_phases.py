@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_prefix.slow_phases import SlowPhases, StepTimes, Verdict
+from megatron_prefix.slow_phases import SlowPhases, StepTimes, Verdict, _ratios
 
 HOSTS = ("node1", "node1", "node2")
 PHASES = ("rollout", "student", "sync")
@@ -66,6 +66,14 @@ def test_a_rank_that_is_always_slow_is_told_once_in_a_while() -> None:
     told = [place for place, line in enumerate(lines) if line]
     assert told == [4, 104]
     assert "rank 2 (node2) has needed 3.0 times" in lines[4] and "5 steps in a row" in lines[4]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6, 7])
+def test_a_rank_is_compared_with_the_median_of_the_others(ranks: int) -> None:
+    for seed in range(20):
+        work = np.random.default_rng(seed).integers(1, 6, ranks) * 1e-3  # with ties
+        others = [np.median(np.delete(work, rank)) for rank in range(ranks)]
+        np.testing.assert_allclose(_ratios(work), work / others)
 
 
 def test_a_lone_rank_has_nobody_to_be_compared_with() -> None:
