@@ -211,6 +211,21 @@ def test_a_job_that_slurm_does_not_take_is_told_in_one_line(
     assert "the job was not taken: sbatch: error: invalid partition specified: no such" in told
 
 
+def test_a_job_that_has_ended_since_the_queue_was_asked_needs_no_cancelling(
+    virtual_slurm: VirtualSlurm,
+) -> None:
+    """Slurm takes no word to it any more, and says so with an error."""
+    number = virtual_slurm.sbatch("--output=/dev/null", "--wrap=true")
+    assert virtual_slurm.wait_for_end(number) == "COMPLETED"
+    asked_before = (
+        "from megatron_prefix.cancel import Patience, _end_job; "
+        "from megatron_prefix.slurm_queue import JobState; "
+        f"print(_end_job(JobState({number}, 'RUNNING'), Patience(9.0), print))"
+    )
+    told = virtual_slurm.run(sys.executable, "-c", asked_before)
+    assert told.splitlines() == [f"job {number}: ended by itself", "True"]
+
+
 def ask_later(slurm: VirtualSlurm, *words: str) -> "subprocess.Popen[str]":
     return slurm.popen(sys.executable, "-m", "megatron_prefix.cli", *words)
 

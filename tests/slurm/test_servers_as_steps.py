@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.conftest import STEPS, Job
-from tests.slurm.virtual_slurm import VirtualSlurm
+from tests.slurm.freeze import PATIENCE_S, frozen_until_signalled
+from tests.slurm.virtual_slurm import VirtualSlurm, wait_until
 
 pytestmark = pytest.mark.slurm
 MULTI_NODE = str(Path(__file__).parents[2] / "slurm" / "multi_node.sbatch")
@@ -16,19 +17,28 @@ def output_of(job: Job, name: str) -> str:
     return (job.root.parent / f"{name}.out").read_text()
 
 
-def test_a_heterogeneous_job_ends_its_servers_with_its_trainer(
+def test_a_heterogeneous_job_is_requeued_whole_and_ends_its_servers_with_its_trainer(
     virtual_slurm: VirtualSlurm, job: Job
 ) -> None:
     """The rollouts are replayed, so that nothing waits for the servers to answer."""
     groups = ["--nodes=1", ":", "--nodes=1"]
     number = virtual_slurm.sbatch(
         f"--output={job.root.parent}/het.out", *groups, MULTI_NODE, "gsm8k_bytes",
-        *job.settings("het"), "train.steps=3",
+        *job.settings("het"),
     )  # fmt: skip
-    assert virtual_slurm.wait_for_end(number, 900) == "COMPLETED", output_of(job, "het")
-    assert len(job.records("het")) == 3
+    wait_until(lambda: len(job.records("het")) >= 3, "3 steps", PATIENCE_S)
+    with frozen_until_signalled(virtual_slurm):
+        virtual_slurm.run("scancel", "--signal=USR1", str(number))
+    virtual_slurm.wait_for_restart(number, 1, PATIENCE_S)
+    saved = len(job.records("het"))
+    assert virtual_slurm.wait_for_end(number, PATIENCE_S) == "COMPLETED", output_of(job, "het")
+    assert [record["step"] for record in job.records("het")] == list(range(1, STEPS + 1))
+    events = (job.folder("het") / "events.jsonl").read_text()
+    assert 3 <= saved < STEPS and f"resumed after step {saved}" in events
     logs = job.folder("het") / "logs"
-    assert "error" not in (logs / f"job-{number}.0" / "servers.out").read_text()
+    for attempt in (0, 1):
+        told = (logs / f"job-{number}.{attempt}" / "servers.out").read_text()
+        assert "error" not in told
     assert list((job.folder("het") / "endpoints").iterdir()) == []
     started = (logs / "servers-0" / "server-0.log").read_text()
     assert "--host 10.77.0." in started, "on the address of its own node"
