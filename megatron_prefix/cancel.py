@@ -58,20 +58,32 @@ def _over(start: LocalStart) -> bool:
 
 
 def _end_job(job: JobState, patience: Patience, say: Say) -> bool:
-    keep_from_requeue(job.number)
-    if patience.save_s:
-        signal_steps(job.number, "USR1")
-        say(f"job {job.number}: told to save; up to {patience.save_s:g} s (--now: without)")
-        if _wait(lambda: not job_state(job.number).runs, patience.save_s):
-            state = job_state(job.number)
-            if state.waits:  # it was on its way back into the queue already
-                cancel_job(job.number)
-            say(f"job {job.number}: ended by itself")
-            return True
-    cancel_job(job.number)
-    say(f"job {job.number}: cancelled")
-    _wait(lambda: not job_state(job.number).runs, patience.end_s)
+    number = job.number
+    try:
+        keep_from_requeue(number)
+        if patience.save_s:
+            signal_steps(number, "USR1")
+            say(f"job {number}: told to save; up to {patience.save_s:g} s (--now: without)")
+    except ValueError:  # Slurm takes no word to a job that has ended since it was asked
+        if not _wait_for_end(number, patience.end_s, say):
+            raise
+        return True
+    if patience.save_s and _wait_for_end(number, patience.save_s, say):
+        return True
+    cancel_job(number)
+    say(f"job {number}: cancelled")
+    _wait(lambda: not job_state(number).runs, patience.end_s)
     return not patience.save_s
+
+
+def _wait_for_end(number: int, seconds: float, say: Say) -> bool:
+    """Whether the job ended by itself; where it is in the queue again, it is taken out."""
+    if not _wait(lambda: not job_state(number).runs, seconds):
+        return False
+    if job_state(number).waits:
+        cancel_job(number)
+    say(f"job {number}: ended by itself")
+    return True
 
 
 def _end_process(start: LocalStart, patience: Patience, say: Say) -> bool:

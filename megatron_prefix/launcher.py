@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_prefix import die_with_parent
-from megatron_prefix.config import ModelConfig, Recipe, RolloutConfig
+from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, HUNG, PORT_TAKEN, SAVED
 from megatron_prefix.jobs import note_end, note_this_process
 from megatron_prefix.modes import check_own_servers, needs_servers
@@ -21,7 +21,7 @@ from megatron_prefix.placement import WorldLayout, resolve_world_size, section_o
 from megatron_prefix.recipe import check_run_folder, save_record
 from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
 from megatron_prefix.rollout.server import Server, ServerFailed, free_port, start_server
-from megatron_prefix.rollout.supervisor import Start, Supervisor
+from megatron_prefix.rollout.supervisor import Supervisor
 from megatron_prefix.served import endpoints_file, served_teachers, server_settings
 from megatron_prefix.watchdog import hang_found, hang_report
 
@@ -94,7 +94,7 @@ def _start_servers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) ->
         )
 
     ours = needs_servers(recipe) and not recipe.rollout.server_urls
-    return _supervise(start, recipe.rollout, ours, "", stack)
+    return _supervise(Supervisor(start, recipe.rollout), recipe.rollout.num_servers * ours, stack)
 
 
 def _start_teachers(
@@ -126,15 +126,15 @@ def _start_teacher(
             first_gpu=teacher.server.first_gpu,
         )
 
-    return _supervise(start, settings, True, f" of {section}", stack)
+    supervisor = Supervisor(start, settings, f"{section}.server")
+    return _supervise(supervisor, settings.num_servers, stack, f" of {section}")
 
 
 def _supervise(
-    start: Start, settings: RolloutConfig, ours: bool, whose: str, stack: contextlib.ExitStack
+    supervisor: Supervisor, count: int, stack: contextlib.ExitStack, whose: str = ""
 ) -> Supervisor:
-    supervisor = Supervisor(start, settings)
     stack.callback(supervisor.stop)
-    for _ in range(settings.num_servers if ours else 0):
+    for _ in range(count):
         server = supervisor.add()
         words = f"starting an SGLang server{whose} at {server.url}; log: {server.log_path}"
         print(words, flush=True)

@@ -12,13 +12,11 @@ from megatron_prefix.config import Fp8Config, ModelConfig, Recipe, RolloutConfig
 from megatron_prefix.placement import section_of, teachers_of
 from megatron_prefix.rollout.addresses import read_endpoints, recipe_endpoints
 from megatron_prefix.rollout.client import Endpoint
+from megatron_prefix.watchdog import longest_wait
 
 if TYPE_CHECKING:
     from megatron_prefix.mcore.hf_map import HfModel
 
-# Of run.distributed_timeout_s: ranks wait for a server that starts again, and their watchdog
-# takes them for hung a little later.
-PATIENCE = 0.85
 _OUR_ARGUMENTS = ("--model-path", "--host", "--port", "--device", "--dtype", "--weight-version")
 
 
@@ -103,14 +101,14 @@ def _check_one(recipe: Recipe, teacher: ModelConfig, section: str) -> None:
             f"{setting} needs the teacher's whole vocabulary, and its servers name top-k tokens; "
             f"leave it out, or set {section}.placement=colocated or separate"
         )
-    server, limit = teacher.server, PATIENCE * recipe.run.distributed_timeout_s
+    server, limit = teacher.server, longest_wait(recipe.run.distributed_timeout_s)
     longest = server.start_timeout_s + server.request_timeout_s
     if longest > limit:
         raise ValueError(
             f"{section}.server.start_timeout_s={server.start_timeout_s:g} + request_timeout_s="
-            f"{server.request_timeout_s:g} must be at most {PATIENCE} of run.distributed_timeout_s="
-            f"{recipe.run.distributed_timeout_s:g}: ranks wait so long for a server; set it to "
-            f"{2 * longest:g}"
+            f"{server.request_timeout_s:g} must be at most {limit:g}: no rank waits longer with "
+            f"run.distributed_timeout_s={recipe.run.distributed_timeout_s:g}; set that to "
+            f"{max(2 * longest, longest + 30):g}"
         )
     keys = (f"{section}.server.{name}" for name in ("urls", "args", "api_key_file"))
     check_servers(server_settings(recipe, teacher), tuple(keys))

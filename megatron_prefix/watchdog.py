@@ -25,9 +25,11 @@ _TICK_S = 0.25
 _LATE_S = 1.0  # a tick that comes this much later: the rank was not let run
 _SHARE_S = 5.0  # for the other ranks to see the mark and to write their stacks
 _SHARE = 0.9  # of the collectives' timeout
+_LONGEST_WAIT = 0.95  # of the watchdog's patience
 _BACKUP_S = 30.0  # after which the C timer takes over
 _REARM_S = 1.0  # the timer is a thread, made anew each time: not for each of a short step's phases
 _MARK = "hang"
+_QUEUE = Path("/proc/self/schedstat")  # of the main thread; nanoseconds
 
 
 def patience(collective_timeout_s: float) -> float:
@@ -35,6 +37,12 @@ def patience(collective_timeout_s: float) -> float:
     which ends a rank without them, must not come before all have."""
     earlier = min(_SHARE * collective_timeout_s, collective_timeout_s - 2 * _SHARE_S)
     return max(earlier, collective_timeout_s / 2)
+
+
+def longest_wait(collective_timeout_s: float) -> float:
+    """Seconds that ranks may be made to wait for something outside: their watchdogs, which would
+    take them for hung, must not come before it is given up."""
+    return _LONGEST_WAIT * patience(collective_timeout_s)
 
 
 class Watchdog:
@@ -50,7 +58,7 @@ class Watchdog:
         self._doing, self._since = "start", time.monotonic()
         self._started_at = time.time()
         self._armed_at = -math.inf
-        self._stood_still = 0.0
+        self._stood_still, self._queued = 0.0, _seconds_queued()
         self._closed = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -72,10 +80,11 @@ class Watchdog:
             faulthandler.dump_traceback_later(later, exit=True, file=self._file)
 
     def stood_still(self) -> float:
-        """Seconds since the last call in which this process was not let run: stopped, or on a
-        machine that is too busy."""
+        """Seconds since the last call in which this process was not let run: stopped, or its main
+        thread in the queue of a core that others had."""
         seconds, self._stood_still = self._stood_still, 0.0
-        return seconds
+        before, self._queued = self._queued, _seconds_queued()
+        return max(seconds, self._queued - before)
 
     def _watch(self) -> None:
         ticked_at = time.monotonic()
@@ -112,6 +121,14 @@ class NoWatchdog:
 
     def stood_still(self) -> float:
         return 0.0
+
+
+def _seconds_queued() -> float:
+    """That this process's main thread was ready to run and was not let so far; 0 where the kernel
+    does not say."""
+    if not _QUEUE.exists():
+        return 0.0
+    return float(_QUEUE.read_text().split()[1]) / 1e9
 
 
 def _keep_earlier(path: Path) -> None:

@@ -128,11 +128,17 @@ class FileSum:
 
     def close(self) -> str:
         """The sum, once all is read."""
-        if self._last is not None:
-            self._last.result()
-        self._thread.shutdown()
-        self._file.close()
+        try:
+            if self._last is not None:
+                self._last.result()
+        finally:
+            self.stop()
         return self._sum.hexdigest()
+
+    def stop(self) -> None:
+        """Nobody wants the sum any more."""
+        self._thread.shutdown(cancel_futures=True)
+        self._file.close()
 
 
 class Behind:

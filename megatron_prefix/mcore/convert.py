@@ -209,16 +209,16 @@ def _read_all(job: Conversion, number: int, share: _Share, on_bytes: OnBytes) ->
 
 def _write_dist(job: Conversion, step: Path, number: int, share: _Share, on_bytes: OnBytes) -> None:
     name = f"__{number}_0.distcp"
-    file = DistFile(step / name)
-    if number == 0:
-        share.common = file.add_common()
-    with Behind() as behind:
-        for unit, packed in _packed(job, HfReader(job.hf.path), job.files()[number], share):
-            if share.not_finite:  # nothing will be kept; go on for the other names
-                continue
-            behind.submit(_add_unit, file, place_of(unit, job.hf), packed)
-            on_bytes(packed.nbytes)
-    share.sums[name] = file.close()
+    with DistFile(step / name) as file:
+        if number == 0:
+            share.common = file.add_common()
+        with Behind() as behind:
+            for unit, packed in _packed(job, HfReader(job.hf.path), job.files()[number], share):
+                if share.not_finite:  # nothing will be kept; go on for the other names
+                    continue
+                behind.submit(_add_unit, file, place_of(unit, job.hf), packed)
+                on_bytes(packed.nbytes)
+        share.sums[name] = file.close()
     share.written += file.written
 
 

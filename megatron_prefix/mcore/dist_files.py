@@ -11,7 +11,8 @@ from collections.abc import Buffer, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import IO, Any, cast
+from types import TracebackType
+from typing import IO, Any, Self, cast
 
 import torch
 import torch.utils.serialization as serialization
@@ -50,11 +51,24 @@ class Written:
 
 
 class DistFile:
-    """One data file in the making: read back and compared, and hashed in a thread, as it grows."""
+    """One data file in the making: read back and compared, and hashed in a thread, as it grows.
+
+    ``close`` it within its block, which ends file and thread after an error.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._file, self._sum = path, CheckedFile(path), FileSum(path)
         self.written: list[Written] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._sum.stop()
+            self._file.__exit__(kind, error, trace)
 
     def add(self, place: Place, tensor: Tensor) -> None:
         """``tensor`` has the block's size. RuntimeError where it reads back otherwise."""

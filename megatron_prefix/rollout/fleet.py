@@ -170,14 +170,20 @@ class Fleet:
         return str(info.get("weight_version"))
 
     def _welcome(self) -> None:
-        """Those that are back."""
+        """Those that are back, looked at side by side: one that hangs keeps no other away."""
         lost = [member for member in self._members if member.lost and self._may_return(member)]
-        for member, endpoint in zip(lost, map(self._started_again, lost), strict=True):
-            if endpoint is not None and self._answers(member):
+        found = list(self._threads.map(self._if_back, lost))
+        for member, endpoint in zip(lost, found, strict=True):
+            if endpoint is not None:
                 member.endpoint, member.lost = endpoint, ""
                 self._tell(f"the SGLang server at {endpoint.url} is back")
         if self.members:
             self._alone_since = 0.0
+
+    def _if_back(self, member: Member) -> Endpoint | None:
+        """Its endpoint now; None while it does not answer after a new start."""
+        endpoint = self._started_again(member)
+        return endpoint if endpoint is not None and self._answers(member) else None
 
     def _started_again(self, member: Member) -> Endpoint | None:
         """Its endpoint after a new start; as it was where it needs none, or is somebody else's."""

@@ -40,10 +40,10 @@ class _Post:
 
 
 class Supervisor:
-    """Call :meth:`poll` a few times a second."""
+    """Call :meth:`poll` a few times a second. ``section`` of the recipe has their settings."""
 
-    def __init__(self, start: Start, rollout: RolloutConfig) -> None:
-        self._start, self._rollout = start, rollout
+    def __init__(self, start: Start, rollout: RolloutConfig, section: str = "rollout") -> None:
+        self._start, self._rollout, self._section = start, rollout, section
         self._posts: list[_Post] = []
         self._file: Path | None = None
 
@@ -102,7 +102,8 @@ class Supervisor:
                 client.model_info(timeout_s=_LOOK_S, retries=0)
             except SglangError:
                 if post.served and now - post.started_at > self._rollout.start_timeout_s:
-                    self._plan_restart(post, "it did not answer in rollout.start_timeout_s")
+                    setting = f"{self._section}.start_timeout_s"
+                    self._plan_restart(post, f"it did not answer in {setting}")
                 return
         if post.served:
             _say(f"the SGLang server at {post.server.url} answers again")

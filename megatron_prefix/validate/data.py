@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.modes import evaluates_aside, needs_prompts, needs_teacher, needs_written
-from megatron_prefix.served import PATIENCE
+from megatron_prefix.watchdog import longest_wait
 
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -52,10 +52,11 @@ def _lacks_written(recipe: Recipe) -> bool:
 def _check_stop_wait(recipe: Recipe) -> None:
     """The other ranks are in a collective while rank 0 waits for answers."""
     wait_s, timeout_s = recipe.eval.stop_wait_s, recipe.run.distributed_timeout_s
-    if evaluates_aside(recipe) and wait_s > PATIENCE * timeout_s:
+    limit = longest_wait(timeout_s)
+    if evaluates_aside(recipe) and wait_s > limit:
         raise ValueError(
-            f"eval.stop_wait_s={wait_s:g} must be at most {PATIENCE} of run.distributed_timeout_s="
-            f"{timeout_s:g}: so long do the other ranks wait; set it to {PATIENCE * timeout_s:g}"
+            f"eval.stop_wait_s={wait_s:g} must be at most {limit:g}: no rank waits longer with "
+            f"run.distributed_timeout_s={timeout_s:g}; set it to {limit:g}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megatron_prefix.mcore.checked_files import Behind, CheckedFile, FileSum, Sc
 from megatron_prefix.mcore.contents import check_manifest, read_step
 from megatron_prefix.mcore.convert import STEP_FOLDER, Conversion, hf_to_megatron, megatron_to_hf
 from megatron_prefix.mcore.crew import Crew
+from megatron_prefix.mcore.dist_files import DistFile
 from megatron_prefix.mcore.hf_map import read_hf_model
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_convert import check_equal, tensors, to_megatron
@@ -114,6 +116,16 @@ def test_a_files_bytes_and_sum_are_those_written(tmp_path: Path) -> None:
             told.up_to(file.size)
     assert path.read_bytes() == data
     assert told.close() == hashlib.sha256(data).hexdigest()
+
+
+def test_after_an_error_a_data_file_leaves_no_thread_and_no_open_file(tmp_path: Path) -> None:
+    threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ValueError, match="of the unit after"), DistFile(tmp_path / "file") as file:
+        file.add_common()
+        assert set(threading.enumerate()) > threads
+        raise ValueError("of the unit after")
+    assert set(threading.enumerate()) == threads
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_scratch_is_one_owners_until_it_is_cleared() -> None:

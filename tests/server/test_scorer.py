@@ -2,8 +2,10 @@
 real one is in ``test_server_teacher.py``."""
 
 import base64
+import contextlib
 import json
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,12 @@ import pytest
 from megatron_prefix.config import RolloutConfig
 from megatron_prefix.rollout.addresses import take_lost_report, write_endpoints
 from megatron_prefix.rollout.client import Endpoint
+from megatron_prefix.rollout.fleet import UNKNOWN, Fleet
 from megatron_prefix.rollout.protocol import ServerUnavailable, UnexpectedAnswer
 from megatron_prefix.rollout.scorer import Scorer
 from megatron_prefix.rollout.scoring import Passage
 from tests.server.faulty_peer import HANG_UP, faulty_peer
+from tests.server.forwarder import forwarder
 
 LIMITS = RolloutConfig(start_timeout_s=60.0, request_timeout_s=60.0, hang_timeout_s=60.0)
 PASSAGE = Passage((3, 9, 4, 7, 5), 2)
@@ -115,6 +119,23 @@ def test_another_server_takes_over_what_one_does_not_answer() -> None:
         scorer.close()
     assert len(first) == len(rest) == 16
     assert [len(body["input_ids"]) for _, body in well.requests if body] == [16, 16]
+
+
+def test_servers_that_are_back_are_looked_at_side_by_side() -> None:
+    """Each answers once both are asked: one after another would find neither."""
+    meet = threading.Barrier(2, timeout=20)
+
+    with contextlib.ExitStack() as stack:
+        peer = stack.enter_context(faulty_peer([(200, "")]))
+        peer.fixed = {"/model_info": (200, INFO)}
+        between = [stack.enter_context(forwarder(peer.url)) for _ in range(2)]
+        fleet = Fleet([Endpoint(each.url, retries=0) for each in between], LIMITS)
+        stack.callback(fleet.close)
+        for each in between:
+            fleet.lose(each.url, ServerUnavailable("gone"))
+            each.before["/health"] = meet.wait
+        assert fleet.in_step(UNKNOWN)
+        assert fleet.usable() == [each.url for each in between]
 
 
 def test_scores_that_cannot_be_used_are_not_asked_for_again() -> None:

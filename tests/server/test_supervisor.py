@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,22 @@ def test_a_server_that_never_answered_is_not_started_again(
     with pytest.raises(ServerFailed, match="an Error of its own"):
         poll_until(supervisor, lambda: False)
     assert len(starter.started) == 1
+
+
+def test_a_server_that_does_not_answer_after_its_restart_names_its_own_setting(
+    starter: Starter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor = Supervisor(starter, replace(CONFIG, start_timeout_s=0.0), "teacher.server")
+    try:
+        server = supervisor.add()
+        poll_until(supervisor, lambda: supervisor._posts[0].served)
+        starter.script = "import time; time.sleep(600)"
+        os.kill(server.process.pid, signal.SIGKILL)
+        poll_until(supervisor, lambda: supervisor._posts[0].restarts == 2)
+    finally:
+        supervisor.stop()
+    told = capsys.readouterr().err
+    assert "is gone (it did not answer in teacher.server.start_timeout_s; " in told
 
 
 def test_an_ended_lease_is_not_renewed(supervisor: Supervisor, tmp_path: Path) -> None:

@@ -291,5 +291,5 @@ def test_a_stop_that_waits_longer_than_the_other_ranks_is_refused(tmp_path: Path
 
     check_data(waiting(510.0))
     check_data(waiting(900.0, own=0))
-    with pytest.raises(ValueError, match=r"stop_wait_s=900 must be at most 0.85 .* set it to 510"):
+    with pytest.raises(ValueError, match=r"stop_wait_s=900 must be at most 513: .* set it to 513"):
         check_data(waiting(900.0))

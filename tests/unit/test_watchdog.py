@@ -9,7 +9,13 @@ import time
 from pathlib import Path
 
 from megatron_prefix.exit_codes import HUNG
-from megatron_prefix.watchdog import Watchdog, hang_found, hang_report, patience
+from megatron_prefix.watchdog import (
+    Watchdog,
+    hang_found,
+    hang_report,
+    longest_wait,
+    patience,
+)
 
 RANK = """
 import sys, time
@@ -121,3 +127,9 @@ def test_it_can_be_opened_and_closed_within_a_process(tmp_path: Path) -> None:
 
 def test_stacks_are_written_before_the_collectives_end_the_ranks() -> None:
     assert [patience(timeout_s) for timeout_s in (600.0, 30.0, 4.0)] == [540.0, 20.0, 2.0]
+
+
+def test_no_wait_that_is_allowed_outlasts_a_watchdog() -> None:
+    assert longest_wait(600.0) == 513.0
+    for timeout_s in (1.0, 15.0, 40.0, 67.0, 3600.0):
+        assert 0 < longest_wait(timeout_s) < patience(timeout_s) < timeout_s
