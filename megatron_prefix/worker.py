@@ -7,6 +7,7 @@ Without ``--endpoints`` the servers are those at the recipe's ``rollout.server_u
 
 import argparse
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -132,6 +133,8 @@ def _train(
     adapt_to_cpu()  # before anything of Megatron is imported
     from megatron_prefix.assemble import assemble
 
+    if os.environ["RANK"] == "0":  # for its tokenizer: now, and not while the others wait for it
+        importlib.import_module("transformers")
     started_s = time.time() - psutil.Process().create_time()
     logger.info("the rank took %.1f s to start", started_s)
     _join_world(recipe)
