@@ -149,6 +149,12 @@ def _check_words(cluster: Cluster) -> None:
     for word in (*words, *cluster.mounts, *cluster.modules):
         if _CONTROL.search(word):
             raise ValueError(f"{word!r} has a control character; leave it out")
+    for mount in cluster.mounts:
+        if "," in mount:
+            raise ValueError(
+                f"--mount {mount}: pyxis takes a comma for the next mount's beginning; give one "
+                "--mount for each, of folders without commas"
+            )
     for name, value in cluster.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"--env {name!r} is no variable's name; give NAME=value")

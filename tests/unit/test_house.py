@@ -91,6 +91,27 @@ def test_no_path_of_somebodys_machine_is_committed() -> None:
     assert not found
 
 
+def test_no_code_of_a_checkpoint_is_run_unless_a_recipe_says_so() -> None:
+    """``rollout.server_args`` can; nothing here does."""
+    pattern = re.compile(r"trust[_-]remote[_-]code(?!=False)")
+    found = [
+        str(path.relative_to(ROOT))
+        for folder in ("megatron_prefix", "recipes", "tools", "slurm")
+        for path in sorted((ROOT / folder).rglob("*.*"))
+        if path.suffix in TEXTS and pattern.search(path.read_text(encoding="utf-8"))
+    ]
+    assert not found
+
+
+def test_a_batch_script_is_read_at_one_sitting() -> None:
+    scripts = sorted((ROOT / "slurm").glob("*.sbatch"))
+    assert [path.stem for path in scripts] == ["multi_node", "one_node"]
+    for path in scripts:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) < 80
+        assert not re.findall(r"^#SBATCH.*--(?:nodes=(?!1\b)|gpus)", text, flags=re.MULTILINE)
+
+
 def is_stub(node: ast.AST) -> bool:
     raised = node.exc if isinstance(node, ast.Raise) else None
     name = raised.func if isinstance(raised, ast.Call) else raised

@@ -186,6 +186,7 @@ def test_a_steps_script_hands_values_on_as_they_are(tmp_path: Path) -> None:
             ["--executor", "slurm", "--nodes", "3", "--server-nodes", "1", "--teacher-nodes", "2"],
             "--teacher-nodes 2 of the 2 that train must leave one to the student",
         ),
+        (["--mount", "/a:/b,/c:/d"], "--mount /a:/b,/c:/d: pyxis takes a comma for the next"),
         (["--env", "a b=1"], "is no variable's name"),
         (["--env", "NOT_SET_ANYWHERE"], "no such variable here; give NOT_SET_ANYWHERE=value"),
         (["--gpus-per-node", "3"], "must be a multiple of"),
