@@ -3,6 +3,7 @@
 Legend: T packed tokens of a microbatch, B sequences, N prefix positions, P prompt, L prefix tokens.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +26,9 @@ class MicrobatchPlan:
     tokens: int  # T of every microbatch of the step
     loss_tokens: int  # over all microbatches: the one denominator
     loss_start: int = 0  # prefix positions before it are fed and not scored
-    multiple: int = 1  # of which T is one
+    multiple: int = 1  # of which a rank's tokens are one
     domains: tuple[str, ...] = ()  # of each microbatch's rollouts; empty: all of the one teacher
+    context_ranks: int = 1  # that share each microbatch's tokens, which are padded for them
 
     def domain(self, microbatch: int) -> str:
         return self.domains[microbatch] if self.domains else ""
@@ -35,6 +37,11 @@ class MicrobatchPlan:
         """The microbatches of one of the student's ``dp`` data-parallel ranks."""
         share = len(self.members) // dp
         return range(dp_rank * share, (dp_rank + 1) * share)
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Of which each sequence's tokens are one."""
+        return 2 * self.context_ranks if self.context_ranks > 1 else 1
 
     def __len__(self) -> int:
         return len(self.members)
@@ -101,6 +108,29 @@ def _shares(rollouts: Sequence[Rollout], count: int, replicas: int) -> dict[str,
     return shares
 
 
+def padded_for(
+    context_ranks: int, rollouts: Sequence[Rollout], plan: MicrobatchPlan
+) -> MicrobatchPlan:
+    """``plan`` for a model that cuts a microbatch's tokens over ``context_ranks``.
+
+    Each sequence ends in padding that makes it a multiple of twice as many (``context_shares.py``):
+    causality keeps it from the tokens before it.
+    """
+    plan = replace(plan, context_ranks=context_ranks)
+    return replace(plan, tokens=_tokens(rollouts, plan))
+
+
+def _tokens(rollouts: Sequence[Rollout], plan: MicrobatchPlan) -> int:
+    """T that holds the fullest microbatch."""
+    filled = (sum(_padded_length(rollouts[i], plan) for i in m) for m in plan.members)
+    multiple = math.lcm(plan.sequence_multiple, plan.context_ranks * plan.multiple)
+    return -(-max(filled) // multiple) * multiple
+
+
+def _padded_length(rollout: Rollout, plan: MicrobatchPlan) -> int:
+    return -(-sequence_length(rollout) // plan.sequence_multiple) * plan.sequence_multiple
+
+
 def as_teacher_reads(
     rollouts: Sequence[Rollout], plan: MicrobatchPlan
 ) -> tuple[Sequence[Rollout], MicrobatchPlan]:
@@ -115,9 +145,7 @@ def as_teacher_reads(
         replace(rollout, prompt_ids=rollout.teacher_prompt_ids or rollout.prompt_ids)
         for rollout in rollouts
     ]
-    filled = (sum(sequence_length(theirs[index]) for index in m) for m in plan.members)
-    tokens = -(-max(filled) // plan.multiple) * plan.multiple
-    return theirs, replace(plan, tokens=tokens)
+    return theirs, replace(plan, tokens=_tokens(theirs, plan))
 
 
 def count_loss_tokens(rollouts: Sequence[Rollout], loss_start: int) -> int:
@@ -144,7 +172,7 @@ def pack(
 ) -> PrefixBatch:
     """Microbatch ``microbatch`` of ``plan`` as tensors on ``device``."""
     chosen = [rollouts[index] for index in plan.members[microbatch]]
-    lengths = [sequence_length(rollout) for rollout in chosen]
+    lengths = [_padded_length(rollout, plan) for rollout in chosen]
     longest = max(lengths, default=0) or plan.tokens
     lengths += _padding_lengths(plan.tokens - sum(lengths), longest)
     starts = np.concatenate([[0], np.cumsum(lengths)])

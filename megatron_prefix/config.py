@@ -47,6 +47,8 @@ class ModelConfig:
     expert_model_parallel_size: int = 1  # ranks that share the experts of a mixture's layers
     # Ranks that each expert is cut over; 0: as tensor_model_parallel_size.
     expert_tensor_parallel_size: int = 0
+    # Ranks that share the tokens of each microbatch, two pieces of every sequence on each.
+    context_parallel_size: int = 1
     sequence_parallel: bool = False
     params_dtype: str = "bf16"  # bf16 | fp32
     recompute_granularity: str = "none"  # none | selective | full

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_prefix.context_shares import of_all_shares
 from megatron_prefix.loss.entropy import vocab_parallel_entropy
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.schedule import run_schedule
@@ -51,13 +52,14 @@ def _entropies(
 
     def entropy(batch: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
         assert head is not None
-        return vocab_parallel_entropy(
+        own = vocab_parallel_entropy(
             hidden,
             head,
             vocab_size=model.hf.shape.vocab_size,
             tp_group=model.groups.pg.tp,
             chunk_size=objective.loss.chunk_size or None,
         )
+        return of_all_shares(own, batch.rows, model.groups.pg.cp)
 
     model.module.eval()
     try:

@@ -143,7 +143,7 @@ def _of_megatron(teacher: ModelConfig) -> dict[str, Any]:
     keys = (
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"),
         *("num_layers_in_first_pipeline_stage", "expert_model_parallel_size"),
-        *("expert_tensor_parallel_size", "recompute_granularity"),
+        *("expert_tensor_parallel_size", "context_parallel_size", "recompute_granularity"),
     )
     found = {
         key: getattr(teacher, key) for key in keys if getattr(teacher, key) != getattr(plain, key)

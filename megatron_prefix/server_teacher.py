@@ -65,7 +65,7 @@ class ServerTeacher:
         return self._scorer.submit(passages)
 
     def _take(self, microbatch: int, asked: Future[list[TopRows]] | None, size: int) -> TopKTargets:
-        """One microbatch's, on all ranks of the tensor-parallel group."""
+        """One microbatch's, on all ranks of the replica's last stage."""
         if not size:
             empty = _targets(np.zeros((0, self._top_k)), np.zeros((0, self._top_k)))
             return TopKTargets(empty.ids.to(self._device), empty.logprobs.to(self._device))
@@ -91,13 +91,13 @@ class ServerTeacher:
         return targets
 
     def _shared(self, found: TopKTargets | None, size: int) -> TopKTargets | None:
-        """From the rank that asked to its tensor-parallel neighbours; None where it failed.
+        """From the rank that asked to the others of its replica's stage; None where it failed.
 
         The width goes first: padding of the teacher's may have made it less than the recipe's.
         Ids travel as 32 bits, 8 bytes a token with its log-probability.
         """
-        device, group = self._device, self._student.pg.tp
-        if self._student.layout.tp == 1:
+        device, group = self._device, self._student.pg.tp_cp
+        if group.size() == 1:
             return found and TopKTargets(found.ids.to(device), found.logprobs.to(device))
         width = torch.tensor([found.ids.shape[1] if found else _FAILED], device=device)
         dist.broadcast(width, group_src=0, group=group)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.config import LossConfig
+from megatron_prefix.context_shares import of_all_shares, rows_of
 from megatron_prefix.loss import (
     DivergenceResult,
     Workspace,
@@ -65,7 +66,7 @@ def forward_backward(
     divergence = _divergence(model, targets, objective, seen)
     student.zero_grad()
     run_schedule(model, student.ddp, batches, divergence, forward_only=False)
-    return seen.reduce(counts=model.groups.counts)
+    return seen.reduce(counts=model.groups.counts_own_tokens)
 
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def score(
         run_schedule(model, model.module, batches, divergence, forward_only=True)
     finally:
         model.module.train()
-    return seen.reduce(counts=model.groups.counts)
+    return seen.reduce(counts=model.groups.counts_own_tokens)
 
 
 def _divergence(
@@ -100,6 +101,7 @@ def _divergence(
     def divergence(batch: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
         assert head is not None
         target = next(waiting)
+        target = target and rows_of(target, batch.rows)
         overlap = _overlap(model, batch, target, objective)
         result = _compare(model, batch, hidden, head, target, objective, overlap)
         assert result.label_logprobs is not None
@@ -111,7 +113,7 @@ def _divergence(
             seen.add_overlap(batch, shares)
         kept = result.kl if objective.keeps == "kl" else shares
         if seen.kept is not None and kept is not None:
-            seen.kept.append(kept.detach())
+            seen.kept.append(of_all_shares(kept.detach(), batch.rows, model.groups.pg.cp))
         if isinstance(target, TeacherTargets) and len(batch.ends):
             theirs = _stop_logprobs(model, batch, target, objective)
             seen.add_stops(result.label_logprobs[batch.ends], theirs)

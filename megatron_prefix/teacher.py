@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prefix.batch import MicrobatchPlan, pack, prefix_count
+from megatron_prefix.batch import MicrobatchPlan, pack, padded_for, prefix_count
+from megatron_prefix.context_shares import of_all_shares
 from megatron_prefix.layout import Layout
 from megatron_prefix.mcore.groups import ModelGroups
 from megatron_prefix.mcore.hf_map import HfModel
@@ -84,11 +85,12 @@ def score_in_turn(
     on_hidden: Callable[[int, Tensor], object],
 ) -> None:
     """Run the trunk over ``batches``; on its last stage ``on_hidden(index, hidden [N, d_t])`` gets
-    each one's hidden states in turn, and nothing keeps them. Collective over the teacher."""
+    each one's hidden states in turn, on every context-parallel rank all of them, and nothing keeps
+    them. Collective over the teacher."""
     turns = iter(range(len(batches)))
 
-    def on_prefix(batch: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
-        on_hidden(next(turns), hidden)
+    def on_prefix(share: PrefixBatch, hidden: Tensor, head: Tensor | None) -> Tensor:
+        on_hidden(next(turns), of_all_shares(hidden, share.rows, model.groups.pg.cp))
         return hidden.new_zeros(())
 
     run_schedule(model, model.module, batches, on_prefix, forward_only=True)
@@ -145,6 +147,7 @@ class ColocatedTeacher:
         )
         mine = [way.microbatch for way in own_turns(ways, groups)]
         scored: dict[int, Tensor] = {}
+        plan = padded_for(groups.layout.cp, rollouts, plan)
         with self._ready_to_score(bool(mine)):
             score_in_turn(
                 self._model,
@@ -287,6 +290,7 @@ class TeacherRank:
         are kept until they are received. Collective over the teacher."""
         groups, ways = self._model.groups, self._link.routes(plan)
         mine = own_turns(ways, groups)
+        plan = padded_for(groups.layout.cp, rollouts, plan)
         batches = [pack(rollouts, plan, way.microbatch, self._link.device) for way in mine]
         outgoing: deque[list[tuple[dist.Work, Tensor]]] = deque()
 

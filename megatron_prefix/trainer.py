@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prefix.agreement import Audit, audit_gradients
-from megatron_prefix.batch import MicrobatchPlan, as_teacher_reads, pack
+from megatron_prefix.batch import MicrobatchPlan, as_teacher_reads, pack, padded_for
 from megatron_prefix.conductor import Conductor
 from megatron_prefix.config import Recipe
 from megatron_prefix.lagged import LaggedTeacher
@@ -162,8 +162,9 @@ class Trainer:
         return self._parts.teacher.targets(*as_teacher_reads(order.rollouts, plan))
 
     def _plan(self, order: Order) -> MicrobatchPlan:
-        replicas = self._parts.student.model.groups.layout.dp
-        return microbatches(order, self._recipe.train, self._parts.token_multiple, replicas)
+        layout, multiple = self._parts.student.model.groups.layout, self._parts.token_multiple
+        plan = microbatches(order, self._recipe.train, multiple, layout.dp)
+        return padded_for(layout.cp, order.rollouts, plan)
 
     def _own_batches(self, order: Order, plan: MicrobatchPlan) -> list[PrefixBatch]:
         groups = self._parts.student.model.groups

@@ -47,7 +47,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class PrefixBatch:
-    """One packed microbatch. Position ``prefix_positions[n]`` *predicts* ``labels[n]``."""
+    """One packed microbatch, or a context-parallel rank's share of it (``context_shares.py``).
+    Position ``prefix_positions[n]`` *predicts* ``labels[n]``."""
 
     input_ids: "torch.Tensor"  # int64 [T]
     position_ids: "torch.Tensor"  # int64 [T], from 0 in each sequence
@@ -61,6 +62,15 @@ class PrefixBatch:
     prefix_offsets: "torch.Tensor"  # int64 [N], 0 for a rollout's first sampled token; a window
     # of the loss leaves the first ones out
     domain: str = ""  # of all its rollouts
+    rows: "Rows | None" = None  # of a share; None: the whole microbatch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which of a microbatch's N prefix positions a context-parallel rank has."""
+
+    index: "torch.Tensor"  # int64 [n]
+    count: int  # N
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ class Checkpointer:
 
     def layout_record(self) -> list[int]:
         layout = self._student.model.groups.layout
-        return [layout.tp, layout.dp, layout.pp]
+        return [layout.tp, layout.replicas, layout.pp]
 
     def _sharded_state(
         self, *, is_loading: bool, with_rng: bool = True
@@ -244,7 +244,7 @@ class Checkpointer:
             {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()},
             (groups.layout.pp, groups.layout.tp),
             (groups.pp_rank, groups.tp_rank),
-            replica_id=groups.dp_rank,
+            replica_id=groups.replica_rank,
         )
 
 

@@ -29,6 +29,8 @@ class ModelGroups:
     ep_rank: int = 0
     expert_tp_rank: int = 0
     expert_dp_rank: int = 0
+    cp_rank: int = 0
+    replica_rank: int = 0  # among those that hold the same dense parameters
 
     @property
     def is_first_stage(self) -> bool:
@@ -41,6 +43,11 @@ class ModelGroups:
     @property
     def counts(self) -> bool:
         """Whether this rank speaks for its replica when metrics are summed over the world."""
+        return self.counts_own_tokens and self.cp_rank == 0
+
+    @property
+    def counts_own_tokens(self) -> bool:
+        """As :attr:`counts`, of what each context-parallel rank knows of its own tokens alone."""
         return self.is_last_stage and self.tp_rank == 0
 
 
@@ -71,14 +78,15 @@ def create_groups(layout: Layout, timeout: timedelta = default_pg_timeout) -> Mo
 
     A collective in them that is not over after ``timeout`` ends its rank (NCCL) or raises (gloo).
     """
-    sizes = [layout.tp, 1, layout.dp, layout.pp]
+    sizes = [layout.tp, layout.cp, layout.dp, layout.pp]
     grid = HyperCommGrid(sizes, ["tp", "cp", "dp", "pp"], rank_offset=layout.first_rank)
     pg, rank = _collection(grid, layout, timeout), dist.get_rank()
     if rank not in layout.ranks:
         return None
     tp, dp, pp = layout.coordinates(rank)
     etp, ep, edp = layout.expert_coordinates(rank)
-    return ModelGroups(layout, pg, tp, dp, pp, ep, etp, edp)
+    cp, replica = layout.context_rank(rank), layout.replica_rank(rank)
+    return ModelGroups(layout, pg, tp, dp, pp, ep, etp, edp, cp, replica)
 
 
 @contextlib.contextmanager
@@ -121,7 +129,7 @@ def _collection(grid: HyperCommGrid, layout: Layout, timeout: timedelta) -> Proc
 def _add_expert_groups(
     pg: ProcessGroupCollection, grid: HyperCommGrid, layout: Layout, timeout: timedelta
 ) -> None:
-    if layout.ep == 1 and layout.expert_tp == layout.tp:
+    if layout.ep == layout.cp == 1 and layout.expert_tp == layout.tp:
         # The expert groups are the dense ones with one expert-parallel rank.
         pg.ep, pg.expt_tp, pg.expt_dp = pg.cp, pg.tp, pg.dp
         pg.tp_ep, pg.tp_ep_pp = pg.tp_cp, pg.mp

@@ -5,6 +5,7 @@ very batch that Transformer Engine takes: THD, T packed tokens with ``cu_seqlens
 Legend: T packed tokens, B sequences, S the longest of them, h heads, d head size.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
+
+from megatron_prefix.context_shares import within_sequences, zigzag
 
 
 class RMSNorm(nn.Module):
@@ -40,11 +45,15 @@ class PackedAttention(nn.Module):
     """Causal attention within each packed sequence, through torch's fused kernel."""
 
     def __init__(
-        self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any
+        self,
+        config: TransformerConfig,
+        *_: Any,
+        pg_collection: ProcessGroupCollection,
+        softmax_scale: float | None = None,
+        **__: Any,
     ) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine"
-        self.softmax_scale = softmax_scale
+        self.softmax_scale, self._context = softmax_scale, pg_collection.cp
 
     def forward(
         self,
@@ -58,11 +67,43 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """query [T, h, d], key and value [T, groups, d] -> [T, h * d]."""
         assert packed_seq_params is not None, "only packed (THD) batches are run"
-        where = _padded_index(packed_seq_params)
-        q, k, v = (_unpack(t, where).transpose(1, 2) for t in (query, key, value))
+        pack = Pack(
+            packed_seq_params.cu_seqlens_q,
+            int(packed_seq_params.max_seqlen_q),
+            int(packed_seq_params.total_tokens),
+        )
+        if self._context.size() > 1:
+            return self._attend_across(query, key, value, pack)
+        q, k, v = (pack.unpack(t).transpose(1, 2) for t in (query, key, value))
         # Right padding is masked by causality alone: no real query sees a padded key.
         out = self.attend(q, k, v)
-        return _repack(out.transpose(1, 2).flatten(2), where, packed_seq_params)
+        return pack.repack(out.transpose(1, 2).flatten(2))
+
+    def _attend_across(self, query: Tensor, key: Tensor, value: Tensor, pack: "Pack") -> Tensor:
+        """query [T / C, h, d], key and value [T / C, groups, d] -> [T / C, h * d]: this rank's
+        queries on the keys of all C context-parallel ranks."""
+        ranks = self._context.size()
+        shares = zigzag(pack.starts, ranks)
+        back = shares.flatten().argsort()
+        key, value = (
+            gather_from_sequence_parallel_region(t, group=self._context)[back] for t in (key, value)
+        )
+        own = Pack(pack.starts // ranks, pack.longest // ranks, pack.tokens // ranks)
+        positions = within_sequences(pack.starts)[shares[self._context.rank()]]
+        # [B, 1, S / C, S]: a query sees its own sequence's keys up to itself.
+        steps = torch.arange(pack.longest, device=positions.device)
+        seen = steps <= own.unpack(positions)[:, None, :, None]
+        q = own.unpack(query).transpose(1, 2)
+        k, v = (pack.unpack(t).transpose(1, 2) for t in (key, value))
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=seen,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return own.repack(out.transpose(1, 2).flatten(2))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [B, h, S, d], key and value [B, groups, S, d] -> [B, h, S, d]."""
@@ -76,30 +117,34 @@ class PackedAttention(nn.Module):
         )
 
 
-def _padded_index(params: PackedSeqParams) -> Tensor | tuple[int, int]:
-    """[B, S] positions in the pack, 0 where a sequence has ended; (B, S) where none is shorter."""
-    starts, length = params.cu_seqlens_q, int(params.max_seqlen_q)
-    sequences, tokens = starts.numel() - 1, int(params.total_tokens)
-    if sequences * length == tokens:
-        return sequences, length
-    steps = torch.arange(length, device=starts.device)
-    index = starts[:-1, None].long() + steps
-    return torch.where(index < starts[1:, None], index, 0)
+@dataclass(frozen=True)
+class Pack:
+    """How the sequences of a pack lie in it; lengths are the host's."""
 
+    starts: Tensor  # int32 [B + 1]
+    longest: int  # S
+    tokens: int  # T
 
-def _unpack(packed: Tensor, where: Tensor | tuple[int, int]) -> Tensor:
-    if isinstance(where, tuple):
-        return packed.unflatten(0, where)
-    return packed[where]
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[T, ...] -> [B, S, ...], something finite where a sequence has ended."""
+        if self._even:
+            return packed.unflatten(0, (len(self.starts) - 1, self.longest))
+        index = self.starts[:-1, None].long() + self._steps
+        return packed[torch.where(index < self.starts[1:, None], index, 0)]
 
+    def repack(self, padded: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...]."""
+        if self._even:
+            return padded.flatten(0, 1)
+        return padded[self._steps < self.starts.diff()[:, None]]
 
-def _repack(padded: Tensor, where: Tensor | tuple[int, int], params: PackedSeqParams) -> Tensor:
-    """[B, S, h * d] -> [T, h * d]."""
-    if isinstance(where, tuple):
-        return padded.flatten(0, 1)
-    starts = params.cu_seqlens_q
-    lengths = starts[1:] - starts[:-1]
-    return padded[torch.arange(where.shape[1], device=starts.device) < lengths[:, None]]
+    @property
+    def _even(self) -> bool:
+        return (len(self.starts) - 1) * self.longest == self.tokens
+
+    @property
+    def _steps(self) -> Tensor:
+        return torch.arange(self.longest, device=self.starts.device)
 
 
 def local_block_spec(

@@ -91,6 +91,7 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=groups.layout.tp,
         pipeline_model_parallel_size=groups.layout.pp,
+        context_parallel_size=groups.layout.cp,
         expert_model_parallel_size=groups.layout.ep,
         expert_tensor_parallel_size=groups.layout.expert_tp,
         sequence_parallel=model.sequence_parallel,
@@ -207,7 +208,7 @@ def packed_params(batch: PrefixBatch) -> PackedSeqParams:
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
-        total_tokens=batch.input_ids.numel(),
+        total_tokens=batch.position_ids.numel(),
     )
 
 
@@ -220,7 +221,8 @@ def forward_trunk(
     """Run ``module`` (the GPTModel or its DDP wrapper) on one packed microbatch.
 
     On the last stage returns ``on_prefix(hidden [N, H], head_weight [V/tp, H] or None)``, hidden
-    states of the prefix positions after the last norm; elsewhere the stage's output [T, 1, H].
+    states of the prefix positions after the last norm; elsewhere the stage's output [T, 1, H], T of
+    this rank's share.
     Under sequence parallelism the hidden states are gathered, and their gradient is
     reduce-scattered: ``on_prefix`` must then give partial sums.
     """

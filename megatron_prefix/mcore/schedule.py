@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 from torch import Tensor
 
+from megatron_prefix.context_shares import share_of
 from megatron_prefix.mcore.model import MegatronModel, forward_trunk
 from megatron_prefix.types import PrefixBatch
 
@@ -25,18 +26,21 @@ def run_schedule(
     *,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Run all ``batches`` through the pipeline; collective over this replica's tp and pp groups.
+    """Run all ``batches`` through the pipeline; collective over this replica's ranks.
 
     ``on_prefix(batch, hidden [N, H], head_weight)`` is called on the last stage, microbatches in
-    order. With ``forward_only`` its results are returned there. Otherwise it gives the scalar loss
-    of the microbatch, already weighted over the whole step, which is backpropagated as it is, and
-    an empty list is returned. Every batch must have the same T.
+    order; of a model that is cut over context-parallel ranks, with this rank's share of each. With
+    ``forward_only`` its results are returned there. Otherwise it gives the scalar loss of the
+    microbatch, already weighted over the whole step, which is backpropagated as it is, and an empty
+    list is returned. Every batch must have the same T.
     """
     if not batches:
         return []
 
+    groups = model.groups
+
     def forward_step(it: Iterator[PrefixBatch], module: torch.nn.Module) -> tuple[Tensor, Any]:
-        batch = next(it)
+        batch = share_of(next(it), groups.cp_rank, groups.layout.cp)
 
         def at_prefix(hidden: Tensor, weight: Tensor | None) -> Tensor:
             return on_prefix(batch, hidden, weight)
@@ -53,15 +57,15 @@ def run_schedule(
         "micro_batch_size": 1,  # a packed microbatch is one row
         "forward_only": forward_only,
         "collect_non_loss_data": forward_only,
-        "pg_collection": model.groups.pg,
+        "pg_collection": groups.pg,
     }
-    if model.groups.layout.pp == 1:
+    if groups.layout.pp == 1:
         results = forward_backward_no_pipelining(**arguments)
     else:
         results = forward_backward_pipelining_without_interleaving(
-            **arguments, p2p_communicator=P2PCommunicator(model.groups.pg.pp, model.config)
+            **arguments, p2p_communicator=P2PCommunicator(groups.pg.pp, model.config)
         )
-    return results if forward_only and model.groups.is_last_stage else []
+    return results if forward_only and groups.is_last_stage else []
 
 
 def _collect(output: Tensor, non_loss_data: bool = False) -> Tensor:

@@ -30,7 +30,7 @@ class SinkAttention(PackedAttention):
         pg_collection: ProcessGroupCollection,
         **kwargs: Any,
     ) -> None:
-        super().__init__(config, layer_number, *args, **kwargs)
+        super().__init__(config, layer_number, *args, pg_collection=pg_collection, **kwargs)
         self._tp_group = pg_collection.tp
         heads = config.num_attention_heads // self._tp_group.size()
         self.softmax_offset = nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))

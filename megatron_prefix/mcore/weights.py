@@ -205,7 +205,7 @@ def _gather_bucket(
     model: MegatronModel, bucket: _Bucket, dtype: torch.dtype
 ) -> list[tuple[str, Tensor]]:
     groups, rank = model.groups, dist.get_rank()
-    replica = groups.expert_dp_rank if bucket.of_experts else groups.dp_rank
+    replica = groups.expert_dp_rank if bucket.of_experts else groups.replica_rank
     if replica != 0:
         return []
     source = groups.layout.rank(0, 0, bucket.stage)

@@ -4,7 +4,8 @@ By formula, from the tensors that autograd keeps in a layer. ``unfused`` are thi
 for machines without a GPU, whose peak a test measures; ``fused`` are Transformer Engine's kernels,
 taken from their sources in the manner of Korthikanti et al. (arXiv 2205.05198): not measured.
 
-Legend: T tokens of a microbatch, N prefix positions in it, h hidden size, f columns of an MLP,
+Legend: T tokens of a microbatch (of a context-parallel rank's share of it), N prefix positions
+among them, C context-parallel ranks, h hidden size, f columns of an MLP,
 q and k widths of a rank's query and key heads, e bytes of an element, s ranks that share a token
 between the tensor-parallel regions (sequence parallelism).
 """
@@ -24,11 +25,31 @@ FP32 = 4  # what norms and statistics compute in
 
 @dataclass(frozen=True)
 class Microbatch:
-    """The largest one of a run: every prompt and prefix at its bound."""
+    """What a rank has of the largest one of a run: every prompt and prefix at its bound."""
 
     tokens: int  # T
-    positions: int  # N
+    positions: int  # N, on the context-parallel rank that has most of them
     in_a_step: int  # of one replica
+    longest: int = 0  # tokens of its longest sequence, on all its ranks together
+
+
+def tokens_held(ranks: int, length: int) -> int:
+    """Tokens of one sequence on each of ``ranks`` context-parallel ranks, padding and all."""
+    return length if ranks == 1 else 2 * -(-length // (2 * ranks))
+
+
+def positions_held(ranks: int, prompt: int, prefix: int) -> int:
+    """Prefix positions of one sequence on the rank that has most: two pieces are each rank's
+    (``context_shares.py``), and short prefixes lie in the last one alone."""
+    first, end = prompt - 1, prompt + prefix - 1
+    if ranks == 1:
+        return prefix
+    size = tokens_held(ranks, end) // 2
+
+    def within(piece: int) -> int:
+        return max(0, min(end, (piece + 1) * size) - max(first, piece * size))
+
+    return max(within(rank) + within(2 * ranks - 1 - rank) for rank in range(ranks))
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,7 @@ class Widths:
     qk_norm: bool
     latent: "Latent | None"
     element: int
+    context: int  # C
 
     @classmethod
     def of(cls, model: ValidModel) -> "Widths":
@@ -95,7 +117,13 @@ class Widths:
             qk_norm=bool(model.hf.settings.get("qk_layernorm")),
             latent=Latent.of(model) if model.hf.latent_attention else None,
             element=DTYPE_BYTES[config.params_dtype],
+            context=layout.cp,
         )
+
+    @property
+    def keys_and_values(self) -> float:
+        """Columns of one token's; a latent's values are made as wide as its keys."""
+        return 2 * (self.latent.query if self.latent else self.key)
 
     def columns(self, sparse: bool) -> float:
         """That one token passes in a layer's MLP or experts."""
@@ -107,7 +135,8 @@ def training_peak(model: ValidModel, stage: int, batch: Microbatch, *, fused: bo
     workspace aside: :func:`in_flight` microbatches' stored tensors, and one layer at work."""
     widths, shape = Widths.of(model), model.hf.shape
     layers = stage_layers(model.layers, stage)
-    by_layer = [_layer(widths, layer in shape.sparse_layers, fused) for layer in layers]
+    across = 0.0 if fused else _across_ranks(widths, batch.longest)
+    by_layer = [_layer(widths, layer in shape.sparse_layers, fused) + across for layer in layers]
     work = _at_work(widths, any(layer in shape.sparse_layers for layer in layers), fused)
     if model.config.recompute_granularity == "full":
         stored = len(by_layer) * widths.element * widths.shared
@@ -128,12 +157,15 @@ def in_flight(stages: int, stage: int, microbatches: int) -> int:
 
 
 def scoring_peak(model: ValidModel, stage: int, tokens: int) -> float:
-    """Bytes of a forward that nothing is kept of: one layer at work."""
+    """Bytes of a forward that nothing is kept of: one layer at work on a rank's ``tokens``."""
     widths, shape = Widths.of(model), model.hf.shape
     layers = stage_layers(model.layers, stage)
     columns = max(widths.columns(layer in shape.sparse_layers) for layer in layers)
     copies = 2 + (2 * widths.routed if shape.num_experts else 0)
-    return tokens * widths.element * (copies * widths.hidden + 3 * columns)
+    # Keys and values of all context-parallel ranks, as they come and in order.
+    gathered = 2 * widths.context * widths.keys_and_values if widths.context > 1 else 0
+    working = max(3 * columns, gathered)
+    return tokens * widths.element * (copies * widths.hidden + working)
 
 
 def _layer(widths: Widths, sparse: bool, fused: bool) -> float:
@@ -159,6 +191,15 @@ def _attention(widths: Widths, fused: bool) -> float:
     if widths.qk_norm:  # fp32 copies; the key itself is a view where it is fp32 already
         stored += 2 * FP32 * q + (1 if e == FP32 else 2) * FP32 * k
     return stored
+
+
+def _across_ranks(widths: Widths, longest: int) -> float:
+    """Of context-parallel ranks: the others' keys and values, and which of them a query sees.
+    Transformer Engine passes them round in a ring, and keeps a rank's own."""
+    if widths.context == 1:
+        return 0.0
+    own = widths.keys_and_values if widths.latent else widths.key  # that are counted above
+    return widths.element * (widths.context * widths.keys_and_values - own + longest)
 
 
 def _latent_attention(widths: Widths, latent: Latent, fused: bool) -> float:

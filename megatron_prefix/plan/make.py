@@ -26,10 +26,11 @@ class ModelPlan:
     tensor_model_parallel_size: int
     data_parallel_size: int
     pipeline_model_parallel_size: int
+    context_parallel_size: int
     expert_model_parallel_size: int
     expert_tensor_parallel_size: int  # 0: it has no experts
     layers_by_stage: tuple[int, ...]
-    groups: dict[str, tuple[tuple[int, ...], ...]]  # tp, dp, pp: the global ranks of each group
+    groups: dict[str, tuple[tuple[int, ...], ...]]  # tp, cp, dp, pp: global ranks of each
     fp8_bytes_saved: int = 0  # activations kept for the backward, a packed token and rank
 
 
@@ -67,13 +68,17 @@ def make_plan(
 
 
 def rank_groups(layout: Layout) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Global ranks of every tensor-, data- and pipeline-parallel group, in rank order."""
-    tp, dp, pp = range(layout.tp), range(layout.dp), range(layout.pp)
-    return {
-        "tp": tuple(tuple(layout.rank(t, d, p) for t in tp) for p in pp for d in dp),
-        "dp": tuple(tuple(layout.rank(t, d, p) for d in dp) for p in pp for t in tp),
-        "pp": tuple(tuple(layout.rank(t, d, p) for p in pp) for d in dp for t in tp),
-    }
+    """Global ranks of every tensor-, context-, data- and pipeline-parallel group, in rank order."""
+    groups, stride = {}, 1
+    for name in ("tp", "cp", "dp", "pp"):
+        size = getattr(layout, name)
+        groups[name] = tuple(
+            tuple(range(rank, rank + stride * size, stride))
+            for place, rank in enumerate(layout.ranks)
+            if place // stride % size == 0
+        )
+        stride *= size
+    return groups
 
 
 def _fp8_bytes_saved(student: ValidModel) -> int:
@@ -93,6 +98,7 @@ def _plan_model(model: ValidModel) -> ModelPlan:
         tensor_model_parallel_size=layout.tp,
         data_parallel_size=layout.dp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp if shape.num_experts else 0,
         layers_by_stage=model.layers,

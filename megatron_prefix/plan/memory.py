@@ -17,6 +17,8 @@ from megatron_prefix.plan.activations import (
     DTYPE_BYTES,
     Microbatch,
     kl_workspace,
+    positions_held,
+    tokens_held,
     training_peak,
 )
 from megatron_prefix.plan.stages import LayerSizes, layer_sizes, stage_parameters
@@ -153,7 +155,9 @@ def _plan_rank(
     optimizer = one.student_optimizer
     if student:
         shard = layout.expert_coordinates(rank)[2]
-        optimizer = held[Stage("student", student[2])].optimizer_of(student[1], shard)
+        optimizer = held[Stage("student", student[2])].optimizer_of(
+            layout.replica_rank(rank), shard
+        )
     return replace(
         one,
         rank=rank,
@@ -199,7 +203,7 @@ def _student_held(run: ValidRun, sizes: Mapping[int, LayerSizes], stage: int) ->
     states = parameters.total
     if optimizer.use_distributed_optimizer:
         # Experts are shared over the ranks that hold the same ones.
-        states = -(-parameters.dense // layout.dp) - (-parameters.experts // layout.expert_dp)
+        states = -(-parameters.dense // layout.replicas) - (-parameters.experts // layout.expert_dp)
     return Held(
         parameters=parameters.total,
         weights=parameters.total * width,
@@ -227,7 +231,7 @@ def _plan_kind(run: ValidRun, held: Mapping[Stage, Held], kind: Stages) -> RankP
                 at=(),
                 weights=held[Stage("teacher", at[domain], domain)].weights,
                 fp8=_fp8_bytes(teacher, "teacher", held[Stage("teacher", at[domain], domain)]),
-                activations=scoring(run, teacher, at[domain], batch),
+                activations=scoring(run, teacher, at[domain]),
                 offload=teacher.config.offload,
             )
             for domain, teacher in teachers_that_score(run).items()
@@ -241,7 +245,7 @@ def _plan_kind(run: ValidRun, held: Mapping[Stage, Held], kind: Stages) -> RankP
         teacher_head=learns.head,
         activations=learns.activations,
         kl_workspace=learns.workspace,
-        teacher_hidden=hidden_states(run, stage, at, batch),
+        teacher_hidden=hidden_states(run, stage, at, batch.in_a_step),
     )
 
 
@@ -280,9 +284,10 @@ def largest_microbatch(recipe: Recipe, layout: Layout) -> Microbatch:
     prompt, prefix = recipe.data.max_prompt_length, recipe.prefix.max_length
     micro = recipe.train.micro_batch_size
     return Microbatch(
-        tokens=micro * (prompt + prefix - 1),
-        positions=micro * prefix,
+        tokens=micro * tokens_held(layout.cp, prompt + prefix - 1),
+        positions=micro * positions_held(layout.cp, prompt, prefix),
         in_a_step=recipe.train.global_batch_size // micro // layout.dp,
+        longest=prompt + prefix - 1,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_prefix.config import Recipe
 from megatron_prefix.modes import needs_teacher
 from megatron_prefix.placement import IN_FLIGHT, section_of
-from megatron_prefix.plan.activations import DTYPE_BYTES, Microbatch, scoring_peak
+from megatron_prefix.plan.activations import DTYPE_BYTES, scoring_peak, tokens_held
 from megatron_prefix.validate import ValidModel, ValidRun
 
 # (tp, dp, pp); nothing where the rank holds no part of a model.
@@ -65,42 +65,44 @@ def hidden_bytes(model: ValidModel) -> int:
     return model.hf.shape.hidden_size * DTYPE_BYTES[model.config.params_dtype]
 
 
-def scoring(run: ValidRun, teacher: ValidModel, stage: int, batch: Microbatch) -> int:
-    """Bytes of a teacher's forward of ``batch``, whose prompts are the student's; its own may be
-    of another length."""
+def scoring(run: ValidRun, teacher: ValidModel, stage: int) -> int:
+    """Bytes of a teacher's forward of the largest microbatch; its prompts may be of another length
+    than the student's."""
     recipe = run.recipe
-    own = recipe.mode.teacher_prompt.max_length
-    more = (own - recipe.data.max_prompt_length) * recipe.train.micro_batch_size if own else 0
-    return round(scoring_peak(teacher, stage, batch.tokens + more))
+    prompt = recipe.mode.teacher_prompt.max_length or recipe.data.max_prompt_length
+    held = tokens_held(teacher.layout.cp, prompt + recipe.prefix.max_length - 1)
+    return round(scoring_peak(teacher, stage, recipe.train.micro_batch_size * held))
 
 
-def hidden_states(run: ValidRun, stage: int, at: Mapping[str, int], batch: Microbatch) -> int:
+def hidden_states(run: ValidRun, stage: int, at: Mapping[str, int], in_a_step: int) -> int:
     """Bytes of teachers' hidden states on a rank of the student's ``stage`` and of the teachers'
-    stages ``at``, by domain.
+    stages ``at``, by domain; ``in_a_step``: microbatches of one of the student's replicas.
 
     A colocated teacher's are there for a whole step, on its last stage for its own microbatches
     and on the student's for its; a separate one's a few microbatches at a time, unless the step
     goes over them twice; so is the top k of one behind servers, on the student's alone.
     """
     student, here, coming = run.student.layout, [0], 0
+    # Every context-parallel rank of both has all of a microbatch's.
+    positions = run.recipe.train.micro_batch_size * run.recipe.prefix.max_length
     learns = stage == student.pp - 1
     for domain, teacher in teachers_that_score(run).items():
         layout = teacher.layout
         replicas = [student.dp] * learns + [layout.dp] * (at[domain] == layout.pp - 1)
         if not replicas:
             continue
-        microbatches = student.dp * batch.in_a_step // min(replicas)
+        microbatches = student.dp * in_a_step // min(replicas)
         if layout.first_rank and not (learns and _twice(run.recipe)):
             microbatches = min(microbatches, UNDER_WAY)
-        size = microbatches * batch.positions * hidden_bytes(teacher)
+        size = microbatches * positions * hidden_bytes(teacher)
         if layout.first_rank and not _twice(run.recipe):
             coming += size
         else:
             here.append(size)
     for teacher in _asked(run).values():
         if learns and not teacher.layout.world_size:
-            microbatches = batch.in_a_step if _twice(run.recipe) else 1
-            here.append(microbatches * batch.positions * teacher.config.server.top_k * TOP_K_BYTES)
+            microbatches = in_a_step if _twice(run.recipe) else 1
+            here.append(microbatches * positions * teacher.config.server.top_k * TOP_K_BYTES)
     return max(here) + coming
 
 

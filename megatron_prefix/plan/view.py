@@ -61,6 +61,8 @@ def _models(plan: Plan) -> Table:
         "data-parallel groups": [_groups(model, "dp") for model in both],
         "pipeline groups": [_groups(model, "pp") for model in both],
     }
+    if any(model.context_parallel_size > 1 for model in both):
+        rows["context-parallel groups"] = [_groups(model, "cp") for model in both]
     if any(model.expert_tensor_parallel_size for model in both):
         rows["expert x expert-tensor"] = [_experts(model) for model in both]
     if plan.student.fp8_bytes_saved:

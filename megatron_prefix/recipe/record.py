@@ -16,8 +16,8 @@ from megatron_prefix.recipe.settings import finish, lay, leaves, read_yaml
 RECORD_NAME = "recipe.yaml"
 _PLACES = (
     "tensor_model_parallel_size pipeline_model_parallel_size num_layers_in_first_pipeline_stage "
-    "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel "
-    "recompute_granularity placement offload world_size"
+    "expert_model_parallel_size expert_tensor_parallel_size context_parallel_size "
+    "sequence_parallel recompute_granularity placement offload world_size"
 ).split()
 _PLACES += [f"server.{each.name}" for each in fields(TeacherServerConfig) if each.name != "top_k"]
 # What a resumed run may change: where it runs, how it is laid out, how long it trains, what it

@@ -20,8 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_prefix.config import Recipe
 
 _BOOLEANS = ("true", "false", "on", "off", "yes", "no")
-# Megatron has it and this project has not: what cuts activations instead.
-_ABSENT = {"context_parallel_size": " No context parallelism here; use sequence_parallel=true"}
 
 
 class TextLoader(yaml.BaseLoader):
@@ -129,8 +127,7 @@ def _type_at(key: str) -> Any:
         elif name in hints:
             here = hints[name]
         else:
-            hint = _ABSENT.get(name) or did_you_mean(key, tuple(_keys(Recipe)))
-            raise ValueError(f"unknown key {key!r}.{hint}")
+            raise ValueError(f"unknown key {key!r}.{did_you_mean(key, tuple(_keys(Recipe)))}")
     return here
 
 

@@ -77,6 +77,7 @@ RANGES: dict[str, Range] = {
             "num_layers_in_first_pipeline_stage": _NOT_NEGATIVE,
             "expert_model_parallel_size": _COUNT,
             "expert_tensor_parallel_size": _NOT_NEGATIVE,
+            "context_parallel_size": _COUNT,
             "world_size": _NOT_NEGATIVE,
             "server.top_k": _COUNT,
             "server.num_servers": _COUNT,

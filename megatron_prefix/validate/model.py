@@ -51,6 +51,7 @@ def read_model(hf_path: str, owner: str) -> "HfModel":
 def check_model(hf: "HfModel", model: ModelConfig, owner: str) -> tuple[int, ...]:
     """The layers of each stage; ValueError where the layout or the precision does not fit."""
     _check_tensor_parallel(hf, model, owner)
+    _check_context_parallel(hf, model, owner)
     _check_experts(hf, model, owner)
     _check_precision(hf, model, owner)
     return _stages(hf, model, owner)
@@ -77,6 +78,15 @@ def _check_tensor_parallel(hf: "HfModel", model: ModelConfig, owner: str) -> Non
         raise ValueError(
             f"{owner}.sequence_parallel=true needs {owner}.tensor_model_parallel_size above 1; set "
             "it to false"
+        )
+
+
+def _check_context_parallel(hf: "HfModel", model: ModelConfig, owner: str) -> None:
+    ranks = model.context_parallel_size
+    if ranks > 1 and hf.settings.get("softmax_type") == "learnable":
+        raise ValueError(
+            f"{owner}.context_parallel_size={ranks}: {hf.path} has attention sinks and windows, "
+            "which are not cut over context-parallel ranks; set it to 1"
         )
 
 

@@ -9,12 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_prefix.batch import pack, plan_microbatches
+from megatron_prefix.batch import pack, padded_for, plan_microbatches
 from megatron_prefix.config import LossConfig, ModelConfig, OptimizerConfig
 from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore.groups import initialize_megatron
 from megatron_prefix.mcore.optimizer import make_trainable
-from megatron_prefix.plan.activations import Microbatch, in_flight, training_peak
+from megatron_prefix.plan.activations import (
+    Microbatch,
+    in_flight,
+    positions_held,
+    tokens_held,
+    training_peak,
+)
 from megatron_prefix.student import Objective, forward_backward
 from megatron_prefix.types import Rollout, TeacherHead, TeacherTargets
 from megatron_prefix.validate import ValidModel, check_model, read_model
@@ -65,6 +71,7 @@ def peak(config: ModelConfig) -> int:
         Rollout((3,) * PROMPT, (4,) * PREFIX, (0.0,) * PREFIX, "length", 0, i) for i in range(count)
     ]
     plan = plan_microbatches(rollouts, MICROBATCHES * layout.dp, multiple=layout.tp)
+    plan = padded_for(layout.cp, rollouts, plan)
     batches = [
         pack(rollouts, plan, m, CPU) for m in plan.of_replica(student.groups.dp_rank, layout.dp)
     ]
@@ -83,8 +90,10 @@ def estimate(config: ModelConfig, stage: int, world: int) -> float:
     hf = read_model(config.hf_path, "student")
     layers = check_model(hf, config, "student")
     model = ValidModel(config, hf, model_layout(config, world), layers)
-    tokens = SEQUENCES * (PROMPT + PREFIX - 1)
-    batch = Microbatch(tokens, SEQUENCES * PREFIX, MICROBATCHES)
+    ranks = model.layout.cp
+    tokens = SEQUENCES * tokens_held(ranks, PROMPT + PREFIX - 1)
+    positions = SEQUENCES * positions_held(ranks, PROMPT, PREFIX)
+    batch = Microbatch(tokens, positions, MICROBATCHES, PROMPT + PREFIX - 1)
     return training_peak(model, stage, batch, fused=False)
 
 
@@ -102,6 +111,9 @@ def estimate(config: ModelConfig, stage: int, world: int) -> float:
         (write_tiny_qwen3_moe, {"expert_model_parallel_size": 2}, 2),
         (write_tiny_deepseek_v2, {}, 1),
         (write_tiny_deepseek_v2, {"params_dtype": "bf16"}, 1),
+        (write_tiny_qwen3, {"context_parallel_size": 2}, 2),
+        (write_tiny_llama, {"context_parallel_size": 2, "params_dtype": "bf16"}, 2),
+        (write_tiny_deepseek_v2, {"context_parallel_size": 2}, 2),
     ],
 )
 def test_estimate_is_close_to_the_bytes_that_live(

@@ -172,7 +172,10 @@ def test_plan_of_bf16_knows_the_fp32_copies(sharded: bool, tmp_path: Path) -> No
     check_plan(replace(recipe, optimizer=optimizer))
 
 
-@pytest.mark.parametrize("settings", [{"pp": 2}, {"tp": 2, "sequence_parallel": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"pp": 2}, {"tp": 2, "sequence_parallel": True}, {"context_parallel_size": 2}],
+)
 def test_plan_of_experts_equals_what_is_allocated(settings: dict, tmp_path: Path) -> None:
     write_tiny_qwen3_moe(tmp_path / "student", vocab_size=265, mlp_only_layers=[0])
     write_tiny_mixtral(tmp_path / "teacher", vocab_size=272)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_prefix.batch import pack, plan_microbatches
+from megatron_prefix.batch import pack, padded_for, plan_microbatches
 from megatron_prefix.config import LossConfig, ModelConfig, OptimizerConfig
 from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore.groups import build_groups, initialize_megatron
@@ -104,6 +104,7 @@ class World:
     def step(self, sampled: Sequence[Rollout], *, multiple: int = 8):
         groups = self.student.model.groups
         plan = plan_microbatches(sampled, MICROBATCHES, multiple=multiple)
+        plan = padded_for(groups.layout.cp, sampled, plan)
         mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
         batches = [pack(sampled, plan, m, CPU) for m in mine]
         targets = self.teacher.targets(sampled, plan)

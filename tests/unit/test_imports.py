@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
     ("recipe", "cluster", "layout", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
+    + ("context_shares",)
     + ("account", "pilot", "advise", "advise_arguments")
     + ("jobs", "secret_keys", "attempts", "slurm_queue", "run_state", "cancel")
     + (

@@ -1,5 +1,7 @@
 """Rank arithmetic against Megatron's order, and layers over stages."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_prefix.config import ModelConfig
@@ -12,6 +14,17 @@ def test_ranks_and_coordinates_are_inverse_and_tensor_parallel_runs_fastest() ->
     assert seen == list(range(24))
     assert all(layout.rank(*layout.coordinates(rank)) == rank for rank in range(24))
     assert layout.last_stage(1) == (20, 21)
+
+
+def test_context_parallel_ranks_stand_between_tensor_and_data_parallel_ones() -> None:
+    layout = Layout(tp=2, dp=3, pp=2, cp=2, first_rank=5)
+    assert layout.ranks == range(5, 29)
+    for rank in layout.ranks:
+        tp, dp, pp = layout.coordinates(rank)
+        assert layout.rank(tp, dp, pp, layout.context_rank(rank)) == rank
+        assert layout.replica_rank(rank) == layout.context_rank(rank) + 2 * dp
+    assert layout.last_stage(1) == (21, 22, 23, 24)
+    assert layout.expert_dp == 6
 
 
 @pytest.mark.parametrize(
@@ -39,3 +52,5 @@ def test_a_world_that_does_not_divide_names_one_that_would() -> None:
     model = ModelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     with pytest.raises(ValueError, match="world size 6 is no multiple of .*2\\*2; start 8 ranks"):
         model_layout(model, 6)
+    with pytest.raises(ValueError, match="tensor\\*context\\*pipeline .*2\\*3\\*2; start 12 ranks"):
+        model_layout(replace(model, context_parallel_size=3), 8)

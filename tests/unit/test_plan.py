@@ -82,14 +82,16 @@ def elements(path: str) -> int:
     return total
 
 
-@pytest.mark.parametrize(("tp", "dp", "pp"), list(product((1, 2), (1, 2, 3), (1, 2))))
-def test_groups_split_the_world_with_tensor_parallel_neighbours(tp: int, dp: int, pp: int) -> None:
-    layout = Layout(tp=tp, dp=dp, pp=pp)
+@pytest.mark.parametrize(("tp", "cp", "dp", "pp"), list(product((1, 2), (1, 2), (1, 2, 3), (1, 2))))
+def test_groups_split_the_world_with_tensor_parallel_neighbours(
+    tp: int, cp: int, dp: int, pp: int
+) -> None:
+    layout = Layout(tp=tp, dp=dp, pp=pp, cp=cp)
     groups = rank_groups(layout)
-    for kind, size in (("tp", tp), ("dp", dp), ("pp", pp)):
+    for kind, size in (("tp", tp), ("cp", cp), ("dp", dp), ("pp", pp)):
         assert {len(group) for group in groups[kind]} == {size}
-        assert sorted(rank for group in groups[kind] for rank in group) == list(range(tp * dp * pp))
-    strides = {"tp": 1, "dp": tp, "pp": tp * dp}
+        assert sorted(sum(groups[kind], ())) == list(layout.ranks)
+    strides = {"tp": 1, "cp": tp, "dp": tp * cp, "pp": tp * cp * dp}
     for kind, stride in strides.items():
         for group in groups[kind]:
             assert group == tuple(range(group[0], group[0] + stride * len(group), stride))

@@ -102,7 +102,6 @@ def test_overrides_are_typed(file: Path) -> None:
         ),
         ("tensor_model_parallel_size=4", "'student.tensor_model_parallel_size'"),
         ("studnt.hf_path=x", "Did you mean 'student.hf_path'"),
-        ("teacher.context_parallel_size=2", "No context parallelism here"),
         ("zzzz=1", "Known: run, student, teacher"),
         ("train.steps.more=1", "unknown key 'train.steps.more'"),
         ("train.steps=abc", "train.steps='abc' must be a whole number (int)"),
