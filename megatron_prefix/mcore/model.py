@@ -202,10 +202,15 @@ def _block_spec(config: TransformerConfig, pp_rank: int) -> Any:
 
 
 def packed_params(batch: PrefixBatch) -> PackedSeqParams:
+    # Across ranks Transformer Engine divides these, and asks for them where nothing is padded: a
+    # share's padding is part of its sequences (``batch.padded_for``).
+    padded = batch.cu_seqlens if batch.rows else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
         total_tokens=batch.position_ids.numel(),
