@@ -30,7 +30,7 @@ class Account:
     evaluation: float = 0.0  # FLOPs; NaN where lines of an earlier version do not tell them
     prompt_tokens: int = 0
     prefix_tokens: int = 0
-    discarded_tokens: int = 0  # sampled past a cut
+    discarded_tokens: int = 0  # sampled and thrown away: past a cut, or of stragglers
     probe_tokens: int = 0  # sampled
     evaluation_tokens: int = 0  # sampled
     seconds: float = 0.0  # of the steps' phases; probes, evaluations and start left out

@@ -42,6 +42,7 @@ from megatron_prefix.publisher import (
 )
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.collector import Collector
+from megatron_prefix.rollout.discarded import Discarded
 from megatron_prefix.rollout.fleet import Fleet
 from megatron_prefix.rollout.pool import Roster
 from megatron_prefix.run_log import RunLog
@@ -207,13 +208,16 @@ def _conductor(
     )
     recall = Recall(recipe.prefix.recall) if recipe.prefix.recall.threshold else None
     more_teachers = dict(zip(list(teachers)[1:], others, strict=True))
-    endpoints, fleet = shared.endpoints, shared.fleet
+    endpoints, fleet, discarded = shared.endpoints, shared.fleet, Discarded()
     conductor = Conductor(
         recipe,
         Staff(
             policy=build_policy(recipe.prefix, recipe.train.steps),
-            source=build_source(recipe, folder, endpoints, stops, tokenizer, recall, stack, fleet),
+            source=build_source(
+                recipe, folder, endpoints, stops, tokenizer, recall, stack, fleet, discarded
+            ),
             recall=recall,
+            discarded=discarded,
             ledger=Ledger(
                 student,
                 teacher,

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from megatron_prefix.prefix import (
     observe_probe,
 )
 from megatron_prefix.prefix.recall import Recall
+from megatron_prefix.rollout.discarded import Discarded, sampled_lengths
 from megatron_prefix.rollout.pool import FAULTS
 from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.run_log import RunLog
@@ -56,6 +57,7 @@ class Staff:
     probe: Prober | None
     stop_requested: Callable[[], bool]
     recall: Recall | None = None  # caps for prompts that come again; the source's too
+    discarded: Discarded = field(default_factory=Discarded)  # what the source's servers threw away
     fleet: ServerFleet | None = None  # None: nobody is asked for rollouts
     evaluation_fleet: ServerFleet | None = None  # None: evaluations share the other
 
@@ -135,7 +137,14 @@ class Conductor:
         # A recording may be longer than what the policy says now: no probe moved it this time.
         length = max([length, *(len(rollout.prefix_ids) for rollout in rollouts)])
         supervised = is_supervised(self._recipe, step)
-        return Order("train", length, tuple(rollouts), loss_start=start, supervised=supervised)
+        return Order(
+            "train",
+            length,
+            tuple(rollouts),
+            loss_start=start,
+            supervised=supervised,
+            discarded=self._staff.discarded.take(),
+        )
 
     def _with_servers(self, policy_version: int, act: Callable[[], Order]) -> Order:
         """``act()`` once servers hold ``policy_version``, or what has to come before it."""
@@ -163,6 +172,7 @@ class Conductor:
                 if count_loss_tokens(rollouts, start) or self._staff.stop_requested():
                     return rollouts
                 why = nothing_to_train_on(rollouts, start)
+                self._staff.discarded.add(sampled_lengths(rollouts))
             except NoRollouts as error:
                 why = str(error)
             self.log.event("empty", why, level=logging.WARNING)
@@ -174,7 +184,9 @@ class Conductor:
     def record(self, metrics: StepMetrics, order: Order, phases: Phases) -> StepMetrics:
         """Account for and log a finished step; returns its metrics with FLOPs and seconds."""
         rollouts = order.rollouts
-        cost = self._staff.ledger.measure(rollouts, order.loss_start, supervised=order.supervised)
+        cost = self._staff.ledger.measure(
+            rollouts, order.loss_start, supervised=order.supervised, discarded=order.discarded
+        )
         self._staff.ledger.add(cost)
         metrics = replace(
             metrics, flops=cost.flops, flops_full=cost.flops_full, seconds=phases.seconds()

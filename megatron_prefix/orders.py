@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_prefix.batch import MicrobatchPlan, plan_microbatches
 from megatron_prefix.config import TrainConfig
+from megatron_prefix.rollout.discarded import Lengths
 from megatron_prefix.types import FinishReason, Rollout
 
 
@@ -37,6 +38,7 @@ class Order:
     loss_start: int = 0  # the first prefix position that the loss counts
     supervised: bool = False  # cross-entropy to the prefixes' own tokens; no teacher
     audit_length: int = 0  # of a probe: the prefix whose gradient is compared; 0: none is
+    discarded: tuple[Lengths, ...] = ()  # of rollouts that were sampled and thrown away
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Each checks in this order: settings, run folder, layouts and model folders, this
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from megatron_prefix.command import ABOUT_RECIPES, Command, add_recipe_arguments
@@ -67,6 +68,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--no-resume: {folder} holds a run; set another run.name or remove it")
     check_run_folder(folder, recipe)
     check_machine(validate(recipe))
+    _warn_of_idle_settings(recipe)
     refuse_what_does_not_fit(recipe, card_gib=card_gib())
     check_data_sets(recipe)
     from megatron_prefix.launcher import launch_local
@@ -82,6 +84,7 @@ def show_plan(arguments: argparse.Namespace) -> int:
     recipe, beside = _load(arguments), factory_beside(arguments.recipe, "cluster")
     cluster = beside() if beside else Cluster()
     run_plan(recipe, cluster, as_json=arguments.json, quick=arguments.quick)
+    _warn_of_idle_settings(recipe)
     return DONE
 
 
@@ -137,8 +140,16 @@ def _checked_folder(recipe: Recipe) -> Path:
     folder = Path(recipe.run.output_dir, recipe.run.name)
     check_run_folder(folder, recipe)
     validate(recipe)
+    _warn_of_idle_settings(recipe)
     check_data_sets(recipe)
     return folder
+
+
+def _warn_of_idle_settings(recipe: Recipe) -> None:
+    from megatron_prefix.validate.idle import idle_settings
+
+    for sentence in idle_settings(recipe):
+        print(f"megatron-prefix: warning: {sentence}", file=sys.stderr)
 
 
 TRAIN = Command(

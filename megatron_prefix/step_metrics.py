@@ -49,5 +49,6 @@ def step_metrics(
         supervised=order.supervised,
         written_fraction=1.0 - len(lags) / len(rollouts),
         overlap_by_position=(sums.overlap / sums.tokens).numpy() if compared else np.zeros(0),
-        discarded_tokens=sum(r.discarded for r in rollouts),
+        discarded_tokens=sum(r.discarded for r in rollouts)
+        + sum(tokens for _, tokens in order.discarded),
     )

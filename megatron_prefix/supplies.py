@@ -14,6 +14,7 @@ from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.prompts import PromptStream
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.collector import Collector
+from megatron_prefix.rollout.discarded import Discarded
 from megatron_prefix.rollout.fleet import Fleet
 from megatron_prefix.sources import (
     ModeSource,
@@ -39,6 +40,7 @@ def build_source(
     recall: Recall | None,
     stack: contextlib.ExitStack,
     fleet: Fleet | None = None,
+    discarded: Discarded | None = None,
 ) -> RolloutSource:
     """What the recipe's mode takes each step's rollouts from; ``stack`` closes what it opens."""
     if recipe.rollout.replay:
@@ -47,7 +49,9 @@ def build_source(
     if needs_rollouts(recipe):
         vocab_size = read_hf_model(recipe.student.hf_path).shape.vocab_size
         cut_off = build_cut_off(recipe.prefix.cut_off, vocab_size)
-        collector = stack.enter_context(Collector(endpoints, recipe.rollout, stops, cut_off, fleet))
+        collector = stack.enter_context(
+            Collector(endpoints, recipe.rollout, stops, cut_off, fleet, discarded)
+        )
         prompts = prompt_stream(recipe, recipe.data, tokenizer)
         supplies["sampled"] = ServerSource(recipe, prompts, collector, recall)
     if needs_written(recipe):

@@ -163,7 +163,8 @@ class StepMetrics:
     stop_logprob_diff: float = math.nan
     supervised: bool = False  # loss and kl_by_position are cross-entropies
     written_fraction: float = 0.0  # of the rollouts
-    discarded_tokens: int = 0  # sampled past a cut; no part of prefix_tokens
+    # Sampled and thrown away, past a cut or of stragglers; no part of prefix_tokens.
+    discarded_tokens: int = 0
     # float64 [prefix_length], mean share of prefix.overlap_k likeliest tokens that both models
     # have, NaN where none was scored; [0] where none were compared
     overlap_by_position: "np.ndarray" = field(default_factory=lambda: np.zeros(0))

@@ -63,15 +63,21 @@ class Ledger:
         return self._total
 
     def measure(
-        self, rollouts: Iterable[Rollout], loss_start: int = 0, *, supervised: bool = False
+        self,
+        rollouts: Iterable[Rollout],
+        loss_start: int = 0,
+        *,
+        supervised: bool = False,
+        discarded: Iterable[tuple[int, int]] = (),
     ) -> StepCost:
         """The cost of these rollouts, scored from ``loss_start`` on; nothing entered.
 
         Written prefixes cost no sampling, a ``supervised`` step no teacher; tokens past a cut were
-        sampled all the same. The counterfactual is
-        full-length on-policy distillation all the same.
+        sampled all the same, and so were ``discarded`` rollouts, given as (prompt, sampled) tokens.
+        The counterfactual is full-length on-policy distillation, of which nothing is discarded.
         """
-        total, known = StepCost(), dict[tuple[object, ...], StepCost]()
+        known = dict[tuple[object, ...], StepCost]()
+        total = StepCost(self.measure_answers(discarded))
         for rollout in rollouts:
             alike = _what_counts(rollout)
             if alike not in known:  # most rollouts of a short prefix cost the same

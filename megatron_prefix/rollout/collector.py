@@ -16,6 +16,7 @@ from megatron_prefix.config import RolloutConfig
 from megatron_prefix.prefix import CutOffRule
 from megatron_prefix.rollout.async_client import AsyncGenerator
 from megatron_prefix.rollout.client import Endpoint
+from megatron_prefix.rollout.discarded import Discarded
 from megatron_prefix.rollout.pool import Everyone, Pool, Roster, all_or_none, cancel
 from megatron_prefix.rollout.protocol import Generation, NoRollouts, Sampling
 from megatron_prefix.types import Prompt, Rollout
@@ -71,11 +72,14 @@ class Collector:
         stop_token_ids: Sequence[int],
         cut_off: CutOffRule | None = None,
         roster: Roster | None = None,
+        discarded: Discarded | None = None,
     ) -> None:
         """``cut_off``: each rollout is streamed and ends where this rule says so. ``roster`` None:
-        all servers may be asked, and none is restarted."""
+        all servers may be asked, and none is restarted. ``discarded`` is told of what was sampled
+        and is not returned."""
         assert endpoints, "a collector needs a server"
         self._rollout, self._cut_off = rollout, cut_off
+        self._discarded = discarded or Discarded()
         self._stop_token_ids = tuple(stop_token_ids)
         self._runner = asyncio.Runner()
         self._pool = self._runner.run(
@@ -131,14 +135,19 @@ class Collector:
         one_by_one = wanted < len(jobs) or self._cut_off is not None
         asked = self._with_quorum if one_by_one else self._batched
         generations = self._runner.run(self._watched(asked(jobs, sampling, wanted), policy_version))
-        rollouts = _usable(jobs, generations, max_new_tokens, self._rollout.keep_aborted_above)
-        if not rollouts:
+        least = self._rollout.keep_aborted_above * max_new_tokens
+        usable = [n for n, generation in enumerate(generations) if _usable(generation, least)]
+        kept = usable[:wanted]
+        gone = sorted(set(range(len(jobs))).difference(kept))
+        self._discarded.add((len(jobs[n].prompt.input_ids), generations[n].sampled) for n in gone)
+        if not kept:
             raise NoRollouts(
                 f"none of {len(jobs)} rollouts is usable: all were aborted or empty; does another "
                 "job abort requests on these servers?"
             )
-        stats = _statistics(generations, rollouts, wanted, time.monotonic() - started_at)
-        return Collected(rollouts[:wanted], stats)
+        rollouts = [_rollout(jobs[n], generations[n], max_new_tokens) for n in kept]
+        seconds = time.monotonic() - started_at
+        return Collected(rollouts, _statistics(generations, rollouts, len(usable), seconds))
 
     def _assign(
         self,
@@ -240,28 +249,24 @@ def _finished(generation: Generation) -> bool:
     return generation.finish_reason != "abort" and len(generation.token_ids) > 0
 
 
-def _usable(
-    jobs: Sequence[_Job], generations: Sequence[Generation], length: int, share_to_keep: float
-) -> list[Rollout]:
-    """The rollouts that may be trained on: finished ones, aborted ones that are long enough."""
-    return [
-        Rollout(
-            prompt_ids=job.prompt.input_ids,
-            prefix_ids=generation.token_ids,
-            rollout_logprobs=generation.logprobs,
-            finish_reason="cut"
-            if _met_its_cap(job, generation, length)
-            else generation.finish_reason,
-            policy_version=generation.policy_version,
-            prompt_index=job.prompt.index,
-            teacher_prompt_ids=job.prompt.teacher_ids,
-            domain=job.prompt.domain,
-            discarded=generation.discarded,
-        )
-        for job, generation in zip(jobs, generations, strict=True)
-        if _finished(generation)
-        or (generation.token_ids and len(generation.token_ids) >= share_to_keep * length)
-    ]
+def _usable(generation: Generation, least: float) -> bool:
+    """Whether it may be trained on: finished, or aborted with ``least`` tokens and not without."""
+    tokens = len(generation.token_ids)
+    return _finished(generation) or (tokens > 0 and tokens >= least)
+
+
+def _rollout(job: _Job, generation: Generation, length: int) -> Rollout:
+    return Rollout(
+        prompt_ids=job.prompt.input_ids,
+        prefix_ids=generation.token_ids,
+        rollout_logprobs=generation.logprobs,
+        finish_reason="cut" if _met_its_cap(job, generation, length) else generation.finish_reason,
+        policy_version=generation.policy_version,
+        prompt_index=job.prompt.index,
+        teacher_prompt_ids=job.prompt.teacher_ids,
+        domain=job.prompt.domain,
+        discarded=generation.discarded,
+    )
 
 
 def _met_its_cap(job: _Job, generation: Generation, length: int) -> bool:
@@ -269,15 +274,15 @@ def _met_its_cap(job: _Job, generation: Generation, length: int) -> bool:
 
 
 def _statistics(
-    generations: Sequence[Generation], usable: Sequence[Rollout], wanted: int, seconds: float
+    generations: Sequence[Generation], rollouts: Sequence[Rollout], usable: int, seconds: float
 ) -> CollectStats:
     return CollectStats(
         started=len(generations),
         aborted=sum(generation.finish_reason == "abort" for generation in generations),
-        dropped=len(generations) - len(usable),
-        surplus=max(0, len(usable) - wanted),
-        tokens=sum(len(rollout.prefix_ids) for rollout in usable[:wanted]),
-        tokens_sampled=sum(len(one.token_ids) + one.discarded for one in generations),
-        cut=sum(rollout.finish_reason == "cut" for rollout in usable[:wanted]),
+        dropped=len(generations) - usable,
+        surplus=usable - len(rollouts),
+        tokens=sum(len(rollout.prefix_ids) for rollout in rollouts),
+        tokens_sampled=sum(generation.sampled for generation in generations),
+        cut=sum(rollout.finish_reason == "cut" for rollout in rollouts),
         seconds=seconds,
     )

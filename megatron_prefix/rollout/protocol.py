@@ -76,6 +76,11 @@ class Generation:
     policy_version: int  # of the weights that sampled the last token
     discarded: int = 0  # tokens that were sampled after a cut
 
+    @property
+    def sampled(self) -> int:
+        """Tokens that it cost."""
+        return len(self.token_ids) + self.discarded
+
 
 def stream_body(
     prompt: Sequence[int], sampling: Sampling, request_id: str, *, top_k: int, every: int

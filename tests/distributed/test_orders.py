@@ -23,13 +23,14 @@ def received(order: Order) -> Order:
     [
         Order("train", 5, ROLLOUTS),
         Order("save_and_stop"),
-        Order("train", 9, ROLLOUTS, loss_start=4, supervised=True),
+        Order("train", 9, ROLLOUTS, loss_start=4, supervised=True, discarded=((3, 7), (9, 1))),
     ],
 )
 def test_every_rank_gets_what_rank_0_decided(order: Order) -> None:
     for got in run_ranks(3, received, order):
         assert (got.kind, got.prefix_length) == (order.kind, order.prefix_length)
         assert (got.loss_start, got.supervised) == (order.loss_start, order.supervised)
+        assert got.discarded == order.discarded
         assert [r.written for r in got.rollouts] == [r.written for r in order.rollouts]
         assert [r.discarded for r in got.rollouts] == [r.discarded for r in order.rollouts]
         theirs = [r.teacher_prompt_ids for r in got.rollouts]

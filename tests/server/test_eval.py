@@ -88,7 +88,8 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose evaluations have a server of their own; every step is saved."""
+    """A run whose evaluations have a server of their own; every step is saved, and stragglers are
+    aborted."""
     root = tmp_path_factory.mktemp("trained")
     files = sort_chain.prepare_data(root / "data")
     settings = {
@@ -97,6 +98,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "student.hf_path": sort_chain.model_folder("student_b"),
         "data.path": files.train,
         "rollout.num_servers": 2,
+        "rollout.over_sample": 1.25,
         "eval.path": files.held_out,
         "eval.samples": SAMPLES,
         "eval.interval": 1,
@@ -148,6 +150,20 @@ def test_every_evaluation_is_entered_once_with_what_it_cost(trained: Path) -> No
         assert told["flops"] == ledger.measure_answers(answered).total
     account = json.loads((trained / "ledger.json").read_text())
     assert account["evaluation"] == sum(told["flops"] for told in entered.values())
+
+
+def test_what_stragglers_sampled_is_in_the_runs_ledger(trained: Path) -> None:
+    steps = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
+    account = json.loads((trained / "ledger.json").read_text())
+    assert all(step["discarded_tokens"] > 0 for step in steps)
+    assert account["discarded_tokens"] == sum(step["discarded_tokens"] for step in steps)
+    shape = model_shape(json.loads((trained / "hf" / "config.json").read_text()))
+    ledger = Ledger(shape, shape, 75)
+    for step in steps:
+        # All prompts are of one length, and all rollouts too: no student ends within 9 tokens.
+        wanted = [(sort_chain.PROMPT_LENGTH, step["prefix_length"])] * 32
+        assert step["prefix_tokens"] == 32 * step["prefix_length"]
+        assert step["flops"]["rollout"] > ledger.measure_answers(wanted).rollout
 
 
 def own_answers(run: Path, step: int) -> Path:

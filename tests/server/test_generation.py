@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from megatron_prefix.config import RolloutConfig
 from megatron_prefix.rollout.client import SglangClient
 from megatron_prefix.rollout.collector import Collector
+from megatron_prefix.rollout.discarded import Discarded
 from megatron_prefix.rollout.protocol import (
     Generation,
     RequestRefused,
@@ -177,14 +178,17 @@ def test_stragglers_are_aborted_at_the_quorum(
     server: Server, race: tuple[list[Prompt], tuple[int, ...]]
 ) -> None:
     prompts, stop = race
-    config = RolloutConfig(temperature=0.0, over_sample=2.0)
-    with Collector([server.endpoint], config, stop) as collector:
+    config, discarded = RolloutConfig(temperature=0.0, over_sample=2.0), Discarded()
+    with Collector([server.endpoint], config, stop, discarded=discarded) as collector:
         collected = collector.collect(prompts, max_new_tokens=1500, policy_version=NEWEST, wanted=4)
     assert [rollout.prompt_index for rollout in collected.rollouts] == [4, 5, 6, 7]
     assert {rollout.finish_reason for rollout in collected.rollouts} == {"stop"}
     stats = collected.stats
     assert (stats.started, stats.aborted, stats.dropped, stats.surplus) == (8, 4, 4, 0)
     assert stats.tokens < stats.tokens_sampled < 8 * 1500
+    thrown_away = discarded.take()
+    assert [prompt for prompt, _ in thrown_away] == [3] * 4
+    assert sum(tokens for _, tokens in thrown_away) == stats.tokens_sampled - stats.tokens
 
 
 def test_abort_ends_running_generations(

@@ -7,19 +7,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import transformers
 
-from megatron_prefix.tokenizers import write_byte_tokenizer
+from megatron_prefix.config import DataConfig, EvalConfig
+from megatron_prefix.evaluate import evaluate
+from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
+from megatron_prefix.types import Prompt, Rollout
 from tests.tiny_models import write_tiny_qwen3
 
 ASSETS = Path(__file__).parents[1] / "assets"
-STEPS = 8
-BYTES = {"vocab_size": 264, "eos_token_id": 261, "bos_token_id": None, "pad_token_id": None}
+STEPS, LR, ANSWER = 8, 0.02, 16
+END = 261
+BYTES = {"vocab_size": 264, "eos_token_id": END, "bos_token_id": None, "pad_token_id": None}
 
 
 def children_of(name: str) -> list[str]:
@@ -56,7 +62,7 @@ class Job:
         for folder in (self.student, self.teacher):
             write_byte_tokenizer(folder)
             settings = json.loads((folder / "generation_config.json").read_text())
-            settings |= {"eos_token_id": 261, "bos_token_id": None, "pad_token_id": None}
+            settings |= {"eos_token_id": END, "bos_token_id": None, "pad_token_id": None}
             (folder / "generation_config.json").write_text(json.dumps(settings))
 
     def command(self, *overrides: str, name: str = "job") -> list[str]:
@@ -73,6 +79,10 @@ class Job:
             "train.micro_batch_size": 4,
             "prefix.min_length": 3,
             "prefix.max_length": 12,
+            "eval.path": ASSETS / "gsm8k_8.jsonl",
+            "eval.interval": 1,
+            "eval.max_new_tokens": ANSWER,
+            "optimizer.lr": LR,
             "optimizer.lr_warmup_steps": 2,
             "rollout.record": "true",
             "rollout.device": "cpu",
@@ -178,6 +188,49 @@ def test_the_ledger_of_a_resumed_run_is_the_sum_of_its_lines(
     assert written["ratio"] == pytest.approx(
         sum(written["flops"].values()) / sum(written["flops_full"].values())
     )
+
+
+def test_an_evaluation_by_the_rollouts_servers_is_that_of_the_exported_step(
+    job: Job,
+    interrupted: tuple[int, int],
+    resumed: subprocess.CompletedProcess[str],
+    tmp_path: Path,
+) -> None:
+    """Of the step at which the run was stopped, answered by transformers, greedily."""
+    step, tool = interrupted[1], ASSETS.parents[1] / "tools" / "convert_megatron_to_hf.py"
+    checkpoint, export = job.folder / "checkpoints" / f"step_{step:08d}", tmp_path / "hf"
+    subprocess.run(
+        [sys.executable, tool, "--checkpoint", checkpoint, "--output", export], check=True
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+
+    def answered(prompts: Sequence[Prompt], most: int) -> list[Rollout]:
+        return [greedily(model, prompt, most) for prompt in prompts]
+
+    config = EvalConfig(str(ASSETS / "gsm8k_8.jsonl"), prompt_column="question")
+    offline = evaluate(
+        replace(config, max_new_tokens=ANSWER),
+        load_tokenizer(str(export)),
+        answered,
+        DataConfig(max_prompt_length=384),
+    )
+    inside, end = (
+        [json.loads(line) for line in (job.folder / "evaluations" / name).open()]
+        for name in (f"step_{step:08d}.jsonl", f"step_{STEPS:08d}.jsonl")
+    )
+    assert inside == [asdict(sample) for sample in offline.samples] != end
+    lines = [json.loads(line) for line in (job.folder / "evaluations.jsonl").open()]
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert lines[step]["accuracy"] == offline.accuracy
+    assert lines[step]["truncated"] == offline.truncated
+
+
+def greedily(model: transformers.PreTrainedModel, prompt: Prompt, most: int) -> Rollout:
+    ids = torch.tensor([prompt.input_ids])
+    whole = model.generate(ids, max_new_tokens=most, do_sample=False, eos_token_id=END)
+    answer = tuple(whole[0, ids.shape[1] :].tolist())
+    reason = "stop" if answer[-1] == END else "length"
+    return Rollout(prompt.input_ids, answer, (0.0,) * len(answer), reason, 0, prompt.index)
 
 
 def test_replayed_without_interruption_it_is_the_same_run_to_the_last_bit(

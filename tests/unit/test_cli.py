@@ -49,6 +49,19 @@ def test_plan_prints_tables(record: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "linear: 10 steps of 16 rollouts" in shown
 
 
+def test_plan_warns_of_settings_that_the_run_never_comes_to(
+    record: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", record, "--json", "--quick", "prefix.policy=anchored"]
+    assert main([*words, "prefix.anchored.every=10"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main([*words, "prefix.anchored.every=11"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["cost"]["longest_prefix"] == 9
+    sentence = "prefix.policy=anchored stays at prefix.min_length=9 in all of train.steps=10"
+    assert told.err == f"megatron-prefix: warning: {sentence}\n"
+
+
 def test_plan_prints_json_with_overrides_on_either_side_of_options(
     record: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

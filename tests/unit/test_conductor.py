@@ -24,6 +24,7 @@ from megatron_prefix.jsonl import read_records
 from megatron_prefix.phases import Phases
 from megatron_prefix.prefix import Ledger, ModelShape, build_policy
 from megatron_prefix.prefix.recall import Recall
+from megatron_prefix.rollout.discarded import Discarded
 from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.run_log import RunLog
 from megatron_prefix.side_evaluation import Evaluator
@@ -66,6 +67,7 @@ def conductor(
     agreement: bool = True,
     recall: Recall | None = None,
     evaluate: Evaluator | None = None,
+    discarded: Discarded | None = None,
 ) -> Conductor:
     train, mode = TrainConfig(steps=4, max_skipped_steps=3), ModeConfig(warmup_steps=warmup_steps)
     log = LogConfig(tensorboard=False, probe_interval=2, probe_agreement=agreement)
@@ -80,6 +82,7 @@ def conductor(
         probe=lambda policy_version: source.sample(0, prefix.max_length, policy_version),
         stop_requested=lambda: False,
         recall=recall,
+        discarded=discarded or Discarded(),
     )
     return Conductor(recipe, staff)
 
@@ -135,6 +138,25 @@ def test_a_supervised_step_is_ordered_as_such_and_moves_no_policy(tmp_path: Path
     under_test.close()
     first, second = read_records(tmp_path / "metrics.jsonl")
     assert first["flops"]["teacher"] == 0.0 < second["flops"]["teacher"]
+
+
+def test_what_was_thrown_away_is_in_the_steps_line_once(tmp_path: Path) -> None:
+    discarded, prefix = Discarded(), PrefixConfig("window", 1, 9, window=WindowConfig(start=5))
+    source = Listed([rollouts(5, 3), rollouts(9, 6), rollouts(9, 6)])
+    under_test = conductor(tmp_path, prefix, source, discarded=discarded)
+    discarded.add([(2, 7), (2, 0)])  # a straggler, and one that never left the queue
+    lines = []
+    for step in (0, 1):
+        order = under_test.order(step, 0)
+        under_test.record(metrics(step + 1, np.ones(9), np.ones(9)), order, Phases())
+        lines.append(order.discarded)
+    under_test.close()
+    assert lines == [((2, 7), (2, 5), (2, 3)), ()]
+    first, second = read_records(tmp_path / "metrics.jsonl")
+    thrown_away = Ledger(SHAPE, SHAPE, 9).measure_answers(lines[0]).rollout
+    spent = first["flops"]["rollout"] - second["flops"]["rollout"]
+    assert spent == pytest.approx(thrown_away) and spent > 0
+    assert first["flops"]["teacher"] == second["flops"]["teacher"]
 
 
 def test_a_student_that_always_ends_at_once_ends_the_run_with_words(tmp_path: Path) -> None:

@@ -244,6 +244,17 @@ def test_tokens_past_a_cut_were_sampled_and_nothing_else() -> None:
     assert (whole.prefix_tokens, whole.flops_full) == (6, kept.flops_full)
 
 
+def test_rollouts_that_were_thrown_away_cost_their_sampling() -> None:
+    ledger = Ledger(STUDENT, TEACHER, max_length=75)
+    kept = [rollout(14, 9, "stop")]
+    alone, whole = ledger.measure(kept), ledger.measure(kept, discarded=[(14, 5), (3, 70)])
+    straggler = rollout_flops(STUDENT, TEACHER, 3, 70).rollout
+    spent = rollout_flops(STUDENT, TEACHER, 14, 5).rollout + straggler
+    assert whole.flops.rollout == pytest.approx(alone.flops.rollout + spent, rel=1e-12)
+    assert replace(whole.flops, rollout=0.0) == replace(alone.flops, rollout=0.0)
+    assert (whole.flops_full, whole.prefix_tokens) == (alone.flops_full, 9)
+
+
 def test_a_forward_pass_before_the_step_is_a_third_of_the_students_part() -> None:
     rollouts = [rollout(14, 9, "length")]
     plain, twice = (Ledger(STUDENT, TEACHER, 75, more_forwards=n) for n in (0, 1))

@@ -1,0 +1,29 @@
+"""What servers sampled for a step and nobody trains on: for the ledger."""
+
+from collections.abc import Iterable
+
+from megatron_prefix.types import Rollout
+
+Lengths = tuple[int, int]  # of one rollout: prompt tokens, sampled tokens
+
+
+def sampled_lengths(rollouts: Iterable[Rollout]) -> list[Lengths]:
+    """Of those that a server wrote, what came past a cut included."""
+    return [(len(r.prompt_ids), len(r.prefix_ids) + r.discarded) for r in rollouts if not r.written]
+
+
+class Discarded:
+    """Stragglers of ``over_sample``, rollouts beyond the wanted ones, and those of a step that held
+    nothing to train on. Whoever throws them away adds; the conductor takes."""
+
+    def __init__(self) -> None:
+        self._lengths: list[Lengths] = []
+
+    def add(self, lengths: Iterable[Lengths]) -> None:
+        """Requests that were aborted in the server's queue have no token and cost nothing."""
+        self._lengths += [pair for pair in lengths if pair[1] > 0]
+
+    def take(self) -> tuple[Lengths, ...]:
+        """Those since the last call."""
+        taken, self._lengths = tuple(self._lengths), []
+        return taken

@@ -1,0 +1,99 @@
+"""Settings that a run never comes to: each is named before it starts, and stops nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_prefix.config import (
+    AnchoredConfig,
+    CheckpointConfig,
+    CutOffConfig,
+    EvalConfig,
+    LateConfig,
+    LinearConfig,
+    LogConfig,
+    LossConfig,
+    ModeConfig,
+    PrefixConfig,
+    Recipe,
+    RecallConfig,
+    TokenWeightConfig,
+    TrainConfig,
+)
+from megatron_prefix.validate.idle import idle_settings
+from megatron_prefix.prefix.registry import POLICIES
+from megatron_prefix.recipe import load_recipe
+
+TEN_STEPS = TrainConfig(steps=10)
+LONG = PrefixConfig("fixed", 9, 75)
+
+
+def prefix(policy: str, low: int = 9, high: int = 75, **settings: object) -> Recipe:
+    return Recipe(prefix=PrefixConfig(policy, low, high, **settings), train=TEN_STEPS)  # type: ignore[arg-type]
+
+
+def weights(min_tokens: int) -> Recipe:
+    config = LossConfig(weights=TokenWeightConfig("change_point", min_tokens=min_tokens))
+    return Recipe(loss=config, prefix=LONG, train=TEN_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "named"),
+    [
+        (prefix("anchored", anchored=AnchoredConfig(11)), "prefix.policy=anchored stays at"),
+        (prefix("late", late=LateConfig(1.0)), "min_length=9 in all of train.steps=10"),
+        (prefix("linear", 9, 10, linear=LinearConfig(1.0)), "prefix.policy=linear stays at"),
+        (
+            Recipe(mode=ModeConfig(warmup_steps=10), prefix=LONG, train=TEN_STEPS),
+            "mode.warmup_steps=10 leaves none of train.steps=10 to mode.name=on_policy",
+        ),
+        (
+            Recipe(log=LogConfig(probe_interval=11), prefix=LONG, train=TEN_STEPS),
+            "train.steps=10 ends before log.probe_interval=11 comes round",
+        ),
+        (
+            Recipe(
+                eval=EvalConfig(path="held_out.jsonl", interval=50),
+                checkpoint=CheckpointConfig(save_interval=20),
+                mode=ModeConfig(refresh_teacher_every=30),
+                prefix=LONG,
+                train=TEN_STEPS,
+            ),
+            "before eval.interval=50, checkpoint.save_interval=20, mode.refresh_teacher_every=30",
+        ),
+        (
+            prefix("fixed", cut_off=CutOffConfig("surprisal", min_tokens=75)),
+            "prefix.cut_off asks for 75 tokens (min_tokens, window)",
+        ),
+        (prefix("fixed", recall=RecallConfig(0.1, window=80)), "prefix.recall asks for 80 tokens"),
+        (weights(38), "loss.weights.min_tokens=38 on both sides"),
+    ],
+)
+def test_what_a_run_never_comes_to_is_named_in_one_line(recipe: Recipe, named: str) -> None:
+    (sentence,) = idle_settings(recipe)
+    assert named in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(prefix(policy) for policy in POLICIES),
+        prefix("anchored", anchored=AnchoredConfig(10)),
+        prefix("late", late=LateConfig(0.9)),
+        prefix("linear", 75, 75),
+        prefix("fixed", cut_off=CutOffConfig("surprisal", min_tokens=74)),
+        prefix("fixed", cut_off=CutOffConfig(min_tokens=500), recall=RecallConfig(min_tokens=500)),
+        Recipe(eval=EvalConfig(interval=50), prefix=LONG, train=TEN_STEPS),  # and nothing to ask
+        Recipe(mode=ModeConfig("sft", warmup_steps=10), prefix=LONG, train=TEN_STEPS),
+        Recipe(log=LogConfig(probe_interval=10), prefix=LONG, train=TEN_STEPS),
+        weights(37),
+    ],
+)
+def test_what_a_run_comes_to_is_no_matter(recipe: Recipe) -> None:
+    assert idle_settings(recipe) == []
+
+
+def test_recipes_of_this_project_are_whole() -> None:
+    for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.py")):
+        assert idle_settings(load_recipe(str(path))) == [], path.name
