@@ -27,9 +27,7 @@ from megatron_prefix.mcore.optimizer import make_trainable
 from megatron_prefix.metrics_page import announced
 from megatron_prefix.modes import (
     evaluates_aside,
-    more_forwards,
     needs_shared_servers,
-    teacher_heads,
 )
 from megatron_prefix.placement import teachers_of
 from megatron_prefix.prefix import Ledger, build_policy, model_shape
@@ -218,14 +216,7 @@ def _conductor(
             ),
             recall=recall,
             discarded=discarded,
-            ledger=Ledger(
-                student,
-                teacher,
-                recipe.prefix.max_length,
-                more_teachers,
-                teacher_heads=teacher_heads(recipe),
-                more_forwards=more_forwards(recipe),
-            ),
+            ledger=Ledger(student, teacher, recipe.prefix.max_length, more_teachers),
             open_log=lambda step: RunLog(
                 folder, recipe.log, recipe.train.steps, console=get_console(), resume_step=step
             ),

@@ -16,7 +16,7 @@ from megatron_prefix.alarms import probe_alarms
 from megatron_prefix.batch import count_loss_tokens, nothing_to_train_on
 from megatron_prefix.config import Recipe
 from megatron_prefix.kl_grid import mean_kl
-from megatron_prefix.modes import is_supervised, last_evaluation_due, written_count
+from megatron_prefix.modes import is_supervised, last_evaluation_due, more_passes, written_count
 from megatron_prefix.orders import Order
 from megatron_prefix.phases import Phases
 from megatron_prefix.prefix import (
@@ -185,7 +185,11 @@ class Conductor:
         """Account for and log a finished step; returns its metrics with FLOPs and seconds."""
         rollouts = order.rollouts
         cost = self._staff.ledger.measure(
-            rollouts, order.loss_start, supervised=order.supervised, discarded=order.discarded
+            rollouts,
+            order.loss_start,
+            supervised=order.supervised,
+            discarded=order.discarded,
+            more_passes=more_passes(self._recipe, metrics.step - 1),
         )
         self._staff.ledger.add(cost)
         metrics = replace(
@@ -234,15 +238,7 @@ class Conductor:
             step,
             [self._staff.decode(r.prompt_ids) for r in shown],
             [self._staff.decode(r.prefix_ids) for r in shown],
-            [
-                {
-                    "finish_reason": r.finish_reason,
-                    "tokens": len(r.prefix_ids),
-                    "policy_version": r.policy_version,
-                    "author": "written" if r.written else "student",
-                }
-                for r in shown
-            ],
+            [_details(rollout) for rollout in shown],
         )
 
     def probe_order(self, step: int, policy_version: int) -> Order:
@@ -344,3 +340,9 @@ class Conductor:
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
+
+
+def _details(rollout: Rollout) -> dict[str, str | int]:
+    author, tokens = "written" if rollout.written else "student", len(rollout.prefix_ids)
+    told = {"finish_reason": rollout.finish_reason, "tokens": tokens}
+    return told | {"policy_version": rollout.policy_version, "author": author}

@@ -126,8 +126,10 @@ class TokenWeightConfig:
 
     # uniform | discrepancy (less, the further the rollout has drifted from the teacher) |
     # change_point (nothing, once the teacher's margin has dropped) | entropy (nothing but where the
-    # student is least sure)
+    # student is least sure) | reward (nothing where the teacher finds the token far less likely
+    # than the student: where loss.mixture clips)
     rule: str = "uniform"
+    explore: float = 0.0  # first share of the steps, by rule reward whatever the rule says
     scale: float = 8.0  # discrepancy: nats of ln p_student - ln p_teacher that divide by e
     floor: float = 0.05  # discrepancy: least weight, beside 1 for a rollout's first token
     min_tokens: int = 16  # change_point: tokens on each side of it

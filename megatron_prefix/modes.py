@@ -90,16 +90,19 @@ def needs_teacher(recipe: Recipe) -> bool:
     return not supervised or (recipe.log.probe_interval > 0 and not recipe.rollout.replay)
 
 
-def teacher_heads(recipe: Recipe) -> int:
-    """How often a step with a teacher applies its LM head: once more for token weights, unless
-    they ask the student, or a server has named the likeliest tokens already."""
-    looks = recipe.loss.weights.rule not in ("uniform", "entropy")
-    return 2 if looks and recipe.teacher.placement != "server" else 1
+def weight_rule(recipe: Recipe, step: int) -> str:
+    """How the tokens of step ``step`` are weighed: ``reward`` while it explores."""
+    weights = recipe.loss.weights
+    return "reward" if step < weights.explore * recipe.train.steps else weights.rule
 
 
-def more_forwards(recipe: Recipe) -> int:
-    """Forward passes of the student before a step's own, of steps with a teacher."""
-    return int(recipe.loss.weights.rule == "entropy")
+def more_passes(recipe: Recipe, step: int) -> tuple[int, int]:
+    """What token weights ask of step ``step``, if it has a teacher, besides its own passes: how
+    often the teacher's LM head is applied, and the student run forward. A server has named its
+    likeliest tokens already."""
+    rule = weight_rule(recipe, step)
+    looks = rule not in ("uniform", "entropy") and recipe.teacher.placement != "server"
+    return int(looks), int(rule == "entropy")
 
 
 def probe_due(recipe: Recipe, finished: int) -> bool:

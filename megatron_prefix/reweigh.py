@@ -13,7 +13,7 @@ from megatron_prefix.entropy_choice import choose
 from megatron_prefix.loss.teacher_view import TeacherView, teacher_view
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.student import Objective
-from megatron_prefix.token_weights import raw_weights
+from megatron_prefix.token_weights import raw_weights, reward_weights
 from megatron_prefix.types import PrefixBatch, Targets, TopKTargets
 
 
@@ -45,6 +45,8 @@ def reweigh(
             sums += torch.stack([weights.sum(), weights.square().sum(), _count(weights)])
     dist.all_reduce(sums)
     total, squares, tokens = sums.tolist()
+    if not total:  # a rule that leaves nothing of a step has nothing to say of it
+        raw, total, squares = [torch.ones_like(weights) for weights in raw], tokens, tokens
     weighted = [
         replace(batch, token_weight=(weights / total).float())
         for batch, weights in zip(batches, raw, strict=bool(raw))
@@ -61,6 +63,9 @@ def _raw(
     config: TokenWeightConfig,
 ) -> Tensor:
     view = _view(model, batch, target, objective)
+    if config.rule == "reward":
+        sampled = batch.rollout_logprobs
+        return reward_weights(sampled, view.label_logprobs, objective.loss.mixture)
     seen = view.label_logprobs, view.margin
     return raw_weights(config, batch.prefix_offsets, batch.rollout_logprobs, *seen)
 

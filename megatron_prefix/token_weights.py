@@ -5,6 +5,8 @@ of each rollout's own, and not the length. Legend: N prefix positions of a micro
 after another.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,17 @@ def discrepancy_weights(drift: Tensor, starts: list[int], scale: float, floor: f
     first = torch.tensor(starts, device=drift.device)
     begun = sums[first].repeat_interleave(lengths - first)
     return (-(sums - begun).clamp(min=0.0) / scale).exp().clamp(min=floor)
+
+
+def reward_weights(student_logprobs: Tensor, teacher_logprobs: Tensor, mixture: float) -> Tensor:
+    """fp64 [N]: 1 where ln p_teacher - ln p_student is at least ln(mixture / (1 - mixture)), or 0.
+
+    The tokens of the exploring phase of relaxed on-policy distillation (arXiv 2603.11137), as
+    others report it: those whose reward is not clipped. Text that no server sampled weighs 1.
+    """
+    reward = teacher_logprobs - student_logprobs.double()
+    clipped = reward < math.log(mixture) - math.log1p(-mixture)
+    return (~clipped | student_logprobs.isnan()).double()
 
 
 def change_point(signal: Tensor, least: int, strength: float) -> int:

@@ -20,7 +20,13 @@ from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.offload import Offload
 from megatron_prefix.mcore.optimizer import TrainableStudent, UpdateResult
-from megatron_prefix.modes import asks_servers, evaluation_due, is_supervised, probe_due
+from megatron_prefix.modes import (
+    asks_servers,
+    evaluation_due,
+    is_supervised,
+    probe_due,
+    weight_rule,
+)
 from megatron_prefix.orders import Order, microbatches, share_order
 from megatron_prefix.phases import Phases
 from megatron_prefix.prefix_sums import PrefixSums
@@ -172,9 +178,10 @@ class Trainer:
         return [pack(order.rollouts, plan, m, self._parts.device) for m in own]
 
     def _weighted(self, batches: list[PrefixBatch], targets: Iterable[Targets] | None) -> Weighted:
-        weights, parts = self._recipe.loss.weights, self._parts
-        if targets is None or weights.rule == "uniform":
+        rule, parts = weight_rule(self._recipe, self._step), self._parts
+        if targets is None or rule == "uniform":
             return Weighted(batches, targets, effective_share=1.0)
+        weights = replace(self._recipe.loss.weights, rule=rule)
         return reweigh(parts.student.model, batches, list(targets), parts.objective, weights)
 
     def _update(self, sums: PrefixSums) -> UpdateResult:

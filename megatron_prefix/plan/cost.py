@@ -8,9 +8,8 @@ from megatron_prefix.config import Recipe
 from megatron_prefix.modes import (
     evaluation_due,
     is_supervised,
-    more_forwards,
+    more_passes,
     probe_due,
-    teacher_heads,
     written_count,
 )
 from megatron_prefix.plan.seen import Seen
@@ -65,6 +64,7 @@ class _Kind:
     start: int  # of the loss
     written: int  # rollouts
     supervised: bool
+    more_passes: tuple[int, int]  # of the teacher's LM head, of the student forward
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def _kind(recipe: Recipe, policy: PrefixPolicy, step: int) -> _Kind:
         loss_start(policy, step),
         written_count(recipe, step),
         is_supervised(recipe, step),
+        more_passes(recipe, step),
     )
 
 
@@ -167,8 +168,9 @@ def _run_cost(recipe: Recipe, costs: _Costs, kinds: Counter[_Kind]) -> StepCost:
 def _step(recipe: Recipe, costs: _Costs, kind: _Kind) -> Flops:
     """As the ledger counts it: what was written costs no sampling, cross-entropy no teacher."""
     batch = recipe.train.global_batch_size
-    one = costs.rollout(kind.length, kind.start, teacher_heads(recipe))
-    passes = 1.0 if kind.supervised else 1.0 + more_forwards(recipe) / BACKWARD
+    heads, forwards = kind.more_passes
+    one = costs.rollout(kind.length, kind.start, 1 + heads)
+    passes = 1.0 if kind.supervised else 1.0 + forwards / BACKWARD
     return Flops(
         rollout=one.rollout * (batch - kind.written),
         teacher=0.0 if kind.supervised else one.teacher * batch,

@@ -109,4 +109,5 @@ def hidden_states(run: ValidRun, stage: int, at: Mapping[str, int], in_a_step: i
 def _twice(recipe: Recipe) -> bool:
     """Whether a step, or a probe of gradients, keeps all of its targets."""
     probes = recipe.log.probe_interval > 0 and recipe.log.probe_agreement
-    return recipe.loss.weights.rule != "uniform" or probes
+    weights = recipe.loss.weights
+    return weights.rule != "uniform" or weights.explore > 0 or probes

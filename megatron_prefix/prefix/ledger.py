@@ -46,16 +46,10 @@ class Ledger:
         teacher: ModelShape,
         max_length: int,
         more_teachers: Mapping[str, ModelShape] | None = None,
-        *,
-        teacher_heads: int = 1,
-        more_forwards: int = 0,
     ) -> None:
-        """``more_teachers``: by the domain of the rollouts that they score. ``teacher_heads``: how
-        often a step applies a teacher's LM head to its positions; the counterfactual does so
-        once. ``more_forwards``: of the student, before the step's own passes."""
+        """``more_teachers``: by the domain of the rollouts that they score."""
         self._student, self._max_length = student, max_length
         self._teachers = {"": teacher, **(more_teachers or {})}
-        self._more_heads, self._student_passes = teacher_heads - 1, 1 + more_forwards / BACKWARD
         self._total = StepCost()
 
     @property
@@ -69,23 +63,30 @@ class Ledger:
         *,
         supervised: bool = False,
         discarded: Iterable[tuple[int, int]] = (),
+        more_passes: tuple[int, int] = (0, 0),
     ) -> StepCost:
         """The cost of these rollouts, scored from ``loss_start`` on; nothing entered.
 
         Written prefixes cost no sampling, a ``supervised`` step no teacher; tokens past a cut were
         sampled all the same, and so were ``discarded`` rollouts, given as (prompt, sampled) tokens.
-        The counterfactual is full-length on-policy distillation, of which nothing is discarded.
+        ``more_passes``: how often the teacher's LM head, and the student forward, were run besides
+        the step's own passes. The counterfactual is full-length on-policy distillation, with none
+        of these.
         """
+        passes = (
+            (0.0, 1.0) if supervised else (1.0 + more_passes[0], 1.0 + more_passes[1] / BACKWARD)
+        )
         known = dict[tuple[object, ...], StepCost]()
         total = StepCost(self.measure_answers(discarded))
         for rollout in rollouts:
             alike = _what_counts(rollout)
             if alike not in known:  # most rollouts of a short prefix cost the same
-                known[alike] = self._cost(rollout, loss_start, supervised)
+                known[alike] = self._cost(rollout, loss_start, passes)
             total += known[alike]
         return total
 
-    def _cost(self, rollout: Rollout, loss_start: int, supervised: bool) -> StepCost:
+    def _cost(self, rollout: Rollout, loss_start: int, passes: tuple[float, float]) -> StepCost:
+        """``passes``: of the teacher's LM head, with a trunk where it is not 0; of the student."""
         prefix = len(rollout.prefix_ids)
         by_itself = rollout.finish_reason == "stop"
         full = prefix if by_itself else max(prefix, self._max_length)
@@ -94,8 +95,8 @@ class Ledger:
         sampled = self._flops(rollout, prefix + rollout.discarded, loss_start).rollout
         spent = Flops(
             rollout=0.0 if rollout.written else sampled,
-            teacher=0.0 if supervised else cost.teacher + self._more_heads * heads,
-            student=cost.student if supervised else cost.student * self._student_passes,
+            teacher=cost.teacher + (passes[0] - 1.0) * heads if passes[0] else 0.0,
+            student=cost.student * passes[1],
         )
         prompt = len(rollout.prompt_ids)
         return StepCost(spent, self._flops(rollout, full, 0), prompt, prefix, full)

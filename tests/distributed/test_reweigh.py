@@ -13,6 +13,7 @@ from megatron_prefix.config import LossConfig, TokenWeightConfig
 from megatron_prefix.loss.teacher_view import TeacherView
 from megatron_prefix.reweigh import reweigh, view_of_top_k
 from megatron_prefix.student import Objective, forward_backward
+from megatron_prefix.token_weights import raw_weights
 from megatron_prefix.types import Rollout, TopKTargets
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
@@ -43,26 +44,26 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return student, write_tiny_qwen3(root / "teacher", **wide, **sizes)
 
 
-def sampled() -> list[Rollout]:
+def sampled(logprob: float = -3.5) -> list[Rollout]:
     """With log-probabilities as if the student had found each token likely."""
     return [
-        replace(rollout, rollout_logprobs=(-3.5,) * len(rollout.prefix_ids))
+        replace(rollout, rollout_logprobs=(logprob,) * len(rollout.prefix_ids))
         for rollout in rollouts()
     ]
 
 
 def weighted_step(
-    case: Case, world_size: int, config: TokenWeightConfig
+    case: Case, world_size: int, config: TokenWeightConfig, logprob: float = -3.5
 ) -> tuple[float, float, float, float, torch.Tensor | None]:
     """Loss, gradient norm, effective share, the weights' sum on this rank, and the last norm's
     gradient."""
     world = World.build(case, world_size)
     groups = world.student.model.groups
-    plan = plan_microbatches(sampled(), MICROBATCHES, multiple=8)
-    batches = [
-        pack(sampled(), plan, m, CPU) for m in plan.of_replica(groups.dp_rank, groups.layout.dp)
-    ]
-    targets = world.teacher.targets(sampled(), plan)
+    rollouts = sampled(logprob)
+    plan = plan_microbatches(rollouts, MICROBATCHES, multiple=8)
+    own = plan.of_replica(groups.dp_rank, groups.layout.dp)
+    batches = [pack(rollouts, plan, m, CPU) for m in own]
+    targets = world.teacher.targets(rollouts, plan)
     weighted = reweigh(world.student.model, batches, targets, world.objective, config)
     sums = forward_backward(
         world.student, weighted.batches, targets, world.objective, LONGEST_PREFIX
@@ -74,11 +75,22 @@ def weighted_step(
     return sums.loss, norm, weighted.effective_share, total, gradient
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_gradients_are_those_of_the_weighted_mean(folders: tuple[Path, Path], rule: str) -> None:
-    from megatron_prefix.token_weights import raw_weights
+def reference_weights(
+    config: TokenWeightConfig, rollout: Rollout, teacher_logprobs: torch.Tensor
+) -> torch.Tensor:
+    """fp64 [L] from fp64 [L, V]."""
+    labels, sampled = torch.tensor(rollout.prefix_ids), torch.tensor(rollout.rollout_logprobs)
+    label = teacher_logprobs.gather(1, labels[:, None])[:, 0]
+    if config.rule == "reward":  # the loss's mixture is 0.2
+        return (label - sampled >= math.log(0.25)).double()
+    best = teacher_logprobs.topk(2, dim=1).values
+    return raw_weights(config, torch.arange(len(labels)), sampled, label, best[:, 0] - best[:, 1])
 
-    case, config = Case(*map(model_config, folders)), RULES[rule]
+
+@pytest.mark.parametrize("rule", [*RULES, "reward"])
+def test_gradients_are_those_of_the_weighted_mean(folders: tuple[Path, Path], rule: str) -> None:
+    case = Case(*map(model_config, folders))
+    config = RULES.get(rule, TokenWeightConfig("reward"))
     ((loss, _, share, total, gradient),) = run_ranks(1, weighted_step, case, 1, config)
     load = transformers.AutoModelForCausalLM.from_pretrained
     model, teacher = (load(folder, dtype=torch.float64) for folder in folders)
@@ -90,17 +102,7 @@ def test_gradients_are_those_of_the_weighted_mean(folders: tuple[Path, Path], ru
         with torch.no_grad():
             log_q = teacher(ids).logits[0, first:].log_softmax(-1)
         kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        labels = torch.tensor(rollout.prefix_ids)
-        best = log_q.topk(2, dim=1).values
-        weights.append(
-            raw_weights(
-                config,
-                torch.arange(len(labels)),
-                torch.tensor(rollout.rollout_logprobs),
-                log_q.gather(1, labels[:, None])[:, 0],
-                best[:, 0] - best[:, 1],
-            )
-        )
+        weights.append(reference_weights(config, rollout, log_q))
     weight = torch.cat(weights)
     assert weight.min() < 0.5 < weight.max()
     expected = (torch.cat(kl) * weight).sum() / weight.sum()
@@ -113,6 +115,16 @@ def test_gradients_are_those_of_the_weighted_mean(folders: tuple[Path, Path], ru
     reference = model.model.norm.weight.grad
     assert gradient is not None
     assert (gradient.double() - reference).norm() <= 1e-5 * reference.norm()
+
+
+def test_a_step_of_which_a_rule_leaves_nothing_is_learnt_from_evenly(
+    folders: tuple[Path, Path],
+) -> None:
+    """As if the student had been certain of every token, and the teacher of none."""
+    case, config = Case(*map(model_config, folders)), TokenWeightConfig("reward")
+    ((loss, norm, share, total, _),) = run_ranks(1, weighted_step, case, 1, config, 0.0)
+    assert math.isfinite(loss) and norm > 0.0
+    assert (share, total) == (1.0, pytest.approx(1.0, abs=1e-6))
 
 
 def test_the_least_sure_tokens_alone_are_learnt_from(folders: tuple[Path, Path]) -> None:

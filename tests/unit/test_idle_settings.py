@@ -15,14 +15,14 @@ from megatron_prefix.config import (
     LossConfig,
     ModeConfig,
     PrefixConfig,
-    Recipe,
     RecallConfig,
+    Recipe,
     TokenWeightConfig,
     TrainConfig,
 )
-from megatron_prefix.validate.idle import idle_settings
 from megatron_prefix.prefix.registry import POLICIES
 from megatron_prefix.recipe import load_recipe
+from megatron_prefix.validate.idle import idle_settings
 
 TEN_STEPS = TrainConfig(steps=10)
 LONG = PrefixConfig("fixed", 9, 75)

@@ -7,20 +7,25 @@ import pytest
 from megatron_prefix.config import (
     EvalConfig,
     LogConfig,
+    LossConfig,
     ModeConfig,
+    ModelConfig,
     Recipe,
     RolloutConfig,
+    TokenWeightConfig,
     TrainConfig,
 )
 from megatron_prefix.modes import (
     MODES,
     asks_servers,
     is_supervised,
+    more_passes,
     needs_prompts,
     needs_rollouts,
     needs_servers,
     needs_teacher,
     needs_written,
+    weight_rule,
     written_count,
 )
 
@@ -89,3 +94,15 @@ def test_a_replay_asks_nobody(name: str) -> None:
     replayed = replace(judged, rollout=RolloutConfig(replay="rollouts"))
     assert not needs_servers(replayed) and not needs_prompts(replayed)
     assert not any(asks_servers(replayed, step) for step in range(STEPS + 1))
+
+
+def test_tokens_are_weighed_by_reward_while_a_run_explores() -> None:
+    weights = LossConfig(weights=TokenWeightConfig("entropy", explore=0.25))
+    ours = replace(recipe(), loss=weights)
+    rules = [weight_rule(ours, step) for step in range(STEPS)]
+    assert rules == ["reward"] * 5 + ["entropy"] * 15
+    assert {more_passes(ours, step) for step in range(5)} == {(1, 0)}
+    assert {more_passes(ours, step) for step in range(5, STEPS)} == {(0, 1)}
+    served = replace(ours, teacher=ModelConfig(placement="server"))
+    assert more_passes(served, 0) == (0, 0)
+    assert more_passes(recipe(), 0) == (0, 0) and weight_rule(recipe(), 0) == "uniform"

@@ -140,10 +140,9 @@ def in_the_ledger(run: ValidRun, domains: Sequence[str], teacher_prompt: int = 0
     """What a run's own ledger holds at its end, every rollout as long as its step allows."""
     recipe = run.recipe
     rule = recipe.loss.weights.rule
-    passes = {"teacher_heads": 2 if rule == "discrepancy" else 1}
-    passes["more_forwards"] = int(rule == "entropy")
+    passes = int(rule == "discrepancy"), int(rule == "entropy")
     shapes = {name: model_shape(model.hf.config) for name, model in run.more_teachers.items()}
-    ledger = Ledger(*both(run), recipe.prefix.max_length, shapes, **passes)
+    ledger = Ledger(*both(run), recipe.prefix.max_length, shapes)
     policy = build_policy(recipe.prefix, STEPS)
     for step in range(STEPS):
         length, written = policy.length(step), written_count(recipe, step)
@@ -156,7 +155,11 @@ def in_the_ledger(run: ValidRun, domains: Sequence[str], teacher_prompt: int = 0
             for index in range(BATCH)
         ]
         supervised = is_supervised(recipe, step)
-        ledger.add(ledger.measure(rollouts, loss_start(policy, step), supervised=supervised))
+        start = loss_start(policy, step)
+        explores = step < recipe.loss.weights.explore * STEPS
+        more = (1, 0) if explores else passes
+        cost = ledger.measure(rollouts, start, supervised=supervised, more_passes=more)
+        ledger.add(cost)
     return ledger.total
 
 
@@ -217,6 +220,17 @@ def test_a_look_at_the_students_entropy_costs_the_student_a_pass(recipe: Recipe)
     plain = planned(recipe).cost.run.flops
     assert plan.cost.run.flops.student == pytest.approx(plain.student * 4 / 3)
     assert plan.cost.run.flops.teacher == plain.teacher
+
+
+def test_exploring_steps_ask_the_teacher_once_more_and_the_others_the_student(
+    recipe: Recipe,
+) -> None:
+    weights = LossConfig(weights=TokenWeightConfig(rule="entropy", explore=0.4))
+    run = validate(replace(recipe, loss=weights))
+    cost, plain = make_plan(run, look_at_prompts(run)).cost.run, planned(recipe).cost.run.flops
+    check_same(cost, in_the_ledger(run, [""]))
+    assert plain.student < cost.flops.student < plain.student * 4 / 3
+    assert plain.teacher < cost.flops.teacher
 
 
 def test_a_teacher_that_reads_and_weighs_costs_more(recipe: Recipe) -> None:

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 
 from megatron_prefix.config import TokenWeightConfig
 from megatron_prefix.loss.teacher_view import teacher_view
-from megatron_prefix.token_weights import change_point, raw_weights, rollout_starts
+from megatron_prefix.token_weights import (
+    change_point,
+    raw_weights,
+    reward_weights,
+    rollout_starts,
+)
 
 # No two means of these differ by less than the loop below can tell apart.
 HUNDREDTHS = st.integers(0, 400).map(lambda hundredths: hundredths / 100)
@@ -91,6 +96,13 @@ def test_change_points_are_each_rollouts_own() -> None:
     student = torch.zeros(len(margin))
     kept = raw_weights(config, offsets, student, margin, margin)
     assert kept.tolist() == [1.0] * 4 + [0.0] * 4 + [1.0] * 9 + [1.0] * 4 + [0.0] * 4
+
+
+def test_tokens_whose_reward_would_be_clipped_are_not_learnt_from() -> None:
+    student = torch.tensor([-1.0, -1.0, -1.0, math.nan])
+    teacher = torch.tensor([-0.5, -2.38, -2.40, -9.0], dtype=torch.float64)
+    assert reward_weights(student, teacher, 0.2).tolist() == [1.0, 1.0, 0.0, 1.0]  # ln 0.25 = -1.39
+    assert reward_weights(student, teacher, 0.5).tolist() == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_a_microbatch_with_nothing_in_the_loss_has_no_weights() -> None:
