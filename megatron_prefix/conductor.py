@@ -344,5 +344,5 @@ class Conductor:
 
 def _details(rollout: Rollout) -> dict[str, str | int]:
     author, tokens = "written" if rollout.written else "student", len(rollout.prefix_ids)
-    told = {"finish_reason": rollout.finish_reason, "tokens": tokens}
+    told: dict[str, str | int] = {"finish_reason": rollout.finish_reason, "tokens": tokens}
     return told | {"policy_version": rollout.policy_version, "author": author}

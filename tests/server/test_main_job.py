@@ -20,6 +20,7 @@ from megatron_prefix.config import DataConfig, EvalConfig
 from megatron_prefix.evaluate import evaluate
 from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
 from megatron_prefix.types import Prompt, Rollout
+from tests.server.by_transformers import greedy_rollout
 from tests.tiny_models import write_tiny_qwen3
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -205,7 +206,7 @@ def test_an_evaluation_by_the_rollouts_servers_is_that_of_the_exported_step(
     model = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
 
     def answered(prompts: Sequence[Prompt], most: int) -> list[Rollout]:
-        return [greedily(model, prompt, most) for prompt in prompts]
+        return [greedy_rollout(model, prompt, most, END) for prompt in prompts]
 
     config = EvalConfig(str(ASSETS / "gsm8k_8.jsonl"), prompt_column="question")
     offline = evaluate(
@@ -223,14 +224,6 @@ def test_an_evaluation_by_the_rollouts_servers_is_that_of_the_exported_step(
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert lines[step]["accuracy"] == offline.accuracy
     assert lines[step]["truncated"] == offline.truncated
-
-
-def greedily(model: transformers.PreTrainedModel, prompt: Prompt, most: int) -> Rollout:
-    ids = torch.tensor([prompt.input_ids])
-    whole = model.generate(ids, max_new_tokens=most, do_sample=False, eos_token_id=END)
-    answer = tuple(whole[0, ids.shape[1] :].tolist())
-    reason = "stop" if answer[-1] == END else "length"
-    return Rollout(prompt.input_ids, answer, (0.0,) * len(answer), reason, 0, prompt.index)
 
 
 def test_replayed_without_interruption_it_is_the_same_run_to_the_last_bit(
