@@ -84,6 +84,14 @@ def check_server(endpoint: Endpoint, config: ModelConfig, section: str) -> None:
         if config.server.verify_weights:
             _verify_weights(client, config, hf)
             logger.info("%s holds the weights of %s: checksums agree", endpoint.url, hf.path)
+        elif config.server.urls:
+            logger.warning(
+                "%s serves the architecture of %s; its weights were not compared "
+                "(%s.server.verify_weights=true does)",
+                endpoint.url,
+                hf.path,
+                section,
+            )
 
 
 def _verify_weights(client: SglangClient, config: ModelConfig, hf: HfModel) -> None:

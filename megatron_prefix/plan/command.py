@@ -7,10 +7,11 @@ from dataclasses import replace
 from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import Recipe
 from megatron_prefix.plan.build import count_held
-from megatron_prefix.plan.fit import measure_fit, refusal, with_remedy
+from megatron_prefix.plan.fit import free_for_servers, measure_fit, refusal, with_remedy
 from megatron_prefix.plan.make import Plan, make_plan
 from megatron_prefix.plan.memory import RankPlan, Stage, plan_ranks
 from megatron_prefix.plan.seen import Seen, look_at_prompts
+from megatron_prefix.plan.servers import refuse_servers
 from megatron_prefix.plan.sizes import ModelSizes
 from megatron_prefix.plan.view import plan_json, print_plan
 from megatron_prefix.types import Held
@@ -29,6 +30,7 @@ def run_plan(recipe: Recipe, cluster: Cluster, *, as_json: bool, quick: bool) ->
         print_plan(plan, Console())
     if plan.fit and not plan.fit.fits:
         raise ValueError(refusal(plan.fit))
+    refuse_servers(plan.teacher_servers, free_for_servers(recipe))
 
 
 def plan_recipe(recipe: Recipe, cluster: Cluster, *, quick: bool) -> Plan:

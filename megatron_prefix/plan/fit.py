@@ -79,6 +79,12 @@ def measure_fit(
     )
 
 
+def free_for_servers(recipe: Recipe) -> int:
+    """Bytes of a card that a teacher's server may have; 0 where the recipe names no card."""
+    run = recipe.run
+    return round((run.gpu_memory_gib - run.gpu_reserve_gib) * GIB) if on_gpus(recipe) else 0
+
+
 def _server_share(recipe: Recipe) -> float:
     rollout = recipe.rollout
     if rollout.server_urls or not needs_servers(recipe):

@@ -3,8 +3,15 @@
 from dataclasses import replace
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.plan.fit import measure_fit, refusal, server_share_stated, with_remedy
+from megatron_prefix.plan.fit import (
+    free_for_servers,
+    measure_fit,
+    refusal,
+    server_share_stated,
+    with_remedy,
+)
 from megatron_prefix.plan.memory import plan_ranks
+from megatron_prefix.plan.servers import refuse_servers, teacher_servers
 from megatron_prefix.plan.sizes import ModelSizes
 from megatron_prefix.validate import validate
 
@@ -26,6 +33,7 @@ def refuse_what_does_not_fit(
     recipe = replace(recipe, run=replace(recipe.run, gpu_memory_gib=min(limits)))
     read = ModelSizes()
     run = validate(recipe, read, sizes_only=True)
+    refuse_servers(teacher_servers(run), free_for_servers(recipe))
     fit = measure_fit(recipe, plan_ranks(run), servers_elsewhere=servers_elsewhere or guessed)
     if fit is None or fit.fits:
         return

@@ -9,6 +9,7 @@ from megatron_prefix.plan.cost import CostPlan, plan_cost
 from megatron_prefix.plan.fit import Fit
 from megatron_prefix.plan.memory import RankPlan, Stage, plan_ranks
 from megatron_prefix.plan.seen import Seen
+from megatron_prefix.plan.servers import TeacherServers, teacher_servers
 from megatron_prefix.plan.stages import whole_parameters
 from megatron_prefix.types import Held
 from megatron_prefix.validate import ValidModel, ValidRun
@@ -46,6 +47,7 @@ class Plan:
     shapes: tuple[str, ...] = ()  # files of shapes that stood in for folders not here yet
     fit: Fit | None = None  # None: the recipe does not say how much a card holds
     more_teachers: dict[str, ModelPlan] = field(default_factory=dict)  # by domain
+    teacher_servers: tuple[TeacherServers, ...] = ()
 
 
 def make_plan(
@@ -64,6 +66,7 @@ def make_plan(
         ranks=plan_ranks(run, held),
         cost=plan_cost(run, seen or Seen()),
         more_teachers={name: _plan_model(model) for name, model in run.more_teachers.items()},
+        teacher_servers=teacher_servers(run),
     )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_prefix.plan.fit import GIB, Fit
+from megatron_prefix.plan.fit import GIB, Fit, free_for_servers
 from megatron_prefix.plan.make import ModelPlan, Plan
 from megatron_prefix.plan.memory import RankPlan, on_gpus
+from megatron_prefix.plan.servers import servers_lines
 from megatron_prefix.plan.teachers import stage_at
 
 KINDS_SHOWN = 6
@@ -240,6 +241,7 @@ def _assumptions(plan: Plan) -> str:
         *_of_the_mode(plan),
         _how_counted(plan),
         *_offloaded(plan),
+        *servers_lines(plan.teacher_servers, free_for_servers(plan.recipe)),
         *(_stand_in(Path(file)) for file in plan.shapes),
         *([_fit_line(plan.fit)] if plan.fit else []),
     ]
