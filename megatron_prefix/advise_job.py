@@ -15,7 +15,13 @@ from megatron_prefix.launcher import launch_local
 from megatron_prefix.pilot import Pilot, read_pilot
 from megatron_prefix.prefix import model_shape
 from megatron_prefix.preflight import check_data_sets, check_machine
-from megatron_prefix.recipe import RECORD_NAME, check_run_folder, load_recipe, load_record
+from megatron_prefix.recipe import (
+    RECORD_NAME,
+    check_run_folder,
+    load_recipe,
+    load_record,
+    write_own_data,
+)
 from megatron_prefix.report import picture
 from megatron_prefix.validate import validate
 from megatron_prefix.validate.limits import check_choice
@@ -58,6 +64,7 @@ def _make_pilot(arguments: argparse.Namespace) -> tuple[Path, Recipe, int]:
     if arguments.step is not None:
         raise ValueError(f"--step {arguments.step}: a pilot has none; name the folder of a run")
     recipe = load_recipe(arguments.source, "", arguments.overrides)
+    write_own_data(arguments.source)
     words = [*arguments.overrides, *_PILOT, f"train.steps={arguments.pilot_steps}"]
     words += [f"run.name={recipe.run.name}-pilot", f"prefix.min_length={recipe.prefix.max_length}"]
     pilot = load_recipe(arguments.source, "", words)

@@ -16,6 +16,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_prefix.config import Fp8Config
 
@@ -23,7 +24,10 @@ State = Literal["ok", "missing", "absent"]  # absent: not here, and not needed f
 
 DISTRIBUTION = "megatron-prefix"
 ALWAYS_SHOWN = ("torch", "megatron-core", "sglang", "transformers", "datasets", "nemo-run")
-GPU_EXTRA = "on a GPU: pip install 'megatron-prefix[gpu]'"
+GPU_EXTRA = (
+    "on a GPU, with nvcc: .tools/bin/uv pip install --no-build-isolation-package "
+    "transformer-engine-torch -e '.[gpu]'"
+)
 COMPILERS = ("c++", "g++", "clang++")
 SLURM = ("sbatch", "srun", "scontrol", "sacct")
 
@@ -91,12 +95,17 @@ def findings_json(findings: Findings) -> str:
 
 def print_findings(findings: Findings, console: Console) -> None:
     table = Table(title="This machine", title_justify="left")
-    for column in ("", "", "found", "mend it with"):
+    for column in ("", "", "found"):
         table.add_column(column, overflow="fold")
-    marks = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "absent": "[yellow]absent[/]"}
+    colours = {"ok": "green", "missing": "red", "absent": "yellow"}
     for finding in findings.findings:
-        table.add_row(finding.name, marks[finding.state], finding.found, finding.remedy)
+        state = Text(finding.state, style=colours[finding.state])
+        table.add_row(finding.name, state, Text(finding.found))
     console.print(table)
+    for finding in findings.findings:
+        if finding.remedy:  # a line each, to be copied; its brackets are no markup
+            words = f"{finding.name}: {finding.remedy}"
+            console.print(words, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Engine: {findings.engine}")
     console.print(f"Precisions: {', '.join(findings.precisions) or 'none'}")
     console.print(f"FP8 recipes: {', '.join(findings.fp8_recipes) or 'none on this machine'}")

@@ -60,10 +60,8 @@ def check_data_sets(recipe: Recipe) -> None:
         check_written(recipe, tokenizer, agreed_stop_ids(recipe))
     if recipe.eval.path:
         from megatron_prefix.evaluate import load_eval_set
-        from megatron_prefix.scorers import load_scorer
         from megatron_prefix.tokenizers import load_tokenizer
 
-        load_scorer(recipe.eval.scorer)
         load_eval_set(recipe.eval, load_tokenizer(recipe.student.hf_path), recipe.data)
 
 

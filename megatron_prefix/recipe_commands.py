@@ -123,11 +123,12 @@ def run_prepare(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> Recipe:
-    from megatron_prefix.recipe import load_recipe
+    from megatron_prefix.recipe import load_recipe, write_own_data
     from megatron_prefix.secret_keys import check_secrets
 
     recipe = load_recipe(arguments.recipe, arguments.overlay, arguments.overrides)
     check_secrets(recipe)
+    write_own_data(arguments.recipe)
     return recipe
 
 

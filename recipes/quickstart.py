@@ -1,8 +1,7 @@
 """SORT-CHAIN on one machine without a GPU: what ``make quickstart`` runs.
 
 Student A plans badly; the teacher corrects it from prefixes of 9 tokens, with every eighth step at
-full length to hold the rest of the response in place. The data files are written by
-``megatron_prefix.tasks.sort_chain.prepare_data(".cache/sort_chain")``.
+full length to hold the rest of the response in place.
 """
 
 from megatron_prefix.config import (
@@ -21,6 +20,11 @@ from megatron_prefix.config import (
 from megatron_prefix.tasks import sort_chain
 
 DATA_FOLDER = ".cache/sort_chain"
+
+
+def write_data() -> None:
+    """What the recipe reads; commands call it first. In no time, and nothing where it is there."""
+    sort_chain.prepare_data(DATA_FOLDER)
 
 
 def recipe() -> Recipe:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_prefix.cli import main as command
-from megatron_prefix.exit_codes import BAD_INPUT, SAVED
+from megatron_prefix.exit_codes import BAD_INPUT, DONE, SAVED
 from megatron_prefix.figure import quickstart_figure
 from megatron_prefix.recipe import load_recipe
 from megatron_prefix.report.tables import phase_table, summary_table
@@ -21,6 +21,9 @@ RECIPE = "recipes/quickstart.py"
 
 
 def main(overrides: list[str]) -> int:
+    if {"-h", "--help"} & set(overrides):
+        print(__doc__)
+        return DONE
     console = Console()
     try:
         recipe = load_recipe(RECIPE, overrides=overrides)

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_prefix.exit_codes import BAD_INPUT, DONE, FAILED, SAVED
-from megatron_prefix.recipe import load_recipe
+from megatron_prefix.recipe import load_recipe, write_own_data
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.protocol import SglangError
 from megatron_prefix.rollout.server import ServerFailed, server_pool
@@ -44,6 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def work(args: argparse.Namespace, console: Console) -> int:
     recipe = load_recipe(args.recipe, overrides=args.overrides)
+    write_own_data(args.recipe)
     limit = args.max_new_tokens
     writing = Writing(
         recipe,

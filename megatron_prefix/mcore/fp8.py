@@ -133,8 +133,8 @@ def refuse_machine(fp8: Fp8Config, owner: str) -> None:
         )
     if importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
-            f"{owner}.fp8.format={fp8.format!r} needs Transformer Engine; install it with "
-            "pip install 'megatron-prefix[gpu]'"
+            f"{owner}.fp8.format={fp8.format!r} needs Transformer Engine; `megatron-prefix "
+            "doctor` names the command that installs it"
         )
     major, minor = torch.cuda.get_device_capability()
     card = torch.cuda.get_device_name()

@@ -57,7 +57,8 @@ def _models(plan: Plan) -> Table:
             for m in both
         ],
         "layers by stage": [" + ".join(map(str, model.layers_by_stage)) for model in both],
-        "vocabulary, padded": [f"{m.vocab_size:,}, {m.padded_vocab_size:,}" for m in both],
+        "vocabulary": [f"{m.vocab_size:,}" for m in both],
+        "  padded to": [f"{m.padded_vocab_size:,}" for m in both],
         "tensor-parallel groups": [_groups(model, "tp") for model in both],
         "data-parallel groups": [_groups(model, "dp") for model in both],
         "pipeline groups": [_groups(model, "pp") for model in both],
@@ -88,16 +89,19 @@ def _groups(model: ModelPlan, kind: str) -> str:
 
 
 def _joined(ranks: Sequence[int]) -> str:
-    if len(ranks) <= 8:
+    """0-7 or 0,4..28: ranks of a group are equally far apart."""
+    if len(ranks) < 4:
         return ",".join(map(str, ranks))
-    return f"{ranks[0]},{ranks[1]}..{ranks[-1]}"
+    first, second, last = ranks[0], ranks[1], ranks[-1]
+    return f"{first}-{last}" if second == first + 1 else f"{first},{second}..{last}"
 
 
 def _ranks(plan: Plan) -> Table:
     """One column a kind of rank; rows of nothing are left out."""
     unit, size = _unit(max(rank.total for rank in plan.ranks))
     kinds = [_kind(plan, ranks) for ranks in _shown(rank_kinds(plan.ranks))]
-    table = _table(f"{unit} a rank", ["", *(f"{kind.name}\n{kind.ranks}" for kind in kinds)])
+    title = f"{unit} a rank, by its stage of student / teacher"
+    table = _table(title, ["", *(f"{kind.name}\n{kind.ranks}" for kind in kinds)])
     for name in kinds[0].bytes:
         held = [kind.bytes[name] for kind in kinds]
         if any(held) or name == "sum":
@@ -183,7 +187,7 @@ def _stage(number: int, stages: int) -> str:
 
 
 def _spans(ranks: Sequence[int]) -> str:
-    """0-7,16-23 for ranks in order."""
+    """ranks 0-7,16-23 for ranks in order."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and rank == spans[-1][1] + 1:
@@ -191,7 +195,8 @@ def _spans(ranks: Sequence[int]) -> str:
         else:
             spans.append([rank, rank])
     shown = [f"{first}-{last}" if last > first else str(first) for first, last in spans]
-    return ",".join(shown[:4]) + (",..." if len(shown) > 4 else "")
+    told = ",".join(shown[:4]) + (",..." if len(shown) > 4 else "")
+    return f"ranks {told}" if len(ranks) > 1 else f"rank {told}"
 
 
 def _costs(plan: Plan) -> Table:
@@ -237,7 +242,7 @@ def _assumptions(plan: Plan) -> str:
     lines = [
         f"Prompts have {cost.prompt_tokens} tokens ({cost.prompt_tokens_from}); every rollout "
         "fills its prefix length.",
-        f"Each student replica takes {cost.microbatches_a_replica} microbatches a step.",
+        f"Microbatches of each student replica a step: {cost.microbatches_a_replica}.",
         *_of_the_mode(plan),
         _how_counted(plan),
         *_offloaded(plan),
@@ -284,8 +289,8 @@ def _how_counted(plan: Plan) -> str:
     counted = "counted on the very modules" if plan.built else "by arithmetic"
     where = "as Transformer Engine runs" if on_gpus(plan.recipe) else "as without a GPU"
     return (
-        f"Weights, gradients and optimizer are {counted}. Below them are estimates, {where}, with "
-        "every prompt and prefix at its longest."
+        f"Weights, gradients and optimizer are {counted}. The rows below them are estimates, "
+        f"{where}, with every prompt and prefix at its longest."
     )
 
 

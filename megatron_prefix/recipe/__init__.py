@@ -1,6 +1,6 @@
 """From a recipe's name to settings, and their record in the run's folder. Imports config alone."""
 
-from megatron_prefix.recipe.load import factory_beside, load_recipe
+from megatron_prefix.recipe.load import factory_beside, load_recipe, write_own_data
 from megatron_prefix.recipe.record import (
     OUTSIDE_IDENTITY,
     RECORD_NAME,
@@ -21,4 +21,5 @@ __all__ = [
     "load_recipe",
     "load_record",
     "save_record",
+    "write_own_data",
 ]

@@ -51,6 +51,13 @@ def factory_beside(source: str, name: str) -> Callable[[], Any] | None:
     return found if callable(found) else None
 
 
+def write_own_data(source: str) -> None:
+    """Calls ``write_data()`` of the recipe's file, where it has one: its data set is made by it."""
+    write = factory_beside(source, "write_data")
+    if write:
+        write()
+
+
 def _base_recipe(source: str) -> Recipe:
     if Path(source).suffix in _YAML:
         return load_record(Path(source))

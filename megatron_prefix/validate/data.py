@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.modes import evaluates_aside, needs_prompts, needs_teacher, needs_written
+from megatron_prefix.scorers import load_scorer
 from megatron_prefix.watchdog import longest_wait
 
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -34,6 +35,7 @@ def check_data(recipe: Recipe) -> None:
             f"mode.written.path={written} is read by no step of mode.name={recipe.mode.name}; "
             "take off_policy, mixed or sft, or set mode.warmup_steps"
         )
+    load_scorer(recipe.eval.scorer)
     paths = {
         "data.path": recipe.data.path,
         "mode.written.path": written,

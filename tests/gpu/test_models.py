@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_transformer_engine_is_what_runs(one_rank: torch.device) -> None:
     from megatron_prefix.mcore.model import uses_transformer_engine
 
-    assert uses_transformer_engine(), "install it: pip install 'megatron-prefix[gpu]'"
+    assert uses_transformer_engine(), "megatron-prefix doctor says how to install it"
 
 
 def test_logits_equal_transformers_in_bf16(

@@ -185,14 +185,14 @@ def test_doctor_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_fails_where_something_needed_is_missing() -> None:
     ok = Finding("torch", "ok", "2")
     absent = Finding("gpu", "absent", "none")
-    missing = Finding("sglang", "missing", "not installed", "make env")
+    missing = Finding("sglang", "missing", "not installed", "make env '.[gpu]'")
     assert Findings((ok, absent), "CPU", ("fp32",), ()).cpu_path
     lacking = Findings((ok, absent, missing), "CPU", ("fp32",), ())
     assert not lacking.cpu_path
     assert json.loads(findings_json(lacking))["cpu_path"] is False
     text = io.StringIO()
     print_findings(lacking, Console(file=text, width=100))
-    assert "make env" in text.getvalue()
+    assert "sglang: make env '.[gpu]'\n" in text.getvalue()
     assert "cannot yet run" in text.getvalue()
 
 

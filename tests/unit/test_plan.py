@@ -204,7 +204,7 @@ def test_json_is_exact_and_tables_name_every_rank(recipe: Recipe) -> None:
     text = io.StringIO()
     print_plan(plan, Console(file=text, width=100))
     shown = text.getvalue()
-    assert "[0,1]" in shown and "265, 272" in shown
+    assert "[0,1]" in shown and "265" in shown and "272" in shown
     assert f"{plan.cost.run.ratio:.3f}" in shown
     assert "expert" not in shown
     spread = replace(plan.teacher, expert_model_parallel_size=4, expert_tensor_parallel_size=2)

@@ -7,7 +7,7 @@ from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import Recipe
 from megatron_prefix.plan import ModelSizes, plan_recipe
 from megatron_prefix.plan.stages import whole_parameters
-from megatron_prefix.recipe import factory_beside, load_recipe
+from megatron_prefix.recipe import factory_beside, load_recipe, write_own_data
 from megatron_prefix.scorers import load_scorer
 from megatron_prefix.tasks import sort_chain
 
@@ -26,7 +26,7 @@ def test_every_shipped_recipe_can_be_planned_and_fits(path: Path) -> None:
     recipe, beside = load_recipe(str(path)), factory_beside(str(path), "cluster")
     if not (
         recipe.data.path and Path(recipe.data.path).exists()
-    ):  # the user's to name, or made by `make quickstart`
+    ):  # the user's to name, or made by its own write_data()
         recipe = replace(recipe, data=replace(recipe.data, path="some/hub-id"))
         recipe = replace(recipe, eval=replace(recipe.eval, path=""))
     if not recipe.student.hf_path:
@@ -62,3 +62,14 @@ def test_the_quickstart_is_the_tasks_own_setting() -> None:
     assert recipe.data.max_prompt_length == 14 and recipe.eval.samples == 500
     assert Path(recipe.student.hf_path, "config.json").is_file()
     assert Path(recipe.teacher.hf_path, "config.json").is_file()
+
+
+def test_the_quickstart_writes_what_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_own_data("quickstart")
+    recipe = load_recipe("quickstart")
+    assert len(Path(recipe.data.path).read_text().splitlines()) == 8192
+    assert len(Path(recipe.eval.path).read_text().splitlines()) == recipe.eval.samples
+    write_own_data("gsm8k_bytes")  # has none: its data is the user's
