@@ -41,7 +41,7 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
     from megatron_prefix.mcore.convert import Conversion, hf_to_megatron
     from megatron_prefix.mcore.progress_bar import byte_progress
     from megatron_prefix.mcore.source import open_source, parameters, params_dtype
-    from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, gib
+    from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, done, gib
 
     check_ranks(args.ranks, crew.size)
     crew.lead(lambda: check_output(args.output, overwrite=args.overwrite))
@@ -54,8 +54,7 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
     label = "checking" if args.dry_run else "converting"
     with byte_progress(label, job.bytes // crew.size, show=crew.rank == 0) as advance:
         hf_to_megatron(job, advance, dry_run=args.dry_run)
-    if crew.rank == 0:
-        print(f"{'would write' if args.dry_run else 'wrote'} {args.output}: {what}")
+    done(args, what, crew.rank)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -54,7 +54,7 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
     from megatron_prefix.mcore.progress_bar import byte_progress
     from megatron_prefix.mcore.source import open_config, parameters
     from megatron_prefix.mcore.steps import find_step
-    from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, gib
+    from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, done, gib
 
     check_ranks(args.ranks, crew.size)
     crew.lead(lambda: check_output(args.output, overwrite=args.overwrite))
@@ -73,10 +73,9 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
     label = "checking" if args.dry_run else "converting"
     with byte_progress(label, job.bytes // crew.size, show=crew.rank == 0) as advance:
         megatron_to_hf(job, saved, advance, dry_run=args.dry_run)
-    if crew.rank == 0:
-        print(f"{'would write' if args.dry_run else 'wrote'} {args.output}: {what}")
-        if dtype == "fp8" and (cut := cut_blocks(hf)):
-            print(f"note: {served_in_fp8(cut)}", file=sys.stderr)
+    done(args, what, crew.rank)
+    if crew.rank == 0 and dtype == "fp8" and (cut := cut_blocks(hf)):
+        print(f"note: {served_in_fp8(cut)}", file=sys.stderr)
 
 
 def served_in_fp8(cut: list[str]) -> str:

@@ -60,6 +60,8 @@ class CheckedFile:
         return self._on_disk + len(self._short)
 
     def write(self, data: Buffer) -> int:
+        if not memoryview(data).nbytes:  # which could not be cast
+            return 0
         view = memoryview(data).cast("B")
         if len(view) + len(self._short) < PIECE:
             self._short += view

@@ -29,6 +29,12 @@ def run_tool(name: str, work: Callable[[], int]) -> int:
         return FAILED
 
 
+def done(args: argparse.Namespace, what: str, rank: int) -> None:
+    """The last line of a script that writes a folder, said once."""
+    if rank == 0:
+        print(f"{'would write' if args.dry_run else 'wrote'} {args.output}: {what}")
+
+
 def tool_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter

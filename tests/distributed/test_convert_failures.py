@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megatron_prefix.mcore.checked_files import CheckedFile
 from megatron_prefix.mcore.dist_files import DistFile
 from megatron_prefix.mcore.folders import finish_folder, start_folder
 from megatron_prefix.mcore.forks import run_forked
@@ -34,6 +36,13 @@ def test_a_process_that_dies_leaves_nothing(model: Path, tmp_path: Path) -> None
 
     with pytest.raises(RuntimeError, match="process 1 of 2 died"):
         run_forked(2, work, lambda size: None)
+
+
+def test_a_tensor_of_no_bytes_is_written(tmp_path: Path) -> None:
+    with CheckedFile(tmp_path / "file") as file:
+        assert file.write(np.empty((0, 4), dtype=np.uint8)) == 0
+        assert file.write(b"abc") == 3
+    assert (tmp_path / "file").read_bytes() == b"abc"
 
 
 def in_a_fork(work: Callable[[], int]) -> int:
