@@ -34,7 +34,6 @@ from tests.distributed.world import CPU, LONGEST_PREFIX, model_config, rollouts
 from tests.tiny_models import write_tiny_qwen3, write_tiny_qwen3_moe
 
 STEPS, STOP_AFTER = 4, 2
-SEPARATE = {"placement": "separate"}
 
 
 @pytest.fixture(scope="module")
@@ -149,16 +148,18 @@ def test_experts_of_a_separate_teacher_share_their_ranks(root: Path) -> None:
     assert trained(beside).losses == pytest.approx(trained(together).losses, rel=1e-6)
 
 
-def test_a_separate_teacher_may_be_cut_over_context_parallel_ranks(root: Path) -> None:
-    """And so may the student beside it."""
-    together = a_recipe(root, "cp", (2, 1), (1, 1), context_parallel_size=2)
-    beside = a_recipe(root, "cp beside", (2, 1), (1, 1), context_parallel_size=2, **SEPARATE)
-    assert validate(beside).world_size == 4
-    seen = trained(together)
-    assert trained(beside) == seen
-    student = replace(together.student, tensor_model_parallel_size=1, context_parallel_size=2)
-    cut = replace(beside, run=replace(beside.run, name="cp both"), student=student)
-    assert trained(cut).losses == pytest.approx(seen.losses, rel=1e-6)
+def test_both_may_be_cut_over_context_parallel_ranks(root: Path) -> None:
+    cut = {"context_parallel_size": 2}
+    recipes = [
+        replace(recipe, student=replace(recipe.student, **cut))
+        for recipe in (
+            a_recipe(root, "cp", (1, 1), (1, 1), **cut),
+            a_recipe(root, "cp beside", (1, 1), (1, 1), placement="separate", **cut),
+        )
+    ]
+    assert [validate(recipe).world_size for recipe in recipes] == [2, 4]
+    together, beside = map(trained, recipes)
+    assert beside == together
 
 
 def wait_for_nothing() -> str:
