@@ -43,7 +43,7 @@ from megatron_prefix.tasks import sort_chain
 SAVE_INTERVAL = 5
 STEPS = 1_000_000  # the run is ended by a signal
 PATIENCE_S = 900.0
-HANG_TIMEOUT_S = 5  # no server is asked for more than a second of work here
+HANG_TIMEOUT_S, SYNC_TIMEOUT_S = 5, 6  # no server has more than a second's work here
 KINDS = ("rank", "rank during a save", "server", "server hangs")
 
 
@@ -66,14 +66,8 @@ class Row:
 def start(
     folder: Path, settings: Sequence[str], output: Path, scratch: Path
 ) -> subprocess.Popen[bytes]:
-    common = [
-        f"run.output_dir={folder}",
-        f"train.steps={STEPS}",
-        "eval.path=",
-        "checkpoint.export_hf=false",
-        "log.tensorboard=false",
-        "log.log_interval=1",
-    ]
+    common = [f"run.output_dir={folder}", f"train.steps={STEPS}", "eval.path="]
+    common += ["checkpoint.export_hf=false", "log.tensorboard=false", "log.log_interval=1"]
     command = [sys.executable, "-m", "megatron_prefix.cli", "train", "quickstart"]
     with output.open("w") as file:
         return subprocess.Popen(
@@ -108,6 +102,7 @@ class Run:
             f"rollout.server_restarts={faults}",
             "rollout.start_timeout_s=600",
             f"rollout.hang_timeout_s={HANG_TIMEOUT_S}",
+            f"rollout.sync_timeout_s={SYNC_TIMEOUT_S}",
             "rollout.record=true",
         ]
         self.process = start(folder, settings, self.output, self.scratch)
@@ -281,7 +276,7 @@ def differing_steps(run: Run, steps: int) -> int:
     settings.append(f"rollout.replay={run.folder / 'rollouts'}")
     process = start(parent, settings, parent / "replayed.output", run.scratch)
     process.wait(PATIENCE_S)  # it ends where the recording does
-    # Which may hold the rollouts of a step that was not taken any more.
+    # It may hold the rollouts of a step that was not taken any more.
     again = list(itertools.islice(read_records(replayed / METRICS), steps))
     names = ("step", "loss", "grad_norm", "prefix_tokens")
     pairs = zip(read_records(run.folder / METRICS), again, strict=True)
@@ -340,8 +335,8 @@ def main() -> None:
         return found
 
     sort_chain.prepare_data(".cache/sort_chain")
-    faults = arguments.faults or (4 if arguments.quick else 20)
-    found = run_faults(faults, arguments.seed, arguments.minutes, keep)
+    count = arguments.faults or (4 if arguments.quick else 20)
+    found = run_faults(count, arguments.seed, arguments.minutes, keep)
     show(keep(found.rows, steps=found.steps, differing_steps=found.differing_steps))
 
 
