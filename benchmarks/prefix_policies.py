@@ -52,6 +52,7 @@ _FULL = ("prefix.policy=fixed", f"prefix.min_length={FULL}")
 _PROBED = "log.probe_interval=10"
 _ADAPTIVE, _ON_TAIL = ("prefix.policy=adaptive", _PROBED), ("shrink", "grow", "hold")
 _CUT = ("prefix.cut_off.rule=surprisal", "prefix.cut_off.window=8", "prefix.cut_off.min_tokens=9")
+_RELAXED = ("loss.divergence=relaxed_kl", "loss.weights.rule=entropy", "loss.weights.explore=0.5")
 # fmt: off
 POLICIES: dict[str, tuple[str, ...]] = {
     "full": _FULL,
@@ -71,6 +72,8 @@ POLICIES: dict[str, tuple[str, ...]] = {
     **{f"adaptive_{to}": (*_ADAPTIVE, f"prefix.adaptive.on_tail={to}") for to in _ON_TAIL},
     "audited": ("prefix.policy=audited", _PROBED),
     **{f"full_{to}": (*_FULL, f"loss.weights.rule={to}") for to in ("discrepancy", "change_point")},
+    "full_relaxed": (*_FULL, *_RELAXED),
+    "overlap": ("prefix.policy=overlap", "prefix.overlap_k=4", "prefix.overlap.window=8"),
     "cut": (*_FULL, *_CUT),
     "window": ("prefix.policy=window", f"prefix.window.start={FULL - SHORT}"),
 }

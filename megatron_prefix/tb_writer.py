@@ -94,6 +94,7 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
         "rollout/policy_version": metrics.policy_version,
         "rollout/policy_lag": metrics.policy_lag,
         "rollout/written_fraction": metrics.written_fraction,
+        "rollout/discarded_tokens": metrics.discarded_tokens,
         "loss/supervised": float(metrics.supervised),
         "rollout/logprob_diff_max": metrics.logprob_diff_max,
         "rollout/logprob_diff_mean": metrics.logprob_diff_mean,

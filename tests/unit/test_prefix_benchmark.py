@@ -34,9 +34,9 @@ def test_every_policy_is_a_sound_recipe(policy: str, tmp_path: Path) -> None:
     lengths = [build_policy(recipe.prefix, 200).length(step) for step in range(200)]
     assert max(lengths) <= 75 and recipe.optimizer.min_lr == pytest.approx(1e-4)
     expected = {"full": (75, 75), "fixed": (9, 9), "fixed_37": (37, 37), "window": (75, 75)}
-    expected |= {f"full_{rule}": (75, 75) for rule in ("discrepancy", "change_point")}
+    expected |= {f"full_{rule}": (75, 75) for rule in ("discrepancy", "change_point", "relaxed")}
     expected |= {"anchored_12": (7, 75), "off_policy": (75, 75), "sft": (75, 75)}
-    expected |= {"cut": (75, 75), "audited": (9, 9), "marginal": (75, 75)}
+    expected |= {"cut": (75, 75), "audited": (9, 9), "overlap": (9, 9), "marginal": (75, 75)}
     grown = (9, 9) if policy.startswith("adaptive") else (9, 75)  # that moves with the KL alone
     assert (min(lengths), max(lengths)) == expected.get(policy, grown)
     start = loss_start(build_policy(recipe.prefix, 200), 0)
