@@ -1,11 +1,14 @@
 # Each target installs what it needs by itself: `env` builds .venv once and is quick afterwards.
 PYTHON := .venv/bin/python
+# An environment of your own for what needs a GPU, instead of .venv: GPU_PYTHON=python3
+GPU := $(or $(GPU_PYTHON),$(PYTHON))
+RESULTS ?= runs
 BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 # Without bytecode every rank and server would compile all of torch anew at its start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env quickstart test test-servers test-ranks lint format bench gpu-test
+.PHONY: help env quickstart test test-servers test-ranks lint format bench gpu-test gpu-bench
 
 help:
 	@echo "make quickstart   run the main job on this machine, without a GPU; results in runs/quickstart"
@@ -14,11 +17,12 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite the files, and renew the tables of docs/configuration.md"
 	@echo "make bench        every benchmark in its quick form"
-	@echo "make gpu-test     only the tests that need a GPU"
+	@echo "make gpu-test     only the tests that need a GPU; GPU_PYTHON=python3 runs them without .venv"
+	@echo "make gpu-bench    both GPU benchmarks; JSON in runs, or RESULTS=folder"
 	@echo "make env          only build .venv"
 
 env:
-	@tools/env.sh
+	@$(if $(GPU_PYTHON),:,tools/env.sh)
 
 quickstart: env
 	$(PYTHON) tools/quickstart.py
@@ -48,4 +52,9 @@ bench: env
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script --quick"; $(PYTHON) $$script --quick; done
 
 gpu-test: env
-	$(PYTHON) -m pytest tests/gpu
+	$(GPU) -m pytest tests/gpu
+
+gpu-bench: env
+	@mkdir -p $(RESULTS)
+	$(GPU) -m benchmarks.gpu_loss --json $(RESULTS)/gpu_loss.json
+	$(GPU) -m benchmarks.gpu_step --json $(RESULTS)/gpu_step.json

@@ -70,7 +70,7 @@ class PackedAttention(nn.Module):
         pack = Pack(
             packed_seq_params.cu_seqlens_q,
             int(packed_seq_params.max_seqlen_q),
-            int(packed_seq_params.total_tokens),
+            len(query) * self._context.size(),
         )
         if self._context.size() > 1:
             return self._attend_across(query, key, value, pack)

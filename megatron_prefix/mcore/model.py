@@ -205,6 +205,7 @@ def packed_params(batch: PrefixBatch) -> PackedSeqParams:
     # Across ranks Transformer Engine divides these, and asks for them where nothing is padded: a
     # share's padding is part of its sequences (``batch.padded_for``).
     padded = batch.cu_seqlens if batch.rows else None
+    # Not total_tokens: Megatron would number the sequences, which waits for the device.
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -213,7 +214,6 @@ def packed_params(batch: PrefixBatch) -> PackedSeqParams:
         cu_seqlens_kv_padded=padded,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
-        total_tokens=batch.position_ids.numel(),
     )
 
 
