@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings import YarnRotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
@@ -16,6 +17,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
+from megatron_prefix.context_shares import within_sequences
 from megatron_prefix.mcore.local_rotary import PackedRotaryEmbedding
 
 
@@ -52,6 +54,20 @@ class LocalLatentAttention(LatentAttention):
         yarn = self.config.rope_type == "yarn"
         # Rebinding the class keeps what Megatron computed.
         self.rotary_pos_emb.__class__ = PackedYarnRotaryEmbedding if yarn else PackedRotaryEmbedding
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        # Its angles are made within the layer, which a pipeline's stage may compute again for this
+        # microbatch after it began the next: the positions are the pack's own, not the last one's.
+        if packed_seq_params is not None:
+            positions = within_sequences(packed_seq_params.cu_seqlens_q)
+            self.rotary_pos_emb.position_ids = positions
+        return super().forward(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         query, keys = super()._qkv_down_projection(hidden_states)

@@ -10,7 +10,8 @@ class PackedRotaryEmbedding(RotaryEmbedding):
     """Rotary angles of the packed tokens themselves, one row a token.
 
     Megatron rotates packed sequences one by one in Python unless the angles already run along the
-    pack; ``position_ids`` is set by the caller before each forward (``model.forward_hidden``).
+    pack; ``position_ids`` is set before each forward: by ``model.forward_trunk``, and where a
+    layer makes its own angles, by the layer (``LocalLatentAttention``).
     """
 
     position_ids: Tensor | None = None

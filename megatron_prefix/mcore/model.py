@@ -44,8 +44,9 @@ class MegatronModel:
     groups: ModelGroups
     hf: HfModel
     layers: tuple[int, ...]  # on each stage
-    # Those that are told the positions of a pack before each forward; none with Transformer Engine.
-    rotary: tuple[PackedRotaryEmbedding | PackedYarnRotaryEmbedding, ...] = ()
+    # Told the positions of a pack before each forward; None with Transformer Engine, and where each
+    # layer makes its own angles.
+    rotary: PackedRotaryEmbedding | PackedYarnRotaryEmbedding | None = None
 
     @property
     def vocab_rows(self) -> int:
@@ -175,7 +176,8 @@ def build_model(
         shape.num_layers, groups.layout.pp, model.num_layers_in_first_pipeline_stage
     )
     packed = (PackedRotaryEmbedding, PackedYarnRotaryEmbedding)
-    rotary = tuple(part for part in module.modules() if isinstance(part, packed))
+    own = getattr(module, "rotary_pos_emb", None)
+    rotary = own if isinstance(own, packed) else None
     return MegatronModel(module, config, groups, hf, layers, rotary)
 
 
@@ -231,8 +233,8 @@ def forward_trunk(
     Under sequence parallelism the hidden states are gathered, and their gradient is
     reduce-scattered: ``on_prefix`` must then give partial sums.
     """
-    for rotary in model.rotary:
-        rotary.position_ids = batch.position_ids
+    if model.rotary is not None:
+        model.rotary.position_ids = batch.position_ids
 
     def at_prefix(
         *, hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any
