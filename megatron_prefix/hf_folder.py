@@ -60,10 +60,13 @@ def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
         raise ValueError(f"{owner}.hf_path is not set; give the folder of a checkpoint")
     path, where = Path(hf_path), f"{owner}.hf_path={hf_path}"
     if not path.is_dir():
-        name = hf_path if hf_path.count("/") == 1 and hf_path[0] not in "/.~" else "OWNER/NAME"
+        # models/ is where the recipes of this project look.
+        first = hf_path.split("/")[0]
+        is_name = hf_path.count("/") == 1 and first not in ("", ".", "..", "~", "models")
+        name, folder = (hf_path, "FOLDER") if is_name else ("OWNER/NAME", hf_path)
         raise ValueError(
             f"{where} is no folder; a model of the hub is fetched with "
-            f"`hf download {name} --local-dir FOLDER`"
+            f"`hf download {name} --local-dir {folder}`"
         )
     config = _read_config(path, where, owner)
     tensors: dict[str, TensorEntry] = {}

@@ -1,8 +1,6 @@
-"""Writes the tables of docs/configuration.md out of the comments in config.py and its parts.
+"""Writes the tables of docs/configuration.md out of the comments in config.py and its parts."""
 
-Usage: tools/config_table.py [--check]      --check: write nothing, exit 1 where they differ
-"""
-
+import argparse
 import ast
 import inspect
 import io
@@ -110,9 +108,12 @@ def filled(page: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if they differ")
+    check = parser.parse_args(arguments).check
     page = PAGE.read_text(encoding="utf-8")
     fresh = filled(page)
-    if "--check" in arguments:
+    if check:
         return int(fresh != page)
     PAGE.write_text(fresh, encoding="utf-8")
     return 0

@@ -194,6 +194,9 @@ def test_a_broken_or_missing_config_is_named(folder: Path) -> None:
 def test_a_hub_id_is_told_how_to_be_fetched() -> None:
     with pytest.raises(ValueError, match="hf download Qwen/Qwen3-0.6B --local-dir"):
         read_hf_folder("Qwen/Qwen3-0.6B", "teacher")
+    for folder in ("models/none", "/nowhere", "./none", "a/folder/deeper"):
+        with pytest.raises(ValueError, match=f"hf download OWNER/NAME --local-dir {folder}"):
+            read_hf_folder(folder, "teacher")
     with pytest.raises(ValueError, match="teacher.hf_path is not set"):
         read_hf_folder("", "teacher")
 
