@@ -60,7 +60,8 @@ class Row:
 
 def write_model(folder: Path, layers: int) -> None:
     """Random weights, in shards."""
-    from megatron_prefix.mcore.convert import Conversion, Shapes
+    from megatron_prefix.mcore.conversion import Conversion
+    from megatron_prefix.mcore.convert_to_hf import Shapes
     from megatron_prefix.mcore.hf_map import read_hf_model
     from megatron_prefix.mcore.tensor_files import write_tensors
 
@@ -83,7 +84,8 @@ def random_tensors(shapes: dict) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def to_megatron(source: Path, output: Path, ranks: int) -> None:
-    from megatron_prefix.mcore.convert import Conversion, hf_to_megatron
+    from megatron_prefix.mcore.conversion import Conversion
+    from megatron_prefix.mcore.convert_to_megatron import hf_to_megatron
     from megatron_prefix.mcore.source import open_source
 
     _, hf = open_source(source)
@@ -93,7 +95,9 @@ def to_megatron(source: Path, output: Path, ranks: int) -> None:
 
 def to_hugging_face(source: Path, output: Path, ranks: int) -> None:
     from megatron_prefix.mcore.contents import read_step
-    from megatron_prefix.mcore.convert import STEP_FOLDER, Conversion, megatron_to_hf
+    from megatron_prefix.mcore.conversion import Conversion
+    from megatron_prefix.mcore.convert_to_hf import megatron_to_hf
+    from megatron_prefix.mcore.convert_to_megatron import STEP_FOLDER
     from megatron_prefix.mcore.source import open_config
 
     job = Conversion(
@@ -104,7 +108,7 @@ def to_hugging_face(source: Path, output: Path, ranks: int) -> None:
 
 def sums(source: Path) -> None:
     from megatron_prefix.mcore.contents import check_manifest
-    from megatron_prefix.mcore.convert import STEP_FOLDER
+    from megatron_prefix.mcore.convert_to_megatron import STEP_FOLDER
 
     check_manifest(source / STEP_FOLDER)
 
@@ -201,7 +205,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     adapt_to_cpu()  # before any import of Megatron
-    import megatron_prefix.mcore.convert  # noqa: F401  imported once, before the forks
+    # Imported once, before the forks.
+    import megatron_prefix.mcore.convert_to_hf
+    import megatron_prefix.mcore.convert_to_megatron  # noqa: F401
 
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:

@@ -38,7 +38,8 @@ def work(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace, crew: "Crew") -> None:
-    from megatron_prefix.mcore.convert import Conversion, hf_to_megatron
+    from megatron_prefix.mcore.conversion import Conversion
+    from megatron_prefix.mcore.convert_to_megatron import hf_to_megatron
     from megatron_prefix.mcore.progress_bar import byte_progress
     from megatron_prefix.mcore.source import open_source, parameters, params_dtype
     from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, done, gib

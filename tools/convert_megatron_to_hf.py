@@ -49,7 +49,8 @@ def work(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace, crew: "Crew") -> None:
     from megatron_prefix.mcore.contents import check_manifest, find_hf_model, read_step
-    from megatron_prefix.mcore.convert import Conversion, megatron_to_hf
+    from megatron_prefix.mcore.conversion import Conversion
+    from megatron_prefix.mcore.convert_to_hf import megatron_to_hf
     from megatron_prefix.mcore.fp8_blocks import cut_blocks
     from megatron_prefix.mcore.progress_bar import byte_progress
     from megatron_prefix.mcore.source import open_config, parameters

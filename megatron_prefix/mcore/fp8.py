@@ -14,7 +14,7 @@ from torch import nn
 
 from megatron_prefix.config import Fp8Config, ModelConfig
 from megatron_prefix.layout import Layout
-from megatron_prefix.mcore.hf_map.units import DecoderShape
+from megatron_prefix.mcore.hf_map.shape import DecoderShape
 
 FORMATS = ("off", "e4m3", "hybrid")
 RECIPES = ("blockwise", "tensorwise", "delayed")

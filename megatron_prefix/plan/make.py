@@ -34,6 +34,11 @@ class ModelPlan:
     groups: dict[str, tuple[tuple[int, ...], ...]]  # tp, cp, dp, pp: global ranks of each
     fp8_bytes_saved: int = 0  # activations kept for the backward, a packed token and rank
 
+    @property
+    def served(self) -> bool:
+        """Whether it is on none of the ranks, but behind SGLang servers."""
+        return not self.data_parallel_size
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -14,7 +14,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_prefix.mcore.checked_files import Behind, CheckedFile, FileSum, Scratch
 from megatron_prefix.mcore.contents import check_manifest, read_step
-from megatron_prefix.mcore.convert import STEP_FOLDER, Conversion, hf_to_megatron, megatron_to_hf
+from megatron_prefix.mcore.conversion import Conversion
+from megatron_prefix.mcore.convert_to_hf import megatron_to_hf
+from megatron_prefix.mcore.convert_to_megatron import STEP_FOLDER, hf_to_megatron
 from megatron_prefix.mcore.crew import Crew
 from megatron_prefix.mcore.dist_files import DistFile
 from megatron_prefix.mcore.hf_map import read_hf_model

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_prefix.layout import model_layout
-from megatron_prefix.mcore.convert import Conversion, hf_to_megatron
+from megatron_prefix.mcore.conversion import Conversion
+from megatron_prefix.mcore.convert_to_megatron import hf_to_megatron
 from megatron_prefix.mcore.groups import build_groups, initialize_megatron
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import build_model

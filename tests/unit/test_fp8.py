@@ -12,7 +12,7 @@ from megatron_prefix.mcore.fp8 import (
     saved_activation_bytes,
 )
 from megatron_prefix.mcore.hf_map import read_hf_model
-from megatron_prefix.mcore.hf_map.units import DecoderShape
+from megatron_prefix.mcore.hf_map.shape import DecoderShape
 from tests.tiny_models import write_tiny_qwen3
 
 DELAYED = ModelConfig(fp8=Fp8Config("hybrid", "delayed", first_last_layers_bf16=False))

@@ -28,7 +28,8 @@ from megatron_prefix.plan import (
     rank_groups,
 )
 from megatron_prefix.plan.activations import kl_workspace
-from megatron_prefix.plan.view import plan_json, print_plan, rank_kinds
+from megatron_prefix.plan.rank_columns import rank_kinds
+from megatron_prefix.plan.view import plan_json, print_plan
 from megatron_prefix.prefix import model_shape, step_flops
 from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.validate import ValidRun, validate

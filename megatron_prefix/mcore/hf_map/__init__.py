@@ -18,7 +18,8 @@ from megatron_prefix.mcore.hf_map import (
     qwen3,
     qwen3_moe,
 )
-from megatron_prefix.mcore.hf_map.units import DecoderShape, Unit
+from megatron_prefix.mcore.hf_map.shape import DecoderShape
+from megatron_prefix.mcore.hf_map.units import Unit
 
 logger = logging.getLogger(__name__)
 

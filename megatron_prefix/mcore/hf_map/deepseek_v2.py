@@ -6,7 +6,8 @@ from typing import Any
 from megatron_prefix.mcore.hf_map.checks import require_published
 from megatron_prefix.mcore.hf_map.latent import decoder_units, latent_settings
 from megatron_prefix.mcore.hf_map.moe import grouped_routing, routing_settings
-from megatron_prefix.mcore.hf_map.units import DecoderShape, Unit
+from megatron_prefix.mcore.hf_map.shape import DecoderShape
+from megatron_prefix.mcore.hf_map.units import Unit
 
 ARCHITECTURE = "DeepseekV2ForCausalLM"
 METHODS = ("greedy", "group_limited_greedy")

@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.mcore.hf_map.checks import require_published, rope_settings
+from megatron_prefix.mcore.hf_map.layers import attention_units, embedding_units, mlp_norm
 from megatron_prefix.mcore.hf_map.moe import routing_settings
-from megatron_prefix.mcore.hf_map.units import (
-    DecoderShape,
-    Unit,
-    attention_units,
-    embedding_units,
-    mlp_norm,
-)
+from megatron_prefix.mcore.hf_map.shape import DecoderShape
+from megatron_prefix.mcore.hf_map.units import Unit
 
 ARCHITECTURE = "GptOssForCausalLM"
 WINDOWED, FULL = "sliding_attention", "full_attention"

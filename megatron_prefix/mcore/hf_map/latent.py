@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_prefix.mcore.hf_map.checks import refuse_biases, rope_settings
-from megatron_prefix.mcore.hf_map.units import (
+from megatron_prefix.mcore.hf_map.layers import (
     GATE_UP_DOWN,
-    DecoderShape,
-    Unit,
     embedding_units,
     mlp_units,
     moe_units,
     norm_unit,
 )
+from megatron_prefix.mcore.hf_map.shape import DecoderShape
+from megatron_prefix.mcore.hf_map.units import Unit
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek's norms of the latents have it built in, whatever rms_norm_eps is
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}

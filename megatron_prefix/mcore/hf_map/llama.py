@@ -3,13 +3,9 @@
 from typing import Any
 
 from megatron_prefix.mcore.hf_map.checks import refuse_biases, rope_settings
-from megatron_prefix.mcore.hf_map.units import (
-    DecoderShape,
-    Unit,
-    attention_units,
-    embedding_units,
-    mlp_units,
-)
+from megatron_prefix.mcore.hf_map.layers import dense_units
+from megatron_prefix.mcore.hf_map.shape import DecoderShape
+from megatron_prefix.mcore.hf_map.units import Unit
 
 ARCHITECTURE = "LlamaForCausalLM"
 # Megatron-Core's RotaryEmbedding has these three built in; only the factor is an argument.
@@ -41,12 +37,4 @@ def rope_scaling_factor(hf: dict[str, Any]) -> float:
 
 
 def units(shape: DecoderShape, hf: dict[str, Any]) -> list[Unit]:
-    layers = [
-        unit
-        for layer in range(shape.num_layers)
-        for unit in (
-            *attention_units(shape, layer, qk_norm=False, qkv_bias=False),
-            *mlp_units(shape, layer),
-        )
-    ]
-    return [*embedding_units(shape), *layers]
+    return dense_units(shape, qk_norm=False, qkv_bias=False)

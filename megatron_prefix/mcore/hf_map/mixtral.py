@@ -3,14 +3,10 @@
 from typing import Any
 
 from megatron_prefix.mcore.hf_map.checks import require_plain_rope
+from megatron_prefix.mcore.hf_map.layers import attention_units, embedding_units, moe_units
 from megatron_prefix.mcore.hf_map.moe import routing_settings
-from megatron_prefix.mcore.hf_map.units import (
-    DecoderShape,
-    Unit,
-    attention_units,
-    embedding_units,
-    moe_units,
-)
+from megatron_prefix.mcore.hf_map.shape import DecoderShape
+from megatron_prefix.mcore.hf_map.units import Unit
 
 ARCHITECTURE = "MixtralForCausalLM"
 
@@ -31,12 +27,8 @@ def transformer_settings(shape: DecoderShape, hf: dict[str, Any]) -> dict[str, A
 
 
 def units(shape: DecoderShape, hf: dict[str, Any]) -> list[Unit]:
-    layers = [
-        unit
-        for layer in range(shape.num_layers)
-        for unit in (
-            *attention_units(shape, layer, qk_norm=False, qkv_bias=False),
-            *moe_units(shape, layer, block="block_sparse_moe", parts=("w1", "w3", "w2")),
-        )
-    ]
-    return [*embedding_units(shape), *layers]
+    units = embedding_units(shape)
+    for layer in range(shape.num_layers):
+        units += attention_units(shape, layer, qk_norm=False, qkv_bias=False)
+        units += moe_units(shape, layer, block="block_sparse_moe", parts=("w1", "w3", "w2"))
+    return units

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_prefix.mcore.hf_map.units import DecoderShape
+from megatron_prefix.mcore.hf_map.shape import DecoderShape
 
 
 def routing_settings(

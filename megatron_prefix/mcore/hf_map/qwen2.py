@@ -3,13 +3,9 @@
 from typing import Any
 
 from megatron_prefix.mcore.hf_map.checks import refuse_qwen_variants
-from megatron_prefix.mcore.hf_map.units import (
-    DecoderShape,
-    Unit,
-    attention_units,
-    embedding_units,
-    mlp_units,
-)
+from megatron_prefix.mcore.hf_map.layers import dense_units
+from megatron_prefix.mcore.hf_map.shape import DecoderShape
+from megatron_prefix.mcore.hf_map.units import Unit
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 
@@ -21,12 +17,4 @@ def transformer_settings(shape: DecoderShape, hf: dict[str, Any]) -> dict[str, A
 
 
 def units(shape: DecoderShape, hf: dict[str, Any]) -> list[Unit]:
-    layers = [
-        unit
-        for layer in range(shape.num_layers)
-        for unit in (
-            *attention_units(shape, layer, qk_norm=False, qkv_bias=True),
-            *mlp_units(shape, layer),
-        )
-    ]
-    return [*embedding_units(shape), *layers]
+    return dense_units(shape, qk_norm=False, qkv_bias=True)

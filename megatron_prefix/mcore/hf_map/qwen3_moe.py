@@ -3,16 +3,16 @@
 from typing import Any
 
 from megatron_prefix.mcore.hf_map.checks import refuse_biases, refuse_qwen_variants
-from megatron_prefix.mcore.hf_map.moe import routing_settings
-from megatron_prefix.mcore.hf_map.units import (
+from megatron_prefix.mcore.hf_map.layers import (
     GATE_UP_DOWN,
-    DecoderShape,
-    Unit,
     attention_units,
     embedding_units,
     mlp_units,
     moe_units,
 )
+from megatron_prefix.mcore.hf_map.moe import routing_settings
+from megatron_prefix.mcore.hf_map.shape import DecoderShape
+from megatron_prefix.mcore.hf_map.units import Unit
 
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 
