@@ -5,6 +5,7 @@ executes well and plans badly; student B plans well and executes badly. Plain Py
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -191,9 +192,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--only", choices=sorted(MODELS), help="make one of them")
     parser.add_argument(
+        "--seed", type=int, help="of weights and data (default: each model's own); with --only"
+    )
+    parser.add_argument(
         "--held-out", type=int, default=sort_chain.NUM_HELD_OUT, help="problems to score them on"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.seed is not None and not args.only:
+        parser.error(f"--seed {args.seed} is for one model; name it with --only")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -210,7 +217,10 @@ def main(argv: list[str] | None = None) -> None:
     with Progress(*columns, loss_column, TimeRemainingColumn(), console=console) as progress:
         for name in [args.only] if args.only else list(MODELS):
             start = time.monotonic()
-            model = train_model(name, MODELS[name], progress)
+            toy = MODELS[name]
+            if args.seed is not None:
+                toy = dataclasses.replace(toy, seed=args.seed)
+            model = train_model(name, toy, progress)
             scores = held_out_scores(model, args.held_out)
             write_model(model, args.output / name)
             seconds = time.monotonic() - start

@@ -78,9 +78,19 @@ def test_the_command_writes_a_folder_that_loads(
     assert model.config.tie_word_embeddings and model.dtype == torch.float32
     assert stop_token_ids(str(folder)) == (2,) and len(load_tokenizer(str(folder))) == 46
     assert "student_b" in capsys.readouterr().out
+    other = tmp_path / "other"
+    tool.main(["--only", "student_b", "--seed", "4", "--output", str(other), "--held-out", "4"])
+    reseeded = AutoModelForCausalLM.from_pretrained(other / "student_b")
+    assert not torch.equal(reseeded.lm_head.weight, model.lm_head.weight)
 
 
 def test_an_unknown_model_is_refused(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tool.parse_args(["--only", "student_c"])
     assert "invalid choice: 'student_c'" in capsys.readouterr().err
+
+
+def test_a_seed_is_for_one_model(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool.parse_args(["--seed", "7"])
+    assert "--seed 7 is for one model; name it with --only" in capsys.readouterr().err
