@@ -10,7 +10,8 @@ from megatron_prefix.modes import written_count
 from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.prompts import PromptStream
 from megatron_prefix.rollout.collector import Collector
-from megatron_prefix.rollout.records import load_rollouts, save_rollouts
+from megatron_prefix.rollout.discarded import Discarded
+from megatron_prefix.rollout.records import load_record, save_rollouts
 from megatron_prefix.types import Rollout
 
 
@@ -97,14 +98,15 @@ class ModeSource:
 
 
 class RecordedSource:
-    """Another source, with every step's rollouts kept in ``folder``."""
+    """Another source, with every step's rollouts kept in ``folder``, and what was thrown away for
+    them: in this call, and in those before it whose rollouts held nothing to train on."""
 
-    def __init__(self, source: RolloutSource, folder: Path) -> None:
-        self._source, self._folder = source, folder
+    def __init__(self, source: RolloutSource, folder: Path, discarded: Discarded) -> None:
+        self._source, self._folder, self._discarded = source, folder, discarded
 
     def sample(self, step: int, prefix_length: int, policy_version: int) -> list[Rollout]:
         rollouts = self._source.sample(step, prefix_length, policy_version)
-        save_rollouts(self._folder, step, rollouts)
+        save_rollouts(self._folder, step, rollouts, self._discarded.seen())
         return rollouts
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,13 +117,16 @@ class RecordedSource:
 
 
 class ReplaySource:
-    """The rollouts of a recorded run, by step; asks no server."""
+    """The rollouts of a recorded run, by step; asks no server. ``discarded`` is told of what the
+    recorded run had thrown away, which the ledger counts again."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, discarded: Discarded) -> None:
+        self._folder, self._discarded = folder, discarded
 
     def sample(self, step: int, prefix_length: int, policy_version: int) -> list[Rollout]:
-        return list(load_rollouts(self._folder, step))
+        rollouts, discarded = load_record(self._folder, step)
+        self._discarded.add(discarded)
+        return rollouts
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -39,12 +39,13 @@ def build_source(
     tokenizer: "PreTrainedTokenizerBase",
     recall: Recall | None,
     stack: contextlib.ExitStack,
-    fleet: Fleet | None = None,
-    discarded: Discarded | None = None,
+    fleet: Fleet | None,
+    discarded: Discarded,
 ) -> RolloutSource:
-    """What the recipe's mode takes each step's rollouts from; ``stack`` closes what it opens."""
+    """What the recipe's mode takes each step's rollouts from; ``stack`` closes what it opens, and
+    ``discarded`` hears of what is sampled and thrown away."""
     if recipe.rollout.replay:
-        return ReplaySource(Path(recipe.rollout.replay))
+        return ReplaySource(Path(recipe.rollout.replay), discarded)
     supplies: dict[str, Supply] = {}
     if needs_rollouts(recipe):
         vocab_size = read_hf_model(recipe.student.hf_path).shape.vocab_size
@@ -57,7 +58,9 @@ def build_source(
     if needs_written(recipe):
         supplies["written"] = WrittenSource(recipe, tokenizer, stops)
     source = ModeSource(recipe, supplies)
-    return RecordedSource(source, folder / "rollouts") if recipe.rollout.record else source
+    if recipe.rollout.record:
+        return RecordedSource(source, folder / "rollouts", discarded)
+    return source
 
 
 def prompt_stream(

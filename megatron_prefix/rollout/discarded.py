@@ -23,7 +23,11 @@ class Discarded:
         """Requests that were aborted in the server's queue have no token and cost nothing."""
         self._lengths += [pair for pair in lengths if pair[1] > 0]
 
+    def seen(self) -> tuple[Lengths, ...]:
+        """What ``take`` would return now."""
+        return tuple(self._lengths)
+
     def take(self) -> tuple[Lengths, ...]:
         """Those since the last call."""
-        taken, self._lengths = tuple(self._lengths), []
+        taken, self._lengths = self.seen(), []
         return taken

@@ -1,7 +1,8 @@
 """Rollouts of a step, on disk: recorded to be trained on again without a server.
 
 One safetensors file a step: flat arrays with lengths beside them. Log-probabilities are float32,
-as the server computed them, so that a replayed step is the recorded one to the last bit.
+as the server computed them, so that a replayed step is the recorded one to the last bit. Of what
+was sampled for the step and thrown away the lengths are kept, so that its ledger is the same too.
 """
 
 import itertools
@@ -15,8 +16,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from megatron_prefix.rollout.discarded import Lengths
 from megatron_prefix.types import FinishReason, Rollout
 
+_THROWN_AWAY = "thrown_away"  # int32 [rollouts, 2]: prompt and sampled tokens
 _FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 
 
@@ -24,12 +27,16 @@ def rollout_file(folder: str | Path, step: int) -> Path:
     return Path(folder, f"rollouts-{step:08d}.safetensors")
 
 
-def save_rollouts(folder: str | Path, step: int, rollouts: Sequence[Rollout]) -> Path:
-    """Write a step's rollouts, in their order; an earlier record of the step is replaced."""
+def save_rollouts(
+    folder: str | Path, step: int, rollouts: Sequence[Rollout], discarded: Sequence[Lengths] = ()
+) -> Path:
+    """Write a step's rollouts, in their order, and the lengths of those that were thrown away; an
+    earlier record of the step is replaced."""
     path = rollout_file(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    save_file(_arrays(rollouts), unfinished)
+    thrown_away = np.array(discarded, np.int32).reshape(-1, 2)
+    save_file(_arrays(rollouts) | {_THROWN_AWAY: thrown_away}, unfinished)
     os.replace(unfinished, path)  # whoever finds the file finds all of it
     return path
 
@@ -39,6 +46,11 @@ def load_rollouts(folder: str | Path, step: int) -> list[Rollout]:
 
     Raises ValueError naming the file where it is missing or damaged.
     """
+    return load_record(folder, step)[0]
+
+
+def load_record(folder: str | Path, step: int) -> tuple[list[Rollout], list[Lengths]]:
+    """The rollouts of a step as :func:`load_rollouts`, and the lengths of those thrown away."""
     path = rollout_file(folder, step)
     if not path.is_file():
         raise ValueError(
@@ -47,7 +59,9 @@ def load_rollouts(folder: str | Path, step: int) -> list[Rollout]:
         )
     try:
         arrays = load_file(path)
-        return _rollouts(arrays)
+        # A record of an earlier version does not tell.
+        thrown_away = arrays.get(_THROWN_AWAY, np.zeros((0, 2), np.int32)).tolist()
+        return _rollouts(arrays), [(prompt, sampled) for prompt, sampled in thrown_away]
     except (SafetensorError, KeyError, ValueError, IndexError) as error:
         raise ValueError(
             f"{path} is no complete record of rollouts ({type(error).__name__}: {error})"

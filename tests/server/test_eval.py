@@ -15,6 +15,7 @@ from megatron_prefix import eval_run
 from megatron_prefix.evaluate import EvalSample, EvalSet
 from megatron_prefix.prefix import Ledger, model_shape
 from megatron_prefix.rollout.protocol import Sampling
+from megatron_prefix.rollout.records import load_record
 from megatron_prefix.rollout.server import Server
 from megatron_prefix.scorers import Generated
 from megatron_prefix.tasks import sort_chain
@@ -99,6 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data.path": files.train,
         "rollout.num_servers": 2,
         "rollout.over_sample": 1.25,
+        "rollout.record": "true",
         "eval.path": files.held_out,
         "eval.samples": SAMPLES,
         "eval.interval": 1,
@@ -159,7 +161,9 @@ def test_what_stragglers_sampled_is_in_the_runs_ledger(trained: Path) -> None:
     assert account["discarded_tokens"] == sum(step["discarded_tokens"] for step in steps)
     shape = model_shape(json.loads((trained / "hf" / "config.json").read_text()))
     ledger = Ledger(shape, shape, 75)
-    for step in steps:
+    for number, step in enumerate(steps):
+        _, recorded = load_record(trained / "rollouts", number)
+        assert sum(sampled for _, sampled in recorded) == step["discarded_tokens"]
         # All prompts are of one length, and all rollouts too: no student ends within 9 tokens.
         wanted = [(sort_chain.PROMPT_LENGTH, step["prefix_length"])] * 32
         assert step["prefix_tokens"] == 32 * step["prefix_length"]

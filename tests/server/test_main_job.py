@@ -233,7 +233,7 @@ def test_replayed_without_interruption_it_is_the_same_run_to_the_last_bit(
     result = job.run(f"rollout.replay={recorded}", "rollout.record=false", name="replayed")
     assert result.returncode == 0, result.stdout + result.stderr
     for live, replayed in zip(job.records(), job.records("replayed"), strict=True):
-        for key in ("loss", "grad_norm", "lr", "kl_by_position", "prefix_tokens"):
+        for key in ("loss", "grad_norm", "lr", "kl_by_position", "prefix_tokens", "flops"):
             assert live[key] == replayed[key], (live["step"], key)
 
 

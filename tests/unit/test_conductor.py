@@ -26,8 +26,10 @@ from megatron_prefix.prefix import Ledger, ModelShape, build_policy
 from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.rollout.discarded import Discarded
 from megatron_prefix.rollout.protocol import NoRollouts
+from megatron_prefix.rollout.records import load_record
 from megatron_prefix.run_log import RunLog
 from megatron_prefix.side_evaluation import Evaluator
+from megatron_prefix.sources import RecordedSource, ReplaySource, RolloutSource
 from megatron_prefix.types import Rollout, StepMetrics
 
 SHAPE = ModelShape(2, 64, 4, 4, 16, 2 * 192, 46)
@@ -61,7 +63,7 @@ class Listed:
 def conductor(
     folder: Path,
     prefix: PrefixConfig,
-    source: Listed,
+    source: RolloutSource,
     warmup_steps: int = 0,
     *,
     agreement: bool = True,
@@ -157,6 +159,33 @@ def test_what_was_thrown_away_is_in_the_steps_line_once(tmp_path: Path) -> None:
     spent = first["flops"]["rollout"] - second["flops"]["rollout"]
     assert spent == pytest.approx(thrown_away) and spent > 0
     assert first["flops"]["teacher"] == second["flops"]["teacher"]
+
+
+def test_the_ledger_of_a_replay_is_that_of_the_recorded_run(tmp_path: Path) -> None:
+    class Straggling(Listed):
+        """Each batch leaves a straggler behind, and the first holds nothing in the window."""
+
+        def sample(self, step: int, prefix_length: int, policy_version: int) -> list[Rollout]:
+            live.add([(2, 4 + self.asked), (2, 0)])
+            return super().sample(step, prefix_length, policy_version)
+
+    live, replayed, recording = Discarded(), Discarded(), tmp_path / "rollouts"
+    batches = [rollouts(5, 3), rollouts(9, 6), rollouts(7, 8)]
+    sources = {
+        "live": (RecordedSource(Straggling(batches), recording, live), live),
+        "replayed": (ReplaySource(recording, replayed), replayed),
+    }
+    lines = {}
+    for name, (source, discarded) in sources.items():
+        under_test = conductor(tmp_path / name, WINDOW, source, discarded=discarded)
+        for step in (0, 1):
+            order = under_test.order(step, 0)
+            under_test.record(metrics(step + 1, np.ones(9), np.ones(9)), order, Phases())
+        lines[name] = [each["flops"] for each in read_records(tmp_path / name / "metrics.jsonl")]
+        lines[name] += [under_test.state_dict()["ledger"]]
+        under_test.close()
+    assert load_record(recording, 0)[1] == [(2, 4), (2, 5), (2, 3), (2, 5)]
+    assert lines["live"] == lines["replayed"]
 
 
 def test_a_student_that_always_ends_at_once_ends_the_run_with_words(tmp_path: Path) -> None:
