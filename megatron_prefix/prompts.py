@@ -245,8 +245,12 @@ class PromptStream:
         self._epoch, self._consumed, self._reader = self._epoch + 1, 0, None
 
     def _require_one_usable(self) -> None:
-        if all(self._read(number, row) is None for number, row in self._source.in_order()):
-            raise ValueError(
-                f"{self._section}.path={self._data.path}: every prompt is longer than "
-                f"data.max_prompt_length={self._data.max_prompt_length} tokens; raise it"
-            )
+        if not all(self._read(number, row) is None for number, row in self._source.in_order()):
+            return
+        encoder, limit = self._encoder, self._data.max_prompt_length
+        rows = self._source.in_order()
+        if any(encoder.fits(number, encoder.encode(number, row)) for number, row in rows):
+            why = "every prompt of the teacher's is too long; raise mode.teacher_prompt.max_length"
+        else:
+            why = f"every prompt is longer than data.max_prompt_length={limit} tokens; raise it"
+        raise ValueError(f"{self._section}.path={self._data.path}: {why}")

@@ -27,6 +27,11 @@ def rollout_file(folder: str | Path, step: int) -> Path:
     return Path(folder, f"rollouts-{step:08d}.safetensors")
 
 
+def recorded_steps(folder: str | Path) -> int:
+    """How many steps are recorded there; 0 where it is no such folder."""
+    return sum(1 for _ in Path(folder).glob("rollouts-*.safetensors"))
+
+
 def save_rollouts(
     folder: str | Path, step: int, rollouts: Sequence[Rollout], discarded: Sequence[Lengths] = ()
 ) -> Path:

@@ -1,12 +1,16 @@
-"""What ``validate`` refuses of a recipe's data sets, its mode and its evaluations; no data set is
-opened."""
+"""What ``validate`` refuses of a recipe's data sets and evaluations. Nothing is fetched; of a file
+on this machine the first row is read, for its columns."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.modes import evaluates_aside, needs_prompts, needs_teacher, needs_written
+from megatron_prefix.data_source import require_columns
+from megatron_prefix.modes import evaluates_aside, needs_prompts, needs_written
 from megatron_prefix.scorers import load_scorer
 from megatron_prefix.watchdog import longest_wait
+from megatron_prefix.written import written_data
 
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -18,37 +22,77 @@ def is_local(path: str) -> bool:
 
 
 def check_data(recipe: Recipe) -> None:
-    """ValueError for a path that is missing or not set, and for a mode that cannot be."""
-    steps = recipe.train.steps
-    if recipe.mode.warmup_steps > steps:
-        raise ValueError(
-            f"mode.warmup_steps={recipe.mode.warmup_steps} is above train.steps={steps}; for a "
-            "supervised run take mode.name=sft"
-        )
-    _check_refresh(recipe)
+    """ValueError for a path that is missing or not set, and for a column that a file lacks."""
     _check_stop_wait(recipe)
-    written = recipe.mode.written.path
-    if not recipe.data.path and (needs_prompts(recipe) or _lacks_written(recipe)):
-        raise ValueError("data.path is not set; give a .jsonl or .parquet file, or a hub id")
-    if written and not needs_written(recipe):
-        raise ValueError(
-            f"mode.written.path={written} is read by no step of mode.name={recipe.mode.name}; "
-            "take off_policy, mixed or sft, or set mode.warmup_steps"
-        )
+    _check_paths_are_set(recipe)
     load_scorer(recipe.eval.scorer)
     paths = {
         "data.path": recipe.data.path,
-        "mode.written.path": written,
+        "mode.written.path": recipe.mode.written.path,
         "eval.path": recipe.eval.path,
     }
     for key, path in paths.items():
         if is_local(path) and not Path(path).expanduser().exists():
             raise ValueError(f"{key}={path} does not exist; give a file, a folder or a hub id")
+    for section, path, columns in _wanted_columns(recipe):
+        if found := columns_of(Path(path).expanduser()):
+            require_columns(dict.fromkeys(found), columns, section, path)
 
 
-def _lacks_written(recipe: Recipe) -> bool:
-    replayed = bool(recipe.rollout.replay)
-    return needs_written(recipe) and not recipe.mode.written.path and not replayed
+def columns_of(path: Path) -> tuple[str, ...]:
+    """Those of the first row of a file; none where a look at it does not tell, or it is broken,
+    which opening it will."""
+    if path.suffix == ".parquet" and path.is_file():
+        import pyarrow.parquet
+
+        try:
+            return tuple(pyarrow.parquet.read_schema(path).names)
+        except (OSError, pyarrow.ArrowInvalid):
+            return ()
+    if path.suffix != ".jsonl" or not path.is_file():
+        return ()
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        first = next((line for line in lines if line.strip()), "")
+    try:
+        row = json.loads(first or "{}")
+    except json.JSONDecodeError:
+        return ()
+    return tuple(row) if isinstance(row, dict) else ()
+
+
+def _wanted_columns(recipe: Recipe) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """Section, path and columns by their setting, of each data set that is read."""
+    data, written, evaluation = recipe.data, recipe.mode.written, recipe.eval
+    if needs_prompts(recipe):
+        yield "data", data.path, {"prompt_column": data.prompt_column}
+        if recipe.teachers:
+            yield "data", data.path, {"domain_column": data.domain_column}
+    if _reads_written(recipe):
+        theirs = written_data(recipe)
+        section = "mode.written" if written.path else "data"
+        yield section, theirs.path, {"prompt_column": theirs.prompt_column}
+        yield "mode.written", theirs.path, {"answer_column": written.answer_column}
+    if evaluation.path:
+        for key in ("prompt_column", "answer_column"):
+            yield "eval", evaluation.path, {key: getattr(evaluation, key)}
+
+
+def _reads_written(recipe: Recipe) -> bool:
+    return needs_written(recipe) and not recipe.rollout.replay
+
+
+def _check_paths_are_set(recipe: Recipe) -> None:
+    if recipe.data.path:
+        return
+    if needs_prompts(recipe):
+        raise ValueError("data.path is not set; give a .jsonl or .parquet file, or a hub id")
+    if _reads_written(recipe) and not recipe.mode.written.path:
+        warmup = recipe.mode.warmup_steps
+        who = f"mode.warmup_steps={warmup}" if warmup else f"mode.name={recipe.mode.name}"
+        raise ValueError(
+            f"{who} trains on written answers, and neither mode.written.path nor data.path is set; "
+            "give a .jsonl or .parquet file, or a hub id, of prompts and answers"
+        )
 
 
 def _check_stop_wait(recipe: Recipe) -> None:
@@ -60,26 +104,3 @@ def _check_stop_wait(recipe: Recipe) -> None:
             f"eval.stop_wait_s={wait_s:g} must be at most {limit:g}: no rank waits longer with "
             f"run.distributed_timeout_s={timeout_s:g}; set it to {limit:g}"
         )
-
-
-def _check_refresh(recipe: Recipe) -> None:
-    """A copy of the student needs a teacher of the same shape, beside it, in the same dtype."""
-    every, student, teacher = recipe.mode.refresh_teacher_every, recipe.student, recipe.teacher
-    if not every:
-        return
-    named = f"mode.refresh_teacher_every={every}"
-    if not needs_teacher(recipe):
-        raise ValueError(f"{named}, but no step of mode.name={recipe.mode.name} asks a teacher")
-    if Path(student.hf_path).resolve() != Path(teacher.hf_path).resolve():
-        raise ValueError(
-            f"{named} copies the student into the teacher, which must begin as the same: set "
-            f"teacher.hf_path={student.hf_path}, not {teacher.hf_path}"
-        )
-    for key in ("params_dtype", "placement"):
-        ours, theirs = getattr(student, key), getattr(teacher, key)
-        if ours != theirs:
-            raise ValueError(f"{named} needs teacher.{key}={ours}, the student's, not {theirs}")
-    if recipe.teachers:
-        raise ValueError(f"{named} copies into the one teacher; leave teachers out")
-    if recipe.stop_tokens.teacher_ids:
-        raise ValueError(f"{named}: the teacher is the student; leave stop_tokens.teacher_ids out")

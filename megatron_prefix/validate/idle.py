@@ -4,15 +4,25 @@ They are no errors: a recipe of thousands of steps is tried with a few.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron_prefix.config import Recipe
+from megatron_prefix.config_modes import ModeConfig
+from megatron_prefix.modes import is_supervised, needs_rollouts, needs_teacher
 from megatron_prefix.prefix import build_policy
 from megatron_prefix.prefix.policy import ScheduledPolicy
+from megatron_prefix.rollout.records import recorded_steps
 
 
 def idle_settings(recipe: Recipe) -> list[str]:
     """A sentence for each, with its value. ``recipe`` is one that ``validate`` found sound."""
-    return [*_past_the_last_step(recipe), *_past_the_longest_prefix(recipe)]
+    return [
+        *_past_the_last_step(recipe),
+        *_past_the_longest_prefix(recipe),
+        *_without_sampling(recipe),
+        *_without_teacher(recipe),
+        *_of_another_mode(recipe),
+    ]
 
 
 def _past_the_last_step(recipe: Recipe) -> Iterator[str]:
@@ -29,6 +39,12 @@ def _past_the_last_step(recipe: Recipe) -> Iterator[str]:
         yield (
             f"mode.warmup_steps={mode.warmup_steps} leaves none of train.steps={steps} to "
             f"mode.name={mode.name}"
+        )
+    recorded = recorded_steps(recipe.rollout.replay) if recipe.rollout.replay else steps
+    if recorded < steps:
+        yield (
+            f"rollout.replay={recipe.rollout.replay} has {recorded} steps of train.steps={steps}: "
+            "the run ends there, with an error"
         )
     intervals = {
         "eval.interval": recipe.eval.interval if recipe.eval.path else 0,
@@ -59,3 +75,50 @@ def _past_the_longest_prefix(recipe: Recipe) -> Iterator[str]:
             f"loss.weights.min_tokens={weights.min_tokens} on both sides of a change point is more "
             f"than prefix.max_length={longest}: every token weighs 1"
         )
+
+
+def _without_sampling(recipe: Recipe) -> Iterator[str]:
+    prefix, over_sample = recipe.prefix, recipe.rollout.over_sample
+    settings = {
+        f"prefix.cut_off.rule={prefix.cut_off.rule}": prefix.cut_off.rule != "none",
+        f"prefix.recall.threshold={prefix.recall.threshold:g}": prefix.recall.threshold > 0,
+        f"rollout.over_sample={over_sample:g}": over_sample > 1,
+    }
+    idle = [setting for setting, is_set in settings.items() if is_set]
+    if idle and not (needs_rollouts(recipe) or recipe.rollout.replay):
+        yield f"{', '.join(idle)}: for sampled rollouts, and no step of {_mode(recipe)} has any"
+
+
+def _without_teacher(recipe: Recipe) -> Iterator[str]:
+    loss, plain, prompt = recipe.loss, Recipe().loss, recipe.mode.teacher_prompt
+    settings = {
+        f"loss.divergence={loss.divergence}": loss.divergence != plain.divergence,
+        f"loss.weights.rule={loss.weights.rule}": loss.weights != plain.weights,
+    }
+    if is_supervised(recipe, recipe.train.steps - 1):
+        idle = [setting for setting, is_set in settings.items() if is_set]
+        if prompt != type(prompt)() and not needs_teacher(recipe):
+            idle.append("mode.teacher_prompt")
+        if idle:
+            yield f"{', '.join(idle)}: for a teacher, and no step of {_mode(recipe)} has one"
+
+
+def _of_another_mode(recipe: Recipe) -> Iterator[str]:
+    mode, prompt = recipe.mode, recipe.mode.teacher_prompt
+    if mode.name != "mixed" and mode.written_share != ModeConfig().written_share:
+        yield (
+            f"mode.written_share={mode.written_share:g} is for mode.name=mixed, and here it is "
+            f"{mode.name}"
+        )
+    if prompt.max_length and prompt == replace(type(prompt)(), max_length=prompt.max_length):
+        yield (
+            f"mode.teacher_prompt.max_length={prompt.max_length} bounds a prompt of the teacher's "
+            "own, and it reads the student's: set mode.teacher_prompt.template or system_prompt"
+        )
+
+
+def _mode(recipe: Recipe) -> str:
+    mode, steps = recipe.mode, recipe.train.steps
+    if mode.name != "sft" and mode.warmup_steps >= steps:
+        return f"train.steps={steps} within mode.warmup_steps={mode.warmup_steps}"
+    return f"mode.name={mode.name}"

@@ -15,6 +15,7 @@ from megatron_prefix.placement import (
     teachers_of,
     world_layout,
 )
+from megatron_prefix.rollout.records import recorded_steps
 from megatron_prefix.served import check_served, check_servers, check_top_k, read_served
 from megatron_prefix.validate.data import check_data
 from megatron_prefix.validate.limits import check_settings
@@ -25,6 +26,7 @@ from megatron_prefix.validate.model import (
     check_model,
     read_model,
 )
+from megatron_prefix.validate.modes import check_modes
 from megatron_prefix.validate.prefix import check_prefix
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def validate(
     check_served(recipe)
     _check_schedule(recipe)
     _check_rollout(recipe)
+    check_modes(recipe)
     check_data(recipe)
     world_size = resolve_world_size(recipe)
     world = world_layout(recipe, world_size)
@@ -110,13 +113,11 @@ def _check_schedule(recipe: Recipe) -> None:
 def _check_rollout(recipe: Recipe) -> None:
     rollout = recipe.rollout
     check_servers(rollout, ("rollout.server_urls", "rollout.server_args", "rollout.api_key_file"))
-    if rollout.replay:
-        folder = Path(rollout.replay)
-        if not folder.is_dir() or not any(folder.iterdir()):
-            raise ValueError(
-                f"rollout.replay={rollout.replay} is no folder of recorded rollouts; record one "
-                "with rollout.record=true"
-            )
+    if rollout.replay and not recorded_steps(rollout.replay):
+        raise ValueError(
+            f"rollout.replay={rollout.replay} is no folder of recorded rollouts; record one "
+            "with rollout.record=true"
+        )
     batch, samples = recipe.train.global_batch_size, rollout.samples_per_prompt
     if batch % samples:
         raise ValueError(

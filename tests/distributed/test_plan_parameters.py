@@ -29,6 +29,7 @@ from megatron_prefix.plan import Stage, count_held, make_plan
 from megatron_prefix.plan.build import question
 from megatron_prefix.plan.teachers import teachers_that_score
 from megatron_prefix.preflight import check_machine
+from megatron_prefix.rollout.records import rollout_file
 from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.types import Held
 from megatron_prefix.validate import ValidRun, validate
@@ -212,7 +213,7 @@ def recipe_of(folder: Path, student: ModelConfig, teacher: ModelConfig, world: i
     for name in ("student", "teacher"):
         write_byte_tokenizer(folder / name)
     (folder / "replay").mkdir()
-    (folder / "replay" / "some").touch()
+    rollout_file(folder / "replay", 0).touch()
     return Recipe(
         run=RunConfig(world_size=world),
         student=student,

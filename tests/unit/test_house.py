@@ -187,7 +187,12 @@ def asserts(node: ast.AST) -> bool:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid_but_for_folders_to_fetch(path: Path) -> None:
     data = ROOT / "tests" / "assets" / "gsm8k_8.jsonl"
-    recipe = load_recipe(str(path), overrides=[f"data.path={data}", f"eval.path={data}"])
+    sets = [
+        words
+        for section in ("data", "eval")
+        for words in (f"{section}.path={data}", f"{section}.prompt_column=question")
+    ]
+    recipe = load_recipe(str(path), overrides=sets)
     world_size = resolve_world_size(recipe)
     world = world_layout(recipe, world_size)
     for replicas in (world.student.dp, world.teacher.dp):

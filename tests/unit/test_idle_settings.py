@@ -1,5 +1,6 @@
 """Settings that a run never comes to: each is named before it starts, and stops nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,14 @@ from megatron_prefix.config import (
     PrefixConfig,
     RecallConfig,
     Recipe,
+    RolloutConfig,
+    TeacherPromptConfig,
     TokenWeightConfig,
     TrainConfig,
 )
 from megatron_prefix.prefix.registry import POLICIES
 from megatron_prefix.recipe import load_recipe
+from megatron_prefix.rollout.records import save_rollouts
 from megatron_prefix.validate.idle import idle_settings
 
 TEN_STEPS = TrainConfig(steps=10)
@@ -67,6 +71,35 @@ def weights(min_tokens: int) -> Recipe:
         ),
         (prefix("fixed", recall=RecallConfig(0.1, window=80)), "prefix.recall asks for 80 tokens"),
         (weights(38), "loss.weights.min_tokens=38 on both sides"),
+        (
+            replace(
+                prefix("fixed", cut_off=CutOffConfig("surprisal"), recall=RecallConfig(0.1)),
+                mode=ModeConfig("off_policy"),
+                rollout=RolloutConfig(over_sample=1.5),
+            ),
+            "prefix.cut_off.rule=surprisal, prefix.recall.threshold=0.1, rollout.over_sample=1.5: "
+            "for sampled rollouts, and no step of mode.name=off_policy has any",
+        ),
+        (
+            Recipe(
+                loss=LossConfig("jsd", weights=TokenWeightConfig("entropy")),
+                mode=ModeConfig("sft", teacher_prompt=TeacherPromptConfig("Hm. {prompt}")),
+                prefix=LONG,
+                train=TEN_STEPS,
+            ),
+            "loss.divergence=jsd, loss.weights.rule=entropy, mode.teacher_prompt: for a teacher, "
+            "and no step of mode.name=sft has one",
+        ),
+        (
+            replace(prefix("fixed"), mode=ModeConfig(written_share=0.3)),
+            "mode.written_share=0.3 is for mode.name=mixed, and here it is on_policy",
+        ),
+        (
+            replace(
+                prefix("fixed"), mode=ModeConfig(teacher_prompt=TeacherPromptConfig(max_length=9))
+            ),
+            "mode.teacher_prompt.max_length=9 bounds a prompt of the teacher's own",
+        ),
     ],
 )
 def test_what_a_run_never_comes_to_is_named_in_one_line(recipe: Recipe, named: str) -> None:
@@ -88,10 +121,22 @@ def test_what_a_run_never_comes_to_is_named_in_one_line(recipe: Recipe, named: s
         Recipe(mode=ModeConfig("sft", warmup_steps=10), prefix=LONG, train=TEN_STEPS),
         Recipe(log=LogConfig(probe_interval=10), prefix=LONG, train=TEN_STEPS),
         weights(37),
+        replace(prefix("fixed"), mode=ModeConfig("mixed", written_share=0.3)),
+        replace(prefix("fixed"), rollout=RolloutConfig(over_sample=2.0)),
     ],
 )
 def test_what_a_run_comes_to_is_no_matter(recipe: Recipe) -> None:
     assert idle_settings(recipe) == []
+
+
+def test_a_replay_with_fewer_steps_than_the_run_is_named(tmp_path: Path) -> None:
+    replayed = replace(prefix("fixed"), rollout=RolloutConfig(replay=str(tmp_path)))
+    for step in range(9):
+        save_rollouts(tmp_path, step, [])
+    (sentence,) = idle_settings(replayed)
+    assert f"rollout.replay={tmp_path} has 9 steps of train.steps=10" in sentence
+    save_rollouts(tmp_path, 9, [])
+    assert idle_settings(replayed) == []
 
 
 def test_recipes_of_this_project_are_whole() -> None:

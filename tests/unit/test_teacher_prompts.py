@@ -96,6 +96,8 @@ def test_rows_whose_teacher_prompt_is_too_long_are_dropped(folder: Path, tmp_pat
     template = "{prompt} {solution}"
     taken = prompts(folder, tmp_path, ROW, long, ROW, template=template, max_length=20)
     assert {text(folder, each.input_ids) for each in taken} == {"2+2?"}
+    with pytest.raises(ValueError, match="of the teacher's is too long; raise mode.teacher_pro"):
+        prompts(folder, tmp_path, long, template=template, max_length=20)
 
 
 def test_the_teachers_microbatches_have_the_students_positions_and_their_own_length() -> None:
