@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from rich import get_console
 
-from megatron_prefix.conductor import Conductor, Prober, Staff
+from megatron_prefix.conductor import Conductor, Staff
 from megatron_prefix.config import Recipe
 from megatron_prefix.evaluate import EvalResult, evaluate, write_samples
 from megatron_prefix.jsonl import EVALUATION_FOLDER
@@ -32,6 +32,7 @@ from megatron_prefix.modes import (
 from megatron_prefix.placement import teachers_of
 from megatron_prefix.prefix import Ledger, build_policy, model_shape
 from megatron_prefix.prefix.recall import Recall
+from megatron_prefix.probes import Prober
 from megatron_prefix.publisher import (
     NoPublisher,
     Publisher,

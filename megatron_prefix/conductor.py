@@ -3,6 +3,7 @@
 The other ranks get its decisions as an ``Order`` and need none of its state.
 """
 
+import functools
 import logging
 import math
 import time
@@ -12,36 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.alarms import probe_alarms
 from megatron_prefix.batch import count_loss_tokens, nothing_to_train_on
 from megatron_prefix.config import Recipe
 from megatron_prefix.kl_grid import mean_kl
 from megatron_prefix.modes import is_supervised, last_evaluation_due, more_passes, written_count
 from megatron_prefix.orders import Order
 from megatron_prefix.phases import Phases
-from megatron_prefix.prefix import (
-    Ledger,
-    PrefixObservation,
-    PrefixPolicy,
-    ProbeObservation,
-    loss_start,
-    observe_probe,
-)
+from megatron_prefix.prefix import Ledger, PrefixObservation, PrefixPolicy, loss_start
 from megatron_prefix.prefix.recall import Recall
+from megatron_prefix.probes import Prober, Probes
 from megatron_prefix.rollout.discarded import Discarded, sampled_lengths
 from megatron_prefix.rollout.pool import FAULTS
 from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.run_log import RunLog
 from megatron_prefix.side_evaluation import Answered, Evaluator, ServerFleet, SideEvaluations
 from megatron_prefix.sources import RolloutSource
-from megatron_prefix.types import ProbeMetrics, Rollout, StepMetrics
+from megatron_prefix.types import Rollout, StepMetrics
 
 _WAIT_S = 1.0  # between two looks at servers that are to come back
 Decode = Callable[[Sequence[int]], str]
-
-
-# Full-length rollouts of the probes' prompts, with the weights of this policy version.
-Prober = Callable[[int], list[Rollout]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +59,9 @@ class Conductor:
         self._recipe, self._staff = recipe, staff
         self._log: RunLog | None = None
         self._aside: SideEvaluations | None = None
+        self._probes: Probes | None = None
+        if staff.probe is not None:
+            self._probes = Probes(recipe, staff.policy, staff.ledger, staff.probe)
         if staff.evaluate is not None and staff.evaluation_fleet is not None:
             self._aside = SideEvaluations(staff.evaluate, staff.evaluation_fleet, self)
 
@@ -245,20 +238,9 @@ class Conductor:
         """Full-length rollouts to score; none where there is not a token in them."""
         if self._stops_alone():  # the next order saves
             return Order("nothing")
-        return self._with_servers(policy_version, lambda: self._probe(step, policy_version))
-
-    def _probe(self, step: int, policy_version: int) -> Order:
-        assert self._staff.probe is not None
-        try:
-            rollouts = tuple(self._staff.probe(policy_version))
-        except NoRollouts as error:
-            self.log.event("empty", f"no probe after step {step}: {error}", level=logging.WARNING)
-            rollouts = ()
-        scored = rollouts if count_loss_tokens(rollouts, 0) else ()
-        length = self._staff.policy.length(step)
-        audited = self._recipe.log.probe_agreement and count_loss_tokens(scored, length)
-        longest = self._recipe.prefix.max_length
-        return Order("probe", longest, scored, audit_length=length if audited else 0)
+        assert self._probes is not None
+        probe = functools.partial(self._probes.order, step, policy_version, self.log)
+        return self._with_servers(policy_version, probe)
 
     def record_probe(
         self,
@@ -268,28 +250,9 @@ class Conductor:
         tokens_L: np.ndarray,
         agreement: float = math.nan,
     ) -> None:
-        """``kl_L`` and ``tokens_L``: mean KL and scored tokens by position, up to max_length."""
-        length, rollouts = self._staff.policy.length(step), order.rollouts
-        if self._recipe.log.probe_agreement and not order.audit_length:
-            agreement = 1.0  # the prefix is all there is
-        metrics = ProbeMetrics(
-            step=step,
-            prefix_length=length,
-            kl_prefix=mean_kl(kl_L[:length], tokens_L[:length]),
-            kl_tail=mean_kl(kl_L[length:], tokens_L[length:]),
-            kl_by_position=kl_L,
-            tokens_by_position=tokens_L.astype(np.int64),
-            finished=sum(rollout.finish_reason == "stop" for rollout in rollouts),
-            rollouts=len(rollouts),
-            flops=self._staff.ledger.measure_probe(rollouts, 2 if order.audit_length else 0),
-            agreement=agreement,
-        )
-        alarms = probe_alarms(self._recipe.log, metrics, self.log.probes())
-        self.log.probe(metrics)
-        for alarm in alarms:
-            self.log.event("alarm", alarm, level=logging.WARNING)
-        seen = (metrics.kl_prefix, metrics.kl_tail, agreement, kl_L)
-        observe_probe(self._staff.policy, ProbeObservation(step, length, *seen))
+        """See :meth:`Probes.record`."""
+        assert self._probes is not None
+        self._probes.record(step, order, kl_L, tokens_L, agreement, self.log)
 
     def evaluate(self, step: int, policy_version: int) -> Order:
         """Once a step, where servers are there to ask."""

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +31,7 @@ from megatron_prefix.phases import Phases
 from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.publisher import NoPublisher, Publisher
 from megatron_prefix.reweigh import Weighted, reweigh
+from megatron_prefix.saves import Saves
 from megatron_prefix.slow_phases import SlowPhases
 from megatron_prefix.step_metrics import step_metrics
 from megatron_prefix.step_times import gather_hosts, gather_times, time_work
@@ -74,7 +74,7 @@ class Trainer:
         self._step = 0  # finished steps
         self._policy_version = self._published = 0
         self._skipped_in_a_row = 0
-        self._saved_step = -1
+        self._saves = Saves(parts.checkpointer, parts.conductor)
         self._slow_phases = SlowPhases(gather_hosts())
 
     def train(self) -> bool:
@@ -229,7 +229,7 @@ class Trainer:
 
     def _after_step(self) -> None:
         interval = self._recipe.checkpoint.save_interval
-        self._finalize_save(wait=False)
+        self._saves.finalize(wait=False)
         if self._parts.lagged:
             self._parts.lagged.refresh(self._step)
         self._probe_if_due()  # before the save, which holds what the policy learns from it
@@ -295,39 +295,18 @@ class Trainer:
                 return order
 
     def _save(self, *, wait: bool) -> None:
-        if self._step == 0:  # nothing was trained, and Adam's moments are not there yet
-            return
-        self._begins("save")
-        # The one before ends first, and is told of by itself where it came to nothing.
-        self._finalize_save(wait=wait or self._saved_step != self._step)
-        if self._saved_step == self._step:  # by its interval, just now
-            return
-        state: dict[str, Any] = {"policy_version": self._policy_version}
-        state["layout"] = self._parts.checkpointer.layout_record()
-        if self._parts.conductor:
-            state["conductor"] = self._parts.conductor.state_dict()
-        self._parts.checkpointer.save(self._step, state, wait=wait)
-        self._saved_step = self._step
-
-    def _finalize_save(self, *, wait: bool) -> None:
-        """A save that came to nothing is told, and the next one is due as it was."""
-        self._parts.checkpointer.finalize(wait=wait)
-        problem = self._parts.checkpointer.take_problem()
-        if problem:
-            self._saved_step = -1
-            if self._parts.conductor:
-                self._parts.conductor.log.event("save", problem, level=logging.ERROR)
+        if self._step:  # before the first, nothing is trained, and Adam's moments are not there yet
+            self._begins("save")
+            self._saves.save(self._step, self._policy_version, wait=wait)
 
     def _restore(self) -> None:
-        restored = self._parts.checkpointer.restore()
+        restored = self._saves.restore()
         if restored is None:
             return
-        self._step = self._saved_step = restored.step
+        self._step = restored.step
         self._policy_version = restored.run_state["policy_version"]
         if self._parts.lagged:
             self._parts.lagged.restore(self._step)
-        if self._parts.conductor:
-            self._parts.conductor.resume(restored.step, restored.run_state["conductor"])
         logger.info("resumed after step %d from %s", restored.step, restored.folder.name)
 
     def _synchronize(self) -> None:

@@ -51,7 +51,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lagged",),
     ("side_evaluation",),
     ("server_teacher", "reach_teacher"),
-    ("conductor", "step_metrics", "trouble", "trainer", "teacher_loop"),
+    ("probes", "saves", "conductor", "step_metrics", "trouble", "trainer", "teacher_loop"),
     ("supplies", "world", "assemble", "worker"),
     ("agent",),
     ("launch_arguments", "launch", "launcher", "die_with_parent"),
@@ -89,7 +89,7 @@ NEEDS_MEGATRON += (
     "teacher_loop",
     "world",
 )
-NEEDS_MEGATRON += ("server_teacher", "reach_teacher")
+NEEDS_MEGATRON += ("server_teacher", "reach_teacher", "saves")
 WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "plan")
 WITHOUT_TORCH += (
     "placement",
