@@ -8,12 +8,14 @@ BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 # Without bytecode every rank and server would compile all of torch anew at its start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env quickstart test test-servers test-ranks lint format bench gpu-test gpu-bench
+TEST_PARTS := test-servers test-slurm test-ranks test-units
+
+.PHONY: help env quickstart test $(TEST_PARTS) lint format bench gpu-test gpu-bench
 
 help:
 	@echo "make quickstart   run the main job on this machine, without a GPU; results in runs/quickstart"
 	@echo "make test         run the tests; those that need a GPU are skipped where there is none"
-	@echo "make test-servers, make test-ranks   a half of them each: servers and Slurm; units, ranks, GPU"
+	@echo "make test-servers, test-slurm, test-ranks, test-units   a part of them each"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite the files, and renew the tables of docs/configuration.md"
 	@echo "make bench        every benchmark in its quick form"
@@ -27,16 +29,22 @@ env:
 quickstart: env
 	$(PYTHON) tools/quickstart.py
 
-# Half of the time the tests wait: for servers, for Slurm, for a hang to be noticed. So two halves
-# run side by side, each one's output shown when it has ended.
+# Half of the time the tests wait: for servers, for Slurm, for a hang to be noticed. So two parts
+# run side by side, the longest first, each one's output shown when it has ended.
 test: env
-	@$(MAKE) --no-print-directory -j2 -k -O test-servers test-ranks
+	@$(MAKE) --no-print-directory -j2 -k -O $(TEST_PARTS)
 
 test-servers: env
-	$(PYTHON) -m pytest tests/server tests/slurm
+	$(PYTHON) -m pytest tests/server
+
+test-slurm: env
+	$(PYTHON) -m pytest tests/slurm
 
 test-ranks: env
-	$(PYTHON) -m pytest tests/unit tests/distributed tests/gpu
+	$(PYTHON) -m pytest tests/distributed
+
+test-units: env
+	$(PYTHON) -m pytest tests/unit tests/gpu
 
 lint: env
 	$(PYTHON) -m ruff check

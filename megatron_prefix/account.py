@@ -6,7 +6,6 @@ evaluation that was made twice has two lines and counts twice.
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from megatron_prefix import jsonl
 from megatron_prefix.types import Flops
+from megatron_prefix.whole_file import whole_file
 
 PARTS = ("rollout", "teacher", "student", "probes", "evaluation")
 LEDGER = "ledger.json"  # the account so far, renewed while the run goes on
@@ -112,10 +112,9 @@ def account_record(account: Account) -> dict[str, Any]:
 
 def write_account(account: Account, folder: Path) -> None:
     """Renews ``ledger.json``; a reader finds the old one or the new one, whole."""
-    fresh = folder / f"{LEDGER}.new"
     text = json.dumps(account_record(account), indent=2, allow_nan=False)
-    fresh.write_text(text + "\n", encoding="utf-8")
-    os.replace(fresh, folder / LEDGER)
+    with whole_file(folder / LEDGER) as file:
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def _flops(record: Mapping[str, float | None]) -> Flops:

@@ -6,7 +6,6 @@ line, in the order of arrival) and ``summary.json``. The same settings go on whe
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.protocol import Sampling, SglangError
 from megatron_prefix.scorers import Scorer
 from megatron_prefix.types import Prompt, Rollout
+from megatron_prefix.whole_file import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +77,8 @@ def check_settings_file(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / SETTINGS
     ours = json.loads(json.dumps(settings))
     if not path.exists():
-        path.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+        with whole_file(path) as file:
+            file.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
         return
     theirs = json.loads(path.read_text(encoding="utf-8"))
     for key in {**ours, **theirs}:
@@ -93,10 +94,9 @@ def kept_samples(folder: Path) -> list[EvalSample]:
     path = folder / SAMPLES
     samples = [EvalSample(**record) for record in read_records(path)]
     if path.exists() and not path.read_bytes().endswith(b"\n"):
-        fresh = path.with_suffix(".new")
         lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-        fresh.write_text("".join(lines), encoding="utf-8")
-        os.replace(fresh, path)
+        with whole_file(path) as file:
+            file.write_text("".join(lines), encoding="utf-8")
     return samples
 
 
@@ -286,6 +286,6 @@ def _shown(estimate: Estimate) -> str:
 def write_summary(folder: Path, record: Mapping[str, Any], started: float) -> dict[str, Any]:
     """Writes and returns ``record`` with the seconds since ``started`` (monotonic)."""
     whole = {**record, "seconds": time.monotonic() - started}
-    path = folder / SUMMARY
-    path.write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with whole_file(folder / SUMMARY) as file:
+        file.write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return whole

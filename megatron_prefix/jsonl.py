@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from megatron_prefix.types import Flops
+from megatron_prefix.whole_file import whole_file
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -98,15 +99,14 @@ def keep_until(path: Path, step: int) -> int:
     """
     moved = sum(1 for _, record in _records(path) if not _is_kept(record, step))
     if moved:
-        fresh = path.with_name(path.name + ".new")
         discarded = path.with_name(f"{path.stem}.discarded.jsonl")
         with (
-            fresh.open("w", encoding="utf-8") as kept_file,
+            whole_file(path) as kept,
+            kept.open("w", encoding="utf-8") as kept_file,
             discarded.open("a", encoding="utf-8") as moved_file,
         ):
             for line, record in _records(path):
                 (kept_file if _is_kept(record, step) else moved_file).write(line + "\n")
-        os.replace(fresh, path)
     return moved
 
 

@@ -22,6 +22,7 @@ from megatron_prefix.progress import Pace
 from megatron_prefix.rollout.addresses import own_address
 from megatron_prefix.slow_phases import StepTimes, Verdict
 from megatron_prefix.types import StepMetrics
+from megatron_prefix.whole_file import whole_file
 
 JOB = "job"  # as a host: this machine's address on the network that the ranks meet on
 TARGETS = "metrics_targets.json"  # in the run's folder
@@ -190,7 +191,8 @@ def announced(folder: Path, log: LogConfig, servers: Sequence[str]) -> Iterator[
     groups = [trainer | {"labels": {"job": "megatron_prefix", **labels}}]
     groups += [sglang | {"labels": {"job": "sglang", **labels}}] if servers else []
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / TARGETS).write_text(json.dumps(groups, indent=1) + "\n", encoding="utf-8")
+    with whole_file(folder / TARGETS) as file:
+        file.write_text(json.dumps(groups, indent=1) + "\n", encoding="utf-8")
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from megatron_prefix.rollout.async_client import AsyncGenerator
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.protocol import Generation, Sampling, SglangError
 from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
+from megatron_prefix.whole_file import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -250,10 +251,9 @@ def _finish(writing: Writing, dropped: int) -> Written:
     whole = [record for record in records if record["answer_ids"]]
     if not whole:
         raise ValueError(f"all {len(records)} answers are empty; does the teacher end at once?")
-    fresh = writing.output.with_name(f"{writing.output.name}.new")
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in whole)
-    fresh.write_text("".join(lines), encoding="utf-8")
-    os.replace(fresh, writing.output)
+    with whole_file(writing.output) as file:
+        file.write_text("".join(lines), encoding="utf-8")
     writing.partial.unlink()
     return Written(
         answers=len(whole),

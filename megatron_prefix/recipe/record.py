@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from omegaconf import OmegaConf
 
 from megatron_prefix.config import Recipe, TeacherServerConfig
 from megatron_prefix.recipe.settings import finish, lay, leaves, read_yaml
+from megatron_prefix.whole_file import whole_file
 
 RECORD_NAME = "recipe.yaml"
 _PLACES = (
@@ -52,10 +52,9 @@ def save_record(recipe: Recipe, folder: Path) -> Path:
     """Writes the resolved recipe into ``folder``, whole or not at all; ``load_record`` gives an
     equal one back."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / RECORD_NAME, folder / f".{RECORD_NAME}.partial"
-    text = yaml.safe_dump(asdict(recipe), sort_keys=False)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    path = folder / RECORD_NAME
+    with whole_file(path) as file:
+        file.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
     return path
 
 

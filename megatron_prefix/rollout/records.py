@@ -7,7 +7,6 @@ was sampled for the step and thrown away the lengths are kept, so that its ledge
 
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -18,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from megatron_prefix.rollout.discarded import Lengths
 from megatron_prefix.types import FinishReason, Rollout
+from megatron_prefix.whole_file import whole_file
 
 _THROWN_AWAY = "thrown_away"  # int32 [rollouts, 2]: prompt and sampled tokens
 _FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
@@ -39,10 +39,9 @@ def save_rollouts(
     earlier record of the step is replaced."""
     path = rollout_file(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
     thrown_away = np.array(discarded, np.int32).reshape(-1, 2)
-    save_file(_arrays(rollouts) | {_THROWN_AWAY: thrown_away}, unfinished)
-    os.replace(unfinished, path)  # whoever finds the file finds all of it
+    with whole_file(path) as file:
+        save_file(_arrays(rollouts) | {_THROWN_AWAY: thrown_away}, file)
     return path
 
 

@@ -15,6 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_prefix.whole_file import whole_file
+
 SYMBOLS = "_^$>|:+=;#0123456789abcdefghijklmnopqrstuvwxyz"  # a symbol's place is its token id
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 NUM_LETTERS = 6
@@ -162,10 +164,9 @@ def write_dataset(path: str | Path, n: int, seed: int) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = ({"prompt": p.prompt, "answer": p.answer} for p in make_problems(n, seed))
-    # A killed writer must not leave half a file behind that a later run takes for whole.
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return partial.replace(path)
+    with whole_file(path) as file:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def data_files(folder: str | Path) -> DataFiles:
