@@ -6,18 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from megatron_prefix.agreement import Audit, audit_gradients
-from megatron_prefix.batch import pack, plan_microbatches
 from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.student import forward_backward
 from megatron_prefix.token_kl import by_rollout
+from tests.distributed.dense import Dense
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
     CPU,
     LONGEST_PREFIX,
-    MICROBATCHES,
     Case,
     World,
     model_config,
@@ -28,10 +26,8 @@ PREFIX = 6  # the rollouts have 1 to 17 tokens
 
 
 def audit(world: World) -> Audit:
-    sampled, groups = rollouts(seed=5), world.student.model.groups
-    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8)
-    mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
-    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    sampled = rollouts(seed=5)
+    plan, batches = world.packed(sampled)
     targets = world.teacher.targets(sampled, plan)
     return audit_gradients(world.student, batches, targets, world.objective, LONGEST_PREFIX, PREFIX)
 
@@ -52,19 +48,12 @@ def trained(case: Case, world_size: int, probed: bool) -> tuple[Audit | None, di
 
 def reference_agreement(folders: tuple[Path, Path]) -> float:
     """By autograd over whole fp64 models, before any step."""
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model, teacher = (load(folder, dtype=torch.float64) for folder in folders)
-    gradients = []
+    dense, gradients = Dense.load(folders), []
     for longest in (LONGEST_PREFIX, PREFIX):
-        model.zero_grad()
+        dense.student.zero_grad()
         for rollout in rollouts(seed=5):
-            ids = torch.tensor([(*rollout.prompt_ids, *rollout.prefix_ids)[:-1]])
-            first = len(rollout.prompt_ids) - 1
-            log_p = model(ids).logits[0, first : first + longest].log_softmax(-1)
-            with torch.no_grad():
-                log_q = teacher(ids).logits[0, first : first + longest].log_softmax(-1)
-            (log_p.exp() * (log_p - log_q)).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            dense.kl(rollout)[:longest].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in dense.student.parameters()]))
     return float(torch.nn.functional.cosine_similarity(*gradients, dim=0))
 
 
@@ -92,14 +81,11 @@ def test_agreement_is_the_whole_models_cosine_in_every_layout(
 
 
 def token_kl(case: Case, world_size: int) -> tuple[list[np.ndarray], PrefixSums]:
-    world = World.build(case, world_size)
-    sampled, groups = rollouts(), world.student.model.groups
-    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8, loss_start=2)
-    mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
-    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    world, sampled = World.build(case, world_size), rollouts()
+    plan, batches = world.packed(sampled, loss_start=2)
     targets, own = world.teacher.targets(sampled, plan), list[torch.Tensor]()
     sums = forward_backward(world.student, batches, targets, world.objective, LONGEST_PREFIX, own)
-    return by_rollout(groups, plan, sampled, own, CPU), sums
+    return by_rollout(world.student.model.groups, plan, sampled, own, CPU), sums
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prefix.batch import pack, padded_for, plan_microbatches
 from megatron_prefix.config import TokenWeightConfig
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.reweigh import reweigh
@@ -21,7 +20,6 @@ from tests.distributed.test_layouts import STEPS, check_same_training
 from tests.distributed.world import (
     CPU,
     LONGEST_PREFIX,
-    MICROBATCHES,
     Case,
     Run,
     World,
@@ -144,16 +142,12 @@ def test_checkpoints_load_with_and_without(
 def weighted(case: Case, world_size: int, config: TokenWeightConfig) -> tuple[float, list]:
     """The loss, and the KL of each rollout's tokens."""
     world, sampled = World.build(case, world_size), rollouts()
-    groups = world.student.model.groups
-    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8)
-    plan = padded_for(groups.layout.cp, sampled, plan)
-    mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
-    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    plan, batches = world.packed(sampled)
     targets, objective = world.teacher.targets(sampled, plan), world.objective
     batches = reweigh(world.student.model, batches, targets, objective, config).batches
     kept: list[torch.Tensor] = []
     sums = forward_backward(world.student, batches, targets, objective, LONGEST_PREFIX, kept)
-    return sums.loss, by_rollout(groups, plan, sampled, kept, CPU)
+    return sums.loss, by_rollout(world.student.model.groups, plan, sampled, kept, CPU)
 
 
 @pytest.mark.parametrize("rule", ["entropy", "discrepancy"])

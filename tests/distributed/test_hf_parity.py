@@ -13,6 +13,7 @@ from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.groups import initialize_megatron
 from megatron_prefix.mcore.schedule import run_schedule
+from tests.distributed.dense import Dense
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import CPU, Case, World, build, model_config, rollouts
 from tests.tiny_models import (
@@ -192,17 +193,11 @@ def test_gradients_equal_autograd_through_transformers(tmp_path: Path) -> None:
     (gradients,) = run_ranks(
         1, first_step_gradients, Case(model_config(student), model_config(teacher))
     )
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model, reference = (load(f, dtype=torch.float64) for f in (student, teacher))
+    dense = Dense.load((student, teacher))
     total = sum(len(r.prefix_ids) for r in rollouts(vocab=61))
     for rollout in rollouts(vocab=61):
-        ids = torch.tensor([(*rollout.prompt_ids, *rollout.prefix_ids)[:-1]])
-        first = len(rollout.prompt_ids) - 1
-        log_p = model(ids).logits[0, first:].log_softmax(-1)
-        with torch.no_grad():
-            log_q = reference(ids).logits[0, first:].log_softmax(-1)
-        ((log_p.exp() * (log_p - log_q)).sum() / total).backward()
-    named = dict(model.named_parameters())
+        (dense.kl(rollout).sum() / total).backward()
+    named = dict(dense.student.named_parameters())
     pairs = {
         "embedding.word_embeddings.weight": "model.embed_tokens.weight",
         "decoder.final_layernorm.weight": "model.norm.weight",

@@ -10,7 +10,6 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from megatron_prefix.batch import pack, plan_microbatches
 from megatron_prefix.loss import prefix_divergence
 from megatron_prefix.loss.overlap import TopKOverlap
 from megatron_prefix.prefix_sums import PrefixSums
@@ -18,7 +17,7 @@ from megatron_prefix.student import forward_backward
 from megatron_prefix.token_kl import by_rollout
 from tests.distributed import world as worlds
 from tests.distributed.ranks import run_ranks
-from tests.distributed.world import CPU, LONGEST_PREFIX, MICROBATCHES, World, model_config
+from tests.distributed.world import CPU, LONGEST_PREFIX, World, model_config
 from tests.tiny_models import write_tiny_qwen3
 from tests.unit.loss.reference import Case, make_case
 
@@ -83,15 +82,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def step(case: worlds.Case, world_size: int) -> tuple[list[np.ndarray], PrefixSums]:
-    world = World.build(case, world_size)
-    sampled, groups = worlds.rollouts(), world.student.model.groups
-    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8)
-    mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
-    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    world, sampled = World.build(case, world_size), worlds.rollouts()
+    plan, batches = world.packed(sampled)
     objective = replace(world.objective, overlap_k=K, keeps="overlap")
     targets, kept = world.teacher.targets(sampled, plan), list[Tensor]()
     sums = forward_backward(world.student, batches, targets, objective, LONGEST_PREFIX, kept)
-    return by_rollout(groups, plan, sampled, kept, CPU), sums
+    return by_rollout(world.student.model.groups, plan, sampled, kept, CPU), sums
 
 
 def test_by_position_and_by_rollout_in_every_layout(folders: tuple[Path, Path]) -> None:

@@ -6,20 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
-from megatron_prefix.batch import pack, plan_microbatches
 from megatron_prefix.config import LossConfig, TokenWeightConfig
 from megatron_prefix.loss.teacher_view import TeacherView
 from megatron_prefix.reweigh import reweigh, view_of_top_k
 from megatron_prefix.student import Objective, forward_backward
 from megatron_prefix.token_weights import raw_weights
 from megatron_prefix.types import Rollout, TopKTargets
+from tests.distributed.dense import Dense, reverse_kl
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
-    CPU,
     LONGEST_PREFIX,
-    MICROBATCHES,
     Case,
     World,
     model_config,
@@ -58,11 +55,8 @@ def weighted_step(
     """Loss, gradient norm, effective share, the weights' sum on this rank, and the last norm's
     gradient."""
     world = World.build(case, world_size)
-    groups = world.student.model.groups
     rollouts = sampled(logprob)
-    plan = plan_microbatches(rollouts, MICROBATCHES, multiple=8)
-    own = plan.of_replica(groups.dp_rank, groups.layout.dp)
-    batches = [pack(rollouts, plan, m, CPU) for m in own]
+    plan, batches = world.packed(rollouts)
     targets = world.teacher.targets(rollouts, plan)
     weighted = reweigh(world.student.model, batches, targets, world.objective, config)
     sums = forward_backward(
@@ -92,27 +86,22 @@ def test_gradients_are_those_of_the_weighted_mean(folders: tuple[Path, Path], ru
     case = Case(*map(model_config, folders))
     config = RULES.get(rule, TokenWeightConfig("reward"))
     ((loss, _, share, total, gradient),) = run_ranks(1, weighted_step, case, 1, config)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model, teacher = (load(folder, dtype=torch.float64) for folder in folders)
+    dense = Dense.load(folders)
     kl, weights = [], []
     for rollout in sampled():
-        ids = torch.tensor([(*rollout.prompt_ids, *rollout.prefix_ids)[:-1]])
-        first = len(rollout.prompt_ids) - 1
-        log_p = model(ids).logits[0, first:].log_softmax(-1)
-        with torch.no_grad():
-            log_q = teacher(ids).logits[0, first:].log_softmax(-1)
-        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        log_p, log_q = dense.logprobs(rollout)
+        kl.append(reverse_kl(log_p, log_q))
         weights.append(reference_weights(config, rollout, log_q))
     weight = torch.cat(weights)
     assert weight.min() < 0.5 < weight.max()
     expected = (torch.cat(kl) * weight).sum() / weight.sum()
     expected.backward()
     assert total == pytest.approx(1.0, abs=1e-6)
-    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert share == pytest.approx(
         float(weight.sum() ** 2 / (len(weight) * weight.square().sum())), rel=1e-5
     )
-    reference = model.model.norm.weight.grad
+    reference = dense.student.model.norm.weight.grad
     assert gradient is not None
     assert (gradient.double() - reference).norm() <= 1e-5 * reference.norm()
 
@@ -130,24 +119,19 @@ def test_a_step_of_which_a_rule_leaves_nothing_is_learnt_from_evenly(
 def test_the_least_sure_tokens_alone_are_learnt_from(folders: tuple[Path, Path]) -> None:
     case, config = Case(*map(model_config, folders)), LAYOUT_RULES["entropy"]
     ((loss, _, share, total, gradient),) = run_ranks(1, weighted_step, case, 1, config)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model, teacher = (load(folder, dtype=torch.float64) for folder in folders)
+    dense = Dense.load(folders)
     kl, entropy = [], []
     for rollout in sampled():
-        ids = torch.tensor([(*rollout.prompt_ids, *rollout.prefix_ids)[:-1]])
-        first = len(rollout.prompt_ids) - 1
-        log_p = model(ids).logits[0, first:].log_softmax(-1)
-        with torch.no_grad():
-            log_q = teacher(ids).logits[0, first:].log_softmax(-1)
-        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        log_p, log_q = dense.logprobs(rollout)
+        kl.append(reverse_kl(log_p, log_q))
         entropy.append(-(log_p.exp() * log_p).sum(-1).detach())
     count = math.ceil(config.share * len(torch.cat(kl)))
     expected = torch.cat(kl)[torch.cat(entropy).topk(count).indices].mean()
     expected.backward()
     assert total == pytest.approx(1.0, abs=1e-6)
     assert share == pytest.approx(count / len(torch.cat(kl)))
-    assert loss == pytest.approx(float(expected), rel=1e-5)
-    reference = model.model.norm.weight.grad
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    reference = dense.student.model.norm.weight.grad
     assert gradient is not None
     assert (gradient.double() - reference).norm() <= 1e-5 * reference.norm()
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from megatron_prefix.mcore.stop_map import exchange_rows
 from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.types import Rollout
+from tests.distributed.dense import Dense, reverse_kl
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import Case, World, model_config, rollouts
 
@@ -37,18 +37,14 @@ def step(case: Case, world_size: int, mapped: bool) -> PrefixSums:
 
 def expected(folders: tuple[Path, Path], mapped: bool) -> tuple[float, float]:
     """Mean KL over all tokens, and the sum over stop tokens of the difference; fp64."""
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    models = [load(folder, dtype=torch.float64) for folder in folders]
+    dense = Dense.load(folders)
     kl, tokens, stops = 0.0, 0, 0.0
     for each in ended():
-        ids = torch.tensor([(*each.prompt_ids, *each.prefix_ids)[:-1]])
         with torch.no_grad():
-            log_p, log_q = (
-                m(ids).logits[0, len(each.prompt_ids) - 1 :].log_softmax(-1) for m in models
-            )
+            log_p, log_q = dense.logprobs(each)
         if mapped:
             log_q[:, [OURS, THEIRS]] = log_q[:, [THEIRS, OURS]]
-        kl += float((log_p.exp() * (log_p - log_q)).sum())
+        kl += float(reverse_kl(log_p, log_q).sum())
         tokens += len(each.prefix_ids)
         if each.finish_reason == "stop":
             stops += float(log_p[-1, OURS] - log_q[-1, OURS])

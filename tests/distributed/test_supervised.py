@@ -9,15 +9,12 @@ import pytest
 import torch
 import transformers
 
-from megatron_prefix.batch import pack, plan_microbatches
 from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.student import forward_backward
 from megatron_prefix.types import Rollout
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
-    CPU,
     LONGEST_PREFIX,
-    MICROBATCHES,
     Case,
     World,
     model_config,
@@ -36,10 +33,7 @@ def as_written(sampled: Sequence[Rollout]) -> list[Rollout]:
 
 
 def step(world: World, sampled: Sequence[Rollout], *, supervised: bool) -> PrefixSums:
-    groups = world.student.model.groups
-    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8)
-    mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
-    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    plan, batches = world.packed(sampled)
     targets = None if supervised else world.teacher.targets(sampled, plan)
     return forward_backward(world.student, batches, targets, world.objective, LONGEST_PREFIX)
 

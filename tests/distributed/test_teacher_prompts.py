@@ -5,17 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
-from megatron_prefix.batch import as_teacher_reads, pack, plan_microbatches
+from megatron_prefix.batch import as_teacher_reads
 from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.student import forward_backward
 from megatron_prefix.types import Rollout
+from tests.distributed.dense import Dense
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
-    CPU,
     LONGEST_PREFIX,
-    MICROBATCHES,
     Case,
     World,
     model_config,
@@ -34,29 +32,17 @@ def with_teacher_prompts() -> list[Rollout]:
 
 def step(case: Case, world_size: int) -> PrefixSums:
     world, sampled = World.build(case, world_size), with_teacher_prompts()
-    groups = world.student.model.groups
-    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8)
-    mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
-    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    plan, batches = world.packed(sampled)
     targets = world.teacher.targets(*as_teacher_reads(sampled, plan))
     return forward_backward(world.student, batches, targets, world.objective, LONGEST_PREFIX)
 
 
 def expected(folders: tuple[Path, Path]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the KL and tokens by position, in fp64."""
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    student, teacher = (load(folder, dtype=torch.float64) for folder in folders)
+    dense = Dense.load(folders)
     kl, tokens = torch.zeros(2, LONGEST_PREFIX, dtype=torch.float64)
     for each in with_teacher_prompts():
-        theirs = each.teacher_prompt_ids or each.prompt_ids
-        with torch.no_grad():
-            log_p, log_q = (
-                model(torch.tensor([(*prompt, *each.prefix_ids)[:-1]]))
-                .logits[0, len(prompt) - 1 :]
-                .log_softmax(-1)
-                for model, prompt in ((student, each.prompt_ids), (teacher, theirs))
-            )
-        values = (log_p.exp() * (log_p - log_q)).sum(-1)
+        values = dense.kl(each).detach()
         kl[: len(values)] += values
         tokens[: len(values)] += 1
     return kl, tokens

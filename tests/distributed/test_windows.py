@@ -4,16 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
-from megatron_prefix.batch import pack, plan_microbatches
 from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.student import forward_backward, score
+from tests.distributed.dense import Dense
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
-    CPU,
     LONGEST_PREFIX,
-    MICROBATCHES,
     Case,
     World,
     model_config,
@@ -27,11 +24,8 @@ FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
 
 
 def windowed_step(world: World, start: int) -> PrefixSums:
-    sampled, groups = rollouts(), world.student.model.groups
-    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8, loss_start=start)
-    per_rank = MICROBATCHES // groups.layout.dp
-    mine = range(groups.dp_rank * per_rank, (groups.dp_rank + 1) * per_rank)
-    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    sampled = rollouts()
+    plan, batches = world.packed(sampled, loss_start=start)
     targets = world.teacher.targets(sampled, plan)
     return forward_backward(world.student, batches, targets, world.objective, LONGEST_PREFIX)
 
@@ -52,16 +46,11 @@ def sums_and_norm(case: Case, world_size: int, start: int) -> tuple[PrefixSums, 
 @pytest.mark.parametrize("start", STARTS)
 def test_gradients_are_those_of_the_window_alone(folders: tuple[Path, Path], start: int) -> None:
     (mine,) = run_ranks(1, gradients, Case(*map(model_config, folders)), start)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model, reference = (load(folder, dtype=torch.float64) for folder in folders)
+    dense = Dense.load(folders)
     total = sum(max(len(r.prefix_ids) - start, 0) for r in rollouts())
     for rollout in rollouts():
-        ids = torch.tensor([(*rollout.prompt_ids, *rollout.prefix_ids)[:-1]])
-        first = len(rollout.prompt_ids) - 1 + start
-        log_p = model(ids).logits[0, first:].log_softmax(-1)
-        with torch.no_grad():
-            log_q = reference(ids).logits[0, first:].log_softmax(-1)
-        ((log_p.exp() * (log_p - log_q)).sum() / total).backward()
+        (dense.kl(rollout)[start:].sum() / total).backward()
+    model = dense.student
     expected = {
         FINAL_NORM: model.model.norm.weight.grad,
         FC2: model.model.layers[1].mlp.down_proj.weight.grad,
@@ -91,10 +80,8 @@ def test_a_window_is_the_same_in_every_layout(
 def scored_then_trained(case: Case, world_size: int) -> tuple[PrefixSums, PrefixSums, float]:
     """A probe of the rollouts that are trained on next; and the gradient that it left."""
     world = World.build(case, world_size)
-    sampled, groups = rollouts(), world.student.model.groups
-    plan = plan_microbatches(sampled, MICROBATCHES, multiple=8)
-    mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
-    batches = [pack(sampled, plan, m, CPU) for m in mine]
+    sampled = rollouts()
+    plan, batches = world.packed(sampled)
     targets = world.teacher.targets(sampled, plan)
     world.student.zero_grad()
     probed = score(world.student, batches, targets, world.objective, LONGEST_PREFIX)

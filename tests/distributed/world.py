@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_prefix.batch import pack, padded_for, plan_microbatches
+from megatron_prefix.batch import MicrobatchPlan, pack, padded_for, plan_microbatches
 from megatron_prefix.config import LossConfig, ModelConfig, OptimizerConfig
 from megatron_prefix.layout import model_layout
 from megatron_prefix.mcore.groups import build_groups, initialize_megatron
@@ -14,9 +14,10 @@ from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import MegatronModel, build_model
 from megatron_prefix.mcore.optimizer import TrainableStudent, make_trainable
 from megatron_prefix.mcore.weights import hf_buckets, load_hf_weights
+from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.student import Objective, forward_backward
 from megatron_prefix.teacher import ColocatedTeacher, load_teacher_head
-from megatron_prefix.types import Rollout
+from megatron_prefix.types import PrefixBatch, Rollout
 
 CPU = torch.device("cpu")
 MICROBATCHES = 4
@@ -101,12 +102,18 @@ class World:
         scorer = ColocatedTeacher(teacher, groups.layout, CPU, offload=offload)
         return cls(trainable, scorer, objective)
 
-    def step(self, sampled: Sequence[Rollout], *, multiple: int = 8):
+    def packed(
+        self, sampled: Sequence[Rollout], *, multiple: int = 8, loss_start: int = 0
+    ) -> tuple[MicrobatchPlan, list[PrefixBatch]]:
+        """The plan of a step on ``sampled``, and the microbatches of this rank's replica."""
         groups = self.student.model.groups
-        plan = plan_microbatches(sampled, MICROBATCHES, multiple=multiple)
+        plan = plan_microbatches(sampled, MICROBATCHES, multiple=multiple, loss_start=loss_start)
         plan = padded_for(groups.layout.cp, sampled, plan)
         mine = plan.of_replica(groups.dp_rank, groups.layout.dp)
-        batches = [pack(sampled, plan, m, CPU) for m in mine]
+        return plan, [pack(sampled, plan, m, CPU) for m in mine]
+
+    def step(self, sampled: Sequence[Rollout], *, multiple: int = 8) -> PrefixSums:
+        plan, batches = self.packed(sampled, multiple=multiple)
         targets = self.teacher.targets(sampled, plan)
         return forward_backward(self.student, batches, targets, self.objective, LONGEST_PREFIX)
 
