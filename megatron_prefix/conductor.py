@@ -36,7 +36,7 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Staff:
-    """What the conductor directs."""
+    """The parts that rank 0 alone has, and the conductor uses."""
 
     policy: PrefixPolicy
     source: RolloutSource
@@ -53,7 +53,7 @@ class Staff:
 
 
 class Conductor:
-    """Lives on rank 0 alone; not collective."""
+    """Decides each turn of the loop, and accounts for it. On rank 0 alone; not collective."""
 
     def __init__(self, recipe: Recipe, staff: Staff) -> None:
         self._recipe, self._staff = recipe, staff
@@ -82,7 +82,8 @@ class Conductor:
         self.log.event("servers", words, level=logging.WARNING)
 
     def resume(self, step: int, state: dict[str, Any]) -> None:
-        """Go on after ``step`` steps from a checkpoint's state."""
+        """Take over the ``state_dict`` that a checkpoint holds of step ``step``, and open the log
+        behind that step."""
         self._staff.policy.load_state_dict(state["policy"])
         self._staff.source.load_state_dict(state["source"])
         self._staff.ledger.load_state_dict(state["ledger"])
@@ -218,8 +219,11 @@ class Conductor:
         )
 
     def recall(self, order: Order, signal: Sequence[np.ndarray]) -> None:
-        """``signal``: of each rollout's tokens in the loss. Written text says nothing of
-        sampling."""
+        """Let the caps of prompts that come again learn from a step.
+
+        ``signal``: by rollout, a value for each of its tokens in the loss (``prefix.recall``).
+        Written rollouts are left out: they say nothing of what the student samples.
+        """
         assert self._staff.recall is not None
         sampled = [pair for pair in zip(order.rollouts, signal, strict=True) if not pair[0].written]
         rollouts, values = [pair[0] for pair in sampled], [pair[1] for pair in sampled]

@@ -36,7 +36,7 @@ class LocalStart:
     ended: int | None = None  # its exit code; None: it runs, or was killed
 
     def runs(self) -> bool:
-        """Asked of its own machine alone."""
+        """Whether the process is alive; to be asked on ``host`` alone."""
         import psutil
 
         try:

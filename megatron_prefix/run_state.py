@@ -38,6 +38,8 @@ class StartState:
 
 @dataclass(frozen=True)
 class RunState:
+    """Where a run stands, by its folder and its job queue."""
+
     folder: str
     starts: tuple[StartState, ...]  # oldest first
     attempts: int  # of the newest job; 1 where it was never requeued

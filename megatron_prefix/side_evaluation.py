@@ -34,7 +34,7 @@ class Evaluator(Protocol):
 
 
 class ServerFleet(Protocol):
-    """Servers, as ``rollout/fleet.py`` keeps them."""
+    """What is asked here of the servers that ``rollout/fleet.py`` keeps."""
 
     @property
     def members(self) -> Sequence[object]: ...  # that may be asked

@@ -27,7 +27,7 @@ class RolloutSource(Protocol):
 
 
 class Supply(Protocol):
-    """What a batch, or a part of it, is taken from."""
+    """Gives rollouts for a batch or for a part of it."""
 
     def take(self, count: int, prefix_length: int, policy_version: int) -> list[Rollout]:
         """``count`` rollouts of at most ``prefix_length`` tokens."""

@@ -65,7 +65,8 @@ class Servers:
     files: int = 1
 
     def find(self, recipe: Recipe, stop: StopFlag) -> list[Endpoint] | None:
-        """None where a signal came before all answered."""
+        """The servers that sample, [] where the recipe needs none; None where a signal to stop came
+        before all of them answered. ValueError where they are too few."""
         rollout = recipe.rollout
         if not needs_servers(recipe):
             return []

@@ -50,7 +50,10 @@ class World:
 
 
 def join(recipe: Recipe) -> World:
-    """Every group, in one order on all ranks."""
+    """Make every process group, in one order on all ranks. Collective over the world.
+
+    ValueError where the recipe's layouts do not fill it.
+    """
     layout = world_layout(recipe, dist.get_world_size())
     timeout = collective_timeout(recipe)
     student = create_groups(layout.student, timeout)

@@ -10,7 +10,6 @@ from collections.abc import Buffer, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -89,9 +88,7 @@ class CheckedFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         with self._file:
             if kind is None:
                 self.flush()
@@ -144,8 +141,11 @@ class FileSum:
 
 
 class Behind:
-    """Makes calls in a thread, one behind its caller: where one is handed over, all before it are
-    done. What a call raises, the next ``submit`` or the end raises."""
+    """Makes one call at a time in a thread, while its caller prepares the next.
+
+    When ``submit`` returns, the call before it is done, and that call's memory may be used again.
+    What a call raises, the next ``submit`` or the end of the block raises.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
@@ -163,9 +163,7 @@ class Behind:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._thread.shutdown()
         if kind is None:
             self._wait()

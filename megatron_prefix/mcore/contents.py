@@ -23,7 +23,7 @@ RECORD = "recipe.yaml"  # a run's resolved recipe
 
 @dataclass(frozen=True)
 class MegatronContents:
-    """One step's folder."""
+    """What the folder of one saved step holds; no weight is read for it."""
 
     path: Path
     run_state: Mapping[str, Any]

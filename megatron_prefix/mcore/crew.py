@@ -14,7 +14,7 @@ from megatron_prefix.mcore.folders import new_folder
 
 @dataclass(frozen=True)
 class Crew:
-    """Who this process is among them. Its methods are collective."""
+    """The processes that share a conversion, and which of them this is. Methods are collective."""
 
     rank: int = 0
     size: int = 1

@@ -141,7 +141,10 @@ class DistReader:
         return tuple(there.size) if isinstance(there, TensorStorageMetadata) else None
 
     def read(self, place: Place, scratch: Scratch) -> Tensor:
-        """The block, [*place.size], in ``scratch``."""
+        """The block [*place.size] in the checkpoint's dtype.
+
+        It is a view of ``scratch``, and lasts until that is cleared.
+        """
         found = [(c, bounds) for c in self._chunks(place) if (bounds := _overlap(place, c))]
         assert found, place
         if len(found) == 1:

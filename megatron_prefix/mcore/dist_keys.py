@@ -16,15 +16,15 @@ VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 @dataclass(frozen=True)
 class Place:
-    """A block of a tensor in a checkpoint."""
+    """A rectangular block of a tensor in a distributed checkpoint."""
 
     key: str
     whole: tuple[int, ...]  # the tensor's shape
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
+    offset: tuple[int, ...]  # of the block's first element, by axis
+    size: tuple[int, ...]  # the block's shape
 
     def rows(self, axis: int, start: int, stop: int) -> "Place":
-        """Of the block, ``start:stop`` along an axis of the unit's own (the last ones)."""
+        """``start:stop`` of the block along its ``axis``-th axis from the end, counted from 1."""
         at = len(self.whole) - axis
         offset, size = list(self.offset), list(self.size)
         offset[at] += start
@@ -33,7 +33,10 @@ class Place:
 
 
 def place_of(unit: Unit, hf: HfModel) -> Place:
-    """For a vocabulary matrix with the rows that one tensor-parallel rank pads it to."""
+    """Where a unit lies: layers that are alike, and a layer's experts, are stacked in one tensor.
+
+    A vocabulary matrix has the rows that tensor parallel 1 pads it to.
+    """
     shape = unit.shape
     if unit.megatron_name in VOCABULARY:
         shape = (padded_vocab_size(shape[0], 1), *shape[1:])

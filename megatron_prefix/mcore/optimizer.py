@@ -27,7 +27,7 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class TrainableStudent:
-    """The student with everything that changes it."""
+    """The student with its gradient buffers, optimizer and learning-rate schedule."""
 
     model: MegatronModel
     ddp: DistributedDataParallel

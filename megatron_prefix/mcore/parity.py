@@ -39,7 +39,7 @@ class View:
 
 @dataclass(frozen=True)
 class Difference:
-    """One engine against transformers."""
+    """How far one engine's answers are from those of transformers on the same prompts."""
 
     tokens: int  # compared
     other_tokens: int  # where the greedy choice is another

@@ -14,7 +14,7 @@ KINDS_SHOWN = 6
 
 
 def ranks_table(plan: Plan) -> Table:
-    """One column a kind of rank; rows of nothing are left out."""
+    """Bytes by kind of rank, a column each; a row that is 0 for all of them is left out."""
     unit, size = unit_of(max(rank.total for rank in plan.ranks))
     kinds = [_kind(plan, ranks) for ranks in _shown(rank_kinds(plan.ranks))]
     title = f"{unit} a rank, by its stage of student / teacher"

@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Self
 
 from megatron_prefix.config import RolloutConfig
@@ -91,12 +90,7 @@ class Collector:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -133,8 +127,12 @@ class Collector:
         wanted = wanted or len(jobs)
         assert 0 < wanted <= len(jobs), f"{wanted} rollouts wanted of {len(jobs)} started"
         one_by_one = wanted < len(jobs) or self._cut_off is not None
-        asked = self._with_quorum if one_by_one else self._batched
-        generations = self._runner.run(self._watched(asked(jobs, sampling, wanted), policy_version))
+        asked = (
+            self._with_quorum(jobs, sampling, wanted)
+            if one_by_one
+            else self._batched(jobs, sampling)
+        )
+        generations = self._runner.run(self._watched(asked, policy_version))
         least = self._rollout.keep_aborted_above * max_new_tokens
         usable = [n for n, generation in enumerate(generations) if _usable(generation, least)]
         kept = usable[:wanted]
@@ -174,9 +172,7 @@ class Collector:
         async with self._pool.watching(policy_version):
             return await asked
 
-    async def _batched(
-        self, jobs: Sequence[_Job], sampling: Sampling, wanted: int
-    ) -> list[Generation]:
+    async def _batched(self, jobs: Sequence[_Job], sampling: Sampling) -> list[Generation]:
         """One request a server. Jobs are sorted by server, so the answers join in their order."""
         batches = [
             (server, list(group))

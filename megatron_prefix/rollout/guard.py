@@ -51,7 +51,7 @@ class Veil:
         os.set_blocking(source, False)
 
     def copy(self) -> bool:
-        """What there is now; False where no more will come."""
+        """Copy all that can be read now; False at the end of the output."""
         while True:
             try:
                 chunk = os.read(self.source, _CHUNK)
@@ -88,7 +88,10 @@ def die_with_guard() -> None:
 
 
 def main(parent_pid: int, command: list[str], secrets: Sequence[bytes] = ()) -> None:
-    """Returns never: the guard is in the group that it kills."""
+    """Run ``command`` as a child, and kill the whole process group when it or the parent ends.
+
+    Never returns, since the guard is in that group. ``secrets`` are hidden in what it prints.
+    """
     assert os.getpgrp() == os.getpid(), "the guard has to be started in a session of its own"
     parent = os.pidfd_open(parent_pid)
     if os.getppid() != parent_pid:  # it ended before it was watched

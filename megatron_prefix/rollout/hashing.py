@@ -20,7 +20,7 @@ _HALVES = ((0x27D4EB2D, _SEED, 15), (0x165667B1, (_SEED * 0x9E3779B1 ^ 0xDEADBEE
 
 
 class TensorHash(Protocol):
-    """Of the concatenation of what it was fed."""
+    """The hash of one tensor, of which ``update`` takes consecutive pieces."""
 
     def update(self, tensor: torch.Tensor) -> None: ...
 
@@ -33,7 +33,7 @@ def new_hash(device: str) -> TensorHash:
 
 
 class Sha256Hash:
-    """What a server on a CPU answers."""
+    """The hash that a server on a CPU answers with."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -46,7 +46,7 @@ class Sha256Hash:
 
 
 class MixedWordHash:
-    """What a server on a GPU answers."""
+    """The hash that a server on a GPU answers with."""
 
     def __init__(self) -> None:
         self._words = 0  # that have been mixed

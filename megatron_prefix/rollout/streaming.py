@@ -17,7 +17,7 @@ _DATA, _DONE = b"data:", b"[DONE]"
 
 
 class EventReader:
-    """Bytes as they arrive to the JSON objects of whole events."""
+    """The JSON objects of an event stream, out of its bytes in pieces as they arrive."""
 
     def __init__(self, url: str) -> None:
         self._url, self._rest = url, b""

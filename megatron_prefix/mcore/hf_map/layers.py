@@ -50,6 +50,7 @@ def embedding_units(shape: DecoderShape) -> list[Unit]:
 def attention_units(
     shape: DecoderShape, layer: int, *, qk_norm: bool, qkv_bias: bool
 ) -> list[Unit]:
+    """A layer's grouped-query attention, with the norm before it."""
     hf, megatron = f"model.layers.{layer}.", f"decoder.layers.{layer}."
     d, hidden = shape.kv_channels, shape.hidden_size
     rows = [n * d for n in (shape.num_attention_heads, *[shape.num_query_groups] * 2)]

@@ -27,6 +27,7 @@ class DecoderShape:
 
     @classmethod
     def from_config(cls, hf: dict[str, Any]) -> "DecoderShape":
+        """Out of a config.json; KeyError names a size that it lacks."""
         heads = hf["num_attention_heads"]
         rope = hf.get("rope_parameters") or {}
         experts = num_experts(hf)
