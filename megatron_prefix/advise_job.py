@@ -133,10 +133,12 @@ def _picture(advice: Advice, pilot: Pilot) -> picture.Picture:
         mass = pilot.mass.sum(axis=0)
         positions = range(1, len(mass) + 1)
         left.bar(positions, 100 * mass / mass.sum(), width=1.0, color=picture.RUN_COLOURS[0])
-        left.axvline(advice.length + 0.5, color=picture.RUN_COLOURS[1], lw=1.6, ls="--")
+        line = {"color": picture.RUN_COLOURS[1], "lw": 1.6, "ls": "--"}
+        left.axvline(advice.length + 0.5, label=f"advised: {advice.length} tokens", **line)
         left.set_xlabel("position in the rollout")
         left.set_ylabel("% of the KL of all tokens")
         left.set_title("Where the signal lies")
+        picture.legend_beside_title(left)
         held = 100 * mass.cumsum() / mass.sum()
         right.plot([0, *positions], [0, *held], lw=2, label="signal held")
         for name, key, index in (("FLOPs", "flops", 1), ("time, estimated", "seconds", 2)):

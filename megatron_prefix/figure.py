@@ -73,7 +73,7 @@ def draw_kl(axes: "Axes", history: RunHistory) -> None:
     if np.any(history.kl > 0):
         axes.set_yscale("log")
     axes.set_ylabel("mean KL a token, nats", color=KL_COLOUR)
-    axes.set_xlabel("step")
+    step_axis(axes)
     axes.set_title("KL and prefix length")
 
 
@@ -89,7 +89,7 @@ def draw_accuracy(axes: "Axes", history: RunHistory) -> None:
     if len(steps) > 2:
         x = steps.astype(float)
         axes.plot(x, percent, color=ACCURACY_COLOUR, lw=1.8, marker="o", ms=4)
-        axes.set_xlabel("step")
+        step_axis(axes)
     else:
         x = np.arange(len(steps), dtype=float)
         axes.bar(x, percent, width=0.5, color=[FAINT, ACCURACY_COLOUR][-len(steps) :])
@@ -115,7 +115,7 @@ def draw_flops(axes: "Axes", history: RunHistory) -> None:
     axes.plot(history.step, full / unit, color=INK, lw=1.4, ls="--", label="full length")
     axes.set_ylim(0)
     axes.set_ylabel(f"{name}FLOP, cumulative")
-    axes.set_xlabel("step")
+    step_axis(axes)
     share = f": {spent[-1].sum() / full[-1]:.2f}x of full length" if full[-1] else ""
     axes.set_title("Compute" + share)
     axes.legend(loc="upper left")
@@ -137,9 +137,17 @@ def draw_heat_map(figure: "Figure", axes: "Axes", history: RunHistory) -> None:
         extent=(history.step[0] - 0.5, history.step[-1] + 0.5, 0, top),
     )  # fmt: skip
     figure.colorbar(image, ax=axes, label="KL, nats", pad=0.02).outline.set_visible(False)
-    axes.set_xlabel("step")
+    step_axis(axes)
     axes.set_ylabel("prefix position")
     axes.set_title("KL by position")
+
+
+def step_axis(axes: "Axes") -> None:
+    """Steps to the right: no tick stands between two of them."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
 
 
 def unit_of(value: float) -> tuple[float, str]:

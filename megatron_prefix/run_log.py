@@ -1,6 +1,7 @@
 """Everything a run reports, on rank 0: JSON lines, TensorBoard, progress; and Python's logging."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -195,14 +196,15 @@ class RunLog:
         record = jsonl.metrics_record(metrics)
         self._probes.write(record)
         self._enter(account.of_probe(record), now=True)
-        self._view.note(f"tail {metrics.kl_tail:.4f} agree {metrics.agreement:.2f}")
+        tail, agreement = metrics.kl_tail, metrics.agreement
+        self._view.note(f"tail {_shown(tail, '.4f')} agree {_shown(agreement, '.2f')}")
         if self._tensorboard:
             self._tensorboard.probe(metrics)
         logger.info(
-            "probe after step %d: KL %.4f within the prefix of %d tokens, %.4f beyond it, "
-            "gradients agree by %.3f",
-            metrics.step, metrics.kl_prefix, metrics.prefix_length, metrics.kl_tail,
-            metrics.agreement,
+            "probe after step %d: KL %s within the prefix of %d tokens, beyond it %s, "
+            "gradients agree by %s",
+            metrics.step, _shown(metrics.kl_prefix, ".4f"), metrics.prefix_length,
+            _shown(tail, ".4f"), _shown(agreement, ".3f"),
         )  # fmt: skip
 
     def probes(self) -> list[dict[str, Any]]:
@@ -295,6 +297,11 @@ def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:
         name: jsonl.number(value) if isinstance(value, float) else value
         for name, value in fields.items()
     }
+
+
+def _shown(value: float, form: str) -> str:
+    """A mean over no token is NaN, and so is a cosine that nobody asked for."""
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def spent_words(spent: Account) -> str:

@@ -81,7 +81,8 @@ def _users_scorer(name: str) -> Scorer:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"eval.scorer={name!r} cannot be imported ({error}); "
-            "it must be package.module:function on the Python path"
+            "it must be package.module:function on the Python path; of a file in this folder, set "
+            "PYTHONPATH=$PWD"
         ) from error
     if not callable(function):
         raise ValueError(f"eval.scorer={name!r} is no function; it must take (text, answer)")

@@ -24,11 +24,18 @@ def assumptions(plan: Plan) -> str:
         *([_fit_line(plan.fit)] if plan.fit else []),
     ]
     if not cost.lengths_known:
-        lines.append(
-            f"The policy {plan.recipe.prefix.policy} moves with the data: counted is its start, "
-            "the least it can cost."
-        )
+        lines.append(_how_it_begins(plan))
     return "\n".join(lines)
+
+
+def _how_it_begins(plan: Plan) -> str:
+    prefix, cost = plan.recipe.prefix, plan.cost
+    bound = ""
+    if cost.longest_prefix == prefix.min_length:
+        bound = ", the least it can cost"
+    elif cost.shortest_prefix == prefix.max_length:
+        bound = ", the most it can cost"
+    return f"The policy {prefix.policy} moves with the data: counted is its start{bound}."
 
 
 def _of_the_mode(plan: Plan) -> Iterator[str]:

@@ -17,12 +17,13 @@ from megatron_prefix.prefix import (
     ModelShape,
     StepCost,
     build_policy,
+    is_scheduled,
     loss_start,
     model_shape,
     rollout_flops,
 )
 from megatron_prefix.prefix.flops import BACKWARD, head_flops
-from megatron_prefix.prefix.policy import PrefixPolicy, ScheduledPolicy
+from megatron_prefix.prefix.policy import PrefixPolicy
 from megatron_prefix.types import Flops
 from megatron_prefix.validate import ValidRun
 
@@ -103,7 +104,7 @@ def plan_cost(run: ValidRun, seen: Seen) -> CostPlan:
         microbatches_a_replica=batch // recipe.train.micro_batch_size // run.student.layout.dp,
         prompt_tokens=costs.prompt,
         prompt_tokens_from=_source(seen),
-        lengths_known=isinstance(policy, ScheduledPolicy),
+        lengths_known=is_scheduled(policy),
         shortest_prefix=min(lengths),
         longest_prefix=max(lengths),
         mean_prefix=sum(lengths) / len(steps),

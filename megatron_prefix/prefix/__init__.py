@@ -10,7 +10,7 @@ from megatron_prefix.prefix.policy import (
     loss_start,
     observe_probe,
 )
-from megatron_prefix.prefix.registry import build_policy
+from megatron_prefix.prefix.registry import build_policy, is_scheduled
 
 __all__ = [
     "CutOff",
@@ -24,6 +24,7 @@ __all__ = [
     "StepCost",
     "build_cut_off",
     "build_policy",
+    "is_scheduled",
     "loss_start",
     "model_shape",
     "observe_probe",

@@ -17,6 +17,7 @@ from megatron_prefix.prefix.policy import (
     PrefixObservation,
     PrefixPolicy,
     ProbeObservation,
+    ScheduledPolicy,
     State,
     loss_start,
     observe_probe,
@@ -46,10 +47,10 @@ class BoundedPolicy:
     """A user's policy, held to the bounds that packing, cache and context were planned for."""
 
     def __init__(self, inner: PrefixPolicy, config: PrefixConfig) -> None:
-        self._inner, self._config = inner, config
+        self.inner, self._config = inner, config
 
     def length(self, step: int) -> int:
-        length = self._inner.length(step)
+        length = self.inner.length(step)
         if not (_is_whole(length) and 1 <= length <= self._config.max_length):
             raise ValueError(
                 f"prefix.policy={self._config.policy} answered {length!r} for step {step}: it must "
@@ -58,7 +59,7 @@ class BoundedPolicy:
         return length
 
     def loss_start(self, step: int) -> int:
-        start, length = loss_start(self._inner, step), self.length(step)
+        start, length = loss_start(self.inner, step), self.length(step)
         if not (_is_whole(start) and 0 <= start < length):
             raise ValueError(
                 f"prefix.policy={self._config.policy} starts the loss of step {step} at {start!r}: "
@@ -67,16 +68,22 @@ class BoundedPolicy:
         return start
 
     def observe(self, observation: PrefixObservation) -> None:
-        self._inner.observe(observation)
+        self.inner.observe(observation)
 
     def observe_probe(self, observation: ProbeObservation) -> None:
-        observe_probe(self._inner, observation)
+        observe_probe(self.inner, observation)
 
     def state_dict(self) -> State:
-        return self._inner.state_dict()
+        return self.inner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self._inner.load_state_dict(state)
+        self.inner.load_state_dict(state)
+
+
+def is_scheduled(policy: PrefixPolicy) -> bool:
+    """Whether its lengths follow from the step alone, a user's own policy's too."""
+    inner = policy.inner if isinstance(policy, BoundedPolicy) else policy
+    return isinstance(inner, ScheduledPolicy)
 
 
 def _is_whole(value: object) -> bool:
@@ -107,7 +114,13 @@ def build_policy(config: PrefixConfig, total_steps: int) -> PrefixPolicy:
 
 def _users_policy(config: PrefixConfig, total_steps: int) -> PrefixPolicy:
     cls = import_by_path("prefix.policy", config.policy)
-    policy = cls(config, total_steps)
+    try:
+        policy = cls(config, total_steps)
+    except KeyError as error:  # most often of config.options
+        raise ValueError(
+            f"prefix.policy={config.policy} asks for {error}, and prefix.options has "
+            f"{', '.join(config.options) or 'nothing'}; set it, as prefix.options.period=5"
+        ) from error
     if not isinstance(policy, PrefixPolicy):
         raise ValueError(
             f"prefix.policy={config.policy!r} lacks one of length, observe, state_dict, "

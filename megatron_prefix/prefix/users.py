@@ -12,5 +12,6 @@ def import_by_path(key: str, path: str) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{key}={path!r} cannot be imported ({error}); "
-            "it must be package.module:Class on the Python path"
+            "it must be package.module:Class on the Python path; of a file in this folder, set "
+            "PYTHONPATH=$PWD"
         ) from error

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_prefix.account import PARTS, Account
-from megatron_prefix.figure import unit_of
+from megatron_prefix.figure import step_axis, unit_of
 from megatron_prefix.pass_at_k import wilson_interval
 from megatron_prefix.report import picture
 from megatron_prefix.report.picture import INK, Picture
@@ -92,7 +92,7 @@ def learning_picture(stories: Sequence[RunStory]) -> Picture:
             style = {**picture.run_style(index), "ls": "-", "marker": _marker(history)}
             right.plot(history.step, history.prefix_length, ds="steps-mid", lw=1.3, **style)
         right.set_ylim(0)
-        right.set_xlabel("step")
+        step_axis(right)
         right.set_ylabel("tokens")
         right.set_title("Prefix length")
         _legend(left, stories)
@@ -117,7 +117,7 @@ def _draw_kl(axes: "Axes", stories: Sequence[RunStory]) -> None:
     values = np.concatenate(seen)
     if len(values):
         picture.plain_log_ticks(axes, values.min() / 1.3, values.max() * 1.3)
-    axes.set_xlabel("step")
+    step_axis(axes)
     axes.set_ylabel("nats a token")
     axes.set_title("Mean KL")
 

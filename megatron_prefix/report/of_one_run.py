@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_prefix.figure import MAX_CELLS, unit_of
+from megatron_prefix.figure import MAX_CELLS, step_axis, unit_of
 from megatron_prefix.kl_grid import KL_CEILING, KL_FLOOR, shrink, stack_rows
 from megatron_prefix.report import picture
 from megatron_prefix.report.picture import INK, VOID, Picture
@@ -90,7 +90,7 @@ def _heat_map(axes: "Axes", grid_SL: np.ndarray, steps: np.ndarray) -> None:
     )
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, grid_SL.shape[1])
-    axes.set_xlabel("step")
+    step_axis(axes)
 
 
 def _edges(steps: np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ def probes_picture(story: RunStory, number: int) -> Picture:
             values = [_real(probe.get(key)) for probe in story.probes]
             left.plot(steps, values, label=name, lw=1.8, ms=5, **picture.run_style(index))
         _log_scale(left, [p.get(k) for p in story.probes for k in ("kl_prefix", "kl_tail")])
-        left.set_xlabel("step")
+        step_axis(left)
         left.set_ylabel("mean KL, nats a token")
         left.set_title("Probes")
         _draw_agreement(left, story.probes)
@@ -202,7 +202,7 @@ def _draw_flops(axes: "Axes", story: RunStory) -> None:
     axes.plot(steps, line[0], color=INK, lw=1.5, ls="--", label="at full length")
     axes.set_ylim(0)
     axes.set_xlim(0, steps[-1])
-    axes.set_xlabel("step")
+    step_axis(axes)
     axes.set_ylabel(f"{prefix}FLOP, cumulative")
     axes.set_title("FLOPs")
     picture.legend_beside_title(axes)
@@ -226,7 +226,7 @@ def _draw_seconds(axes: "Axes", story: RunStory) -> None:
     total = np.sum(rows, axis=0)
     axes.set_ylim(0, 1.15 * np.quantile(total, 0.98))  # one slow step must not flatten the others
     axes.set_xlim(steps[0], steps[-1])
-    axes.set_xlabel("step")
+    step_axis(axes)
     axes.set_ylabel("seconds a step")
     picture.legend_beside_title(axes)
 

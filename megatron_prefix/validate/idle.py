@@ -9,8 +9,7 @@ from dataclasses import replace
 from megatron_prefix.config import Recipe
 from megatron_prefix.config_modes import ModeConfig
 from megatron_prefix.modes import is_supervised, needs_rollouts, needs_teacher
-from megatron_prefix.prefix import build_policy
-from megatron_prefix.prefix.policy import ScheduledPolicy
+from megatron_prefix.prefix import build_policy, is_scheduled
 from megatron_prefix.rollout.records import recorded_steps
 
 
@@ -28,7 +27,7 @@ def idle_settings(recipe: Recipe) -> list[str]:
 def _past_the_last_step(recipe: Recipe) -> Iterator[str]:
     steps, mode, prefix = recipe.train.steps, recipe.mode, recipe.prefix
     policy = build_policy(prefix, steps)
-    if isinstance(policy, ScheduledPolicy) and prefix.policy not in ("fixed", "window"):
+    if is_scheduled(policy) and prefix.policy not in ("fixed", "window"):
         longest = max(policy.length(step) for step in range(steps))
         if longest == prefix.min_length < prefix.max_length:
             yield (

@@ -1,6 +1,8 @@
 """What a probe warns of, and what it must not."""
 
+import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from megatron_prefix.alarms import probe_alarms
 from megatron_prefix.config import LogConfig
 from megatron_prefix.jsonl import metrics_record
+from megatron_prefix.run_log import RunLog
 from megatron_prefix.types import Flops, ProbeMetrics
 
 LOG = LogConfig()
@@ -45,6 +48,17 @@ def test_a_tail_is_compared_with_the_same_positions_of_the_probe_that_was_best_t
 def test_the_first_probe_and_one_without_a_tail_warn_of_nothing() -> None:
     assert alarms(probe(0, 4, 2.0, 9.0)) == []
     assert alarms(probe(10, 8, 2.0, 9.0), probe(0, 8, 1.0, 1.0)) == []
+
+
+def test_a_probe_without_a_tail_is_told_without_nans(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = RunLog(tmp_path, LogConfig(tensorboard=False, probe_interval=8), 16)
+    with caplog.at_level(logging.INFO, "megatron_prefix.run_log"):
+        log.probe(probe(8, 8, 0.25, 0.25, agreement=float("nan")))
+    log.close()
+    told = "KL 0.2500 within the prefix of 8 tokens, beyond it -, gradients agree by -"
+    assert told in caplog.text
 
 
 def test_thresholds_of_zero_are_silent() -> None:

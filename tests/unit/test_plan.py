@@ -28,6 +28,7 @@ from megatron_prefix.plan import (
     rank_groups,
 )
 from megatron_prefix.plan.activations import kl_workspace
+from megatron_prefix.plan.assumptions import assumptions
 from megatron_prefix.plan.rank_columns import rank_kinds
 from megatron_prefix.plan.view import plan_json, print_plan
 from megatron_prefix.prefix import model_shape, step_flops
@@ -182,6 +183,10 @@ def test_a_policy_that_moves_with_the_data_is_said_to(recipe: Recipe) -> None:
     assert not cost.lengths_known
     assert (cost.shortest_prefix, cost.longest_prefix) == (9, 9)
     assert make_plan(laid_out(recipe, (1, 1), (1, 1))).cost.lengths_known
+    for policy, bound in (("adaptive", "least"), ("marginal", "most")):
+        moving = replace(recipe, prefix=PrefixConfig(policy, 9, 75))
+        told = assumptions(make_plan(laid_out(moving, (1, 1), (1, 1))))
+        assert told.endswith(f"counted is its start, the {bound} it can cost.")
 
 
 def test_prompt_lengths_come_from_the_data_where_it_is_here(recipe: Recipe) -> None:

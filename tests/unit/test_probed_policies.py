@@ -13,8 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prefix.config import AdaptiveConfig, AuditedConfig, PrefixConfig
-from megatron_prefix.prefix import PrefixPolicy, ProbeObservation, build_policy, observe_probe
+from megatron_prefix.prefix import (
+    PrefixPolicy,
+    ProbeObservation,
+    build_policy,
+    is_scheduled,
+    observe_probe,
+)
 from megatron_prefix.prefix.adaptive import ON_TAIL
+from megatron_prefix.prefix.policy import ScheduledPolicy
 from tests.unit.test_prefix_policies import HalfPolicy, configs, lengths
 
 
@@ -113,6 +120,14 @@ def test_audited_grows_where_gradients_part_and_shrinks_where_they_agree() -> No
     assert policy.length(11) == 10
 
 
+class Stepping(ScheduledPolicy):
+    def __init__(self, config: PrefixConfig, total_steps: int) -> None:
+        self._config, self._by = config, int(config.options["by"])
+
+    def length(self, step: int) -> int:
+        return min(self._config.min_length + self._by * step, self._config.max_length)
+
+
 class CuriousPolicy(HalfPolicy):
     """A user's own that counts probes."""
 
@@ -140,3 +155,12 @@ def test_the_policy_that_the_documentation_shows_works_as_it_says() -> None:
     policy = space["Sawtooth"](config, 100)
     assert isinstance(policy, PrefixPolicy)
     assert [policy.length(step) for step in range(6)] == [10, 20, 30, 40, 10, 20]
+    assert [line for line in page.splitlines() if "prefix.policy=sawtooth:Sawtooth" in line]
+
+
+def test_a_users_schedule_is_known_as_one_and_its_missing_option_is_named() -> None:
+    own = PrefixConfig(f"{__name__}:Stepping", 2, 30, options={"by": 4})
+    assert is_scheduled(build_policy(own, 10))
+    assert not is_scheduled(build_policy(PrefixConfig(f"{__name__}:PlainPolicy", 2, 30), 10))
+    with pytest.raises(ValueError, match="asks for 'by', and prefix.options has nothing; set it"):
+        build_policy(PrefixConfig(f"{__name__}:Stepping", 2, 30), 10)
