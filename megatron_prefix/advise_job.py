@@ -2,13 +2,15 @@
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_prefix.advise import POLICIES, Advice, Costs, advise, block, overrides
-from megatron_prefix.config import Recipe
+from megatron_prefix.config import Recipe, WrittenConfig
 from megatron_prefix.exit_codes import DONE
 from megatron_prefix.jsonl import METRICS, number, read_records
 from megatron_prefix.launcher import launch_local
@@ -31,7 +33,7 @@ PICTURE = "advice"
 _PILOT = (
     "optimizer.lr=1e-15", "optimizer.min_lr=0", "optimizer.lr_warmup_steps=0",
     "mode.name=on_policy", "mode.warmup_steps=0", "rollout.replay=",
-    "prefix.policy=fixed", "prefix.cut_off.rule=none",
+    "prefix.policy=fixed", "prefix.cut_off.rule=none", "prefix.recall.threshold=0",
     "eval.path=", "log.probe_interval=0", "log.tensorboard=false", "checkpoint.export_hf=false",
 )  # fmt: skip
 
@@ -40,6 +42,8 @@ def run_advise(arguments: argparse.Namespace) -> int:
     """The exit code; ValueError for what cannot be, before anything is started."""
     if not 0 <= arguments.share < 1:
         raise ValueError(f"--share {arguments.share} must lie between 0 and 1, like 0.8")
+    if arguments.pilot_steps < 1:
+        raise ValueError(f"--pilot-steps {arguments.pilot_steps} must be at least 1, like 4")
     if arguments.policy:
         check_choice("--policy", arguments.policy, POLICIES)
     folder, recipe = Path(arguments.source), None
@@ -65,9 +69,7 @@ def _make_pilot(arguments: argparse.Namespace) -> tuple[Path, Recipe, int]:
         raise ValueError(f"--step {arguments.step}: a pilot has none; name the folder of a run")
     recipe = load_recipe(arguments.source, "", arguments.overrides)
     write_own_data(arguments.source)
-    words = [*arguments.overrides, *_PILOT, f"train.steps={arguments.pilot_steps}"]
-    words += [f"run.name={recipe.run.name}-pilot", f"prefix.min_length={recipe.prefix.max_length}"]
-    pilot = load_recipe(arguments.source, "", words)
+    pilot = pilot_of(recipe, arguments.source, arguments.overrides, arguments.pilot_steps)
     folder = Path(pilot.run.output_dir, pilot.run.name)
     check_run_folder(folder, pilot)
     check_machine(validate(pilot))
@@ -75,6 +77,14 @@ def _make_pilot(arguments: argparse.Namespace) -> tuple[Path, Recipe, int]:
     if len(list(read_records(folder / METRICS))) >= pilot.train.steps:
         return folder, recipe, DONE
     return folder, recipe, launch_local(pilot)
+
+
+def pilot_of(recipe: Recipe, source: str, given: Sequence[str], steps: int) -> Recipe:
+    """``recipe``, which ``source`` and the ``given`` settings come to, as full-length rollouts that
+    move nothing. Written answers are left out: a pilot of any mode samples its own."""
+    words = [*given, *_PILOT, f"train.steps={steps}", f"run.name={recipe.run.name}-pilot"]
+    pilot = load_recipe(source, "", [*words, f"prefix.min_length={recipe.prefix.max_length}"])
+    return replace(pilot, mode=replace(pilot.mode, written=WrittenConfig()))
 
 
 def _shape(owner: str, recipe: Recipe):  # type: ignore[no-untyped-def]

@@ -10,14 +10,17 @@ from rich.console import Console
 
 from megatron_prefix import advise as advising
 from megatron_prefix.advise import Costs, advise, block, knee, overrides, shortest
+from megatron_prefix.advise_job import pilot_of
 from megatron_prefix.cli import main
 from megatron_prefix.config import AnchoredConfig, LogConfig, ModelConfig, PrefixConfig, Recipe
+from megatron_prefix.modes import needs_rollouts, needs_written
 from megatron_prefix.pilot import Pilot, read_pilot
 from megatron_prefix.prefix import ModelShape, build_policy
 from megatron_prefix.prefix.flops import rollout_flops
 from megatron_prefix.recipe import load_recipe, save_record
 from megatron_prefix.run_log import RunLog
 from megatron_prefix.tasks import sort_chain
+from megatron_prefix.validate import validate
 from tests.run_folders import metrics, probe
 
 SHAPE = ModelShape(2, 64, 4, 4, 16, 2 * 192, 46)
@@ -145,12 +148,31 @@ def test_the_command_prints_a_table_a_block_and_a_picture(
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        ["mode.name=off_policy", "mode.written.path={set}", "mode.written.answer_column=ids"],
+        ["mode.name=sft", "loss.divergence=jsd"],
+        ["prefix.policy=adaptive", "prefix.recall.threshold=0.1", "mode.warmup_steps=5"],
+    ],
+)
+def test_a_recipe_of_any_mode_has_a_pilot(given: list[str], tmp_path: Path) -> None:
+    sort_chain.write_dataset(tmp_path / "set.jsonl", 3, 0)
+    given = [word.format(set=tmp_path / "set.jsonl") for word in given]
+    given += [f"data.path={tmp_path / 'set.jsonl'}", "eval.path="]
+    made = pilot_of(load_recipe("quickstart", overrides=given), "quickstart", given, 3)
+    validate(made)
+    assert (made.train.steps, made.mode.name, made.prefix.min_length) == (3, "on_policy", 75)
+    assert needs_rollouts(made) and not needs_written(made) and not made.prefix.recall.threshold
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--share", "1.5"], "--share 1.5 must lie between 0 and 1"),
         (["--policy", "adaptiv"], "adaptiv"),
         (["--step", "9"], "no full-length rollouts after step 9"),
         (["train.steps=3"], "a run's settings stay"),
+        (["--pilot-steps", "0"], "--pilot-steps 0 must be at least 1"),
     ],
 )
 def test_bad_words_are_one_line(
