@@ -2,12 +2,13 @@
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.server.http_peer import serving
 
 HANG_UP = -1  # a status: the connection is closed without an answer
 
@@ -54,14 +55,5 @@ def _handler(peer: FaultyPeer) -> type[BaseHTTPRequestHandler]:
 @contextlib.contextmanager
 def faulty_peer(answers: Sequence[tuple[int, str]], delay_s: float = 0.0) -> Iterator[FaultyPeer]:
     peer = FaultyPeer("", list(answers), delay_s)
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(peer))
-    http.daemon_threads = True
-    peer.url = f"http://127.0.0.1:{http.server_port}"
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(_handler(peer)) as peer.url:
         yield peer
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()

@@ -2,11 +2,12 @@
 
 import contextlib
 import http.client
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
+
+from tests.server.http_peer import serving
 
 
 @dataclass
@@ -47,14 +48,5 @@ def _handler(forwarder: Forwarder, target: str) -> type[BaseHTTPRequestHandler]:
 def forwarder(url: str) -> Iterator[Forwarder]:
     """To the server at ``url``."""
     made = Forwarder("")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(made, urlsplit(url).netloc))
-    server.daemon_threads = True
-    made.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(_handler(made, urlsplit(url).netloc)) as made.url:
         yield made
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

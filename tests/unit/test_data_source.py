@@ -7,10 +7,7 @@ import pytest
 from megatron_prefix.config import DataConfig
 from megatron_prefix.data_source import RowSource, StreamSource, open_source
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def texts(n: int) -> list[dict[str, str]]:

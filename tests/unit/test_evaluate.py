@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,7 +19,7 @@ from megatron_prefix.evaluate import (
 from megatron_prefix.pass_at_k import wilson_interval
 from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.tasks import sort_chain
-from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
+from megatron_prefix.tokenizers import load_tokenizer
 from megatron_prefix.types import FinishReason, Prompt, Rollout
 
 GSM8K = Path(__file__).parents[1] / "assets" / "gsm8k_8.jsonl"
@@ -28,16 +27,7 @@ END = 261
 BARE = DataConfig(chat_template="never")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_byte_tokenizer(folder)
-    return load_tokenizer(str(folder))
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def rollout(prompt: Prompt, ids: Sequence[int], finish: FinishReason = "stop") -> Rollout:

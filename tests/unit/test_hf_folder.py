@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_prefix.hf_folder import read_header, read_hf_folder
 from megatron_prefix.validate import read_model
+from tests.refused import refusal_of
 from tests.tiny_models import write_tiny_llama, write_tiny_qwen3
 
 WEIGHTS = "model.safetensors"
@@ -34,10 +35,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
 
 
 def refusal(folder: Path) -> str:
-    with pytest.raises(ValueError) as refused:
-        read_model(str(folder), "student")
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    return refusal_of(read_model, str(folder), "student")
 
 
 @pytest.mark.parametrize("write", [write_tiny_qwen3, write_tiny_llama])

@@ -4,25 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from megatron_prefix.config import DataConfig
 from megatron_prefix.prompts import PromptStream
-from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
 
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_byte_tokenizer(folder)
-    return load_tokenizer(str(folder))
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> DataConfig:

@@ -28,6 +28,7 @@ from megatron_prefix.recipe import (
     load_record,
     save_record,
 )
+from tests.refused import refusal_of
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
 RECIPE = """
@@ -50,11 +51,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def refusal(source: str, overlay: str = "", overrides: tuple[str, ...] = ()) -> str:
-    with pytest.raises(ValueError) as refused:
-        load_recipe(source, overlay, overrides)
-    message = str(refused.value)
-    assert "\n" not in message
-    return message
+    return refusal_of(load_recipe, source, overlay, overrides)
 
 
 def test_layers_lie_over_each_other_in_order(file: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from megatron_prefix.recipe import load_recipe, save_record
 from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.validate import validate
 from megatron_prefix.validate.limits import CHOICES, RANGES, setting
+from tests.refused import refusal_of
 from tests.tiny_models import write_tiny_llama, write_tiny_mixtral, write_tiny_qwen3
 
 TEXTS_OF_THE_USER = (
@@ -69,10 +70,7 @@ def changed(recipe: Recipe, folder: Path, *overrides: str) -> Recipe:
 
 
 def refusal(recipe: Recipe) -> str:
-    with pytest.raises(ValueError) as refused:
-        validate(recipe)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    return refusal_of(validate, recipe)
 
 
 def test_a_sound_recipe_is_laid_out(recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from megatron_prefix.rollout.records import rollout_file
 from megatron_prefix.tasks import sort_chain
 from megatron_prefix.validate import validate
 from megatron_prefix.validate.data import columns_of
+from tests.refused import refusal_of
 
 
 @pytest.fixture
@@ -38,10 +39,7 @@ def changed(recipe: Recipe, folder: Path, *overrides: str) -> Recipe:
 
 
 def refusal(recipe: Recipe) -> str:
-    with pytest.raises(ValueError) as refused:
-        validate(recipe)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    return refusal_of(validate, recipe)
 
 
 def test_written_answers_are_looked_at_before_anything_starts(

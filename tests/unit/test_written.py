@@ -14,6 +14,7 @@ from megatron_prefix.tasks import sort_chain
 from megatron_prefix.tokenizers import load_tokenizer
 from megatron_prefix.types import Rollout
 from megatron_prefix.written import WrittenSource, check_written
+from tests.refused import refusal_of
 
 STOPS = (sort_chain.EOS_ID,)
 STUDENT = sort_chain.model_folder("student_a")
@@ -44,10 +45,7 @@ def source(ours: Recipe) -> WrittenSource:
 
 
 def refusal(ours: Recipe) -> str:
-    with pytest.raises(ValueError) as refused:
-        check_written(ours, load_tokenizer(str(STUDENT)), STOPS)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    return refusal_of(check_written, ours, load_tokenizer(str(STUDENT)), STOPS)
 
 
 def test_answers_are_cut_at_the_prefix_length_as_a_server_cuts(tmp_path: Path) -> None:
