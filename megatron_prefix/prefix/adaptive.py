@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 
 from megatron_prefix.config import PrefixConfig
-from megatron_prefix.prefix.policy import PrefixObservation, ProbeObservation, State
+from megatron_prefix.prefix.policy import PrefixObservation, ProbeObservation, State, require
 
 ON_TAIL = ("shrink", "grow", "hold")
 
@@ -18,13 +18,13 @@ class AdaptivePolicy:
         s = self._settings = config.adaptive
         self._min, self._max = config.min_length, config.max_length
         self._length, self._average, self._lowest_tail = config.min_length, math.nan, math.inf
-        if not (s.factor > 1.0 and s.threshold > 0.0 and 0.0 <= s.momentum < 1.0):
-            raise ValueError(f"prefix.adaptive: {s}; try factor 1.5, threshold 0.3, momentum 0.9")
-        if s.on_tail not in ON_TAIL or not s.tail_tolerance >= 0.0:
-            raise ValueError(
-                f"prefix.adaptive: on_tail={s.on_tail!r} must be one of {', '.join(ON_TAIL)} and "
-                f"tail_tolerance={s.tail_tolerance} at least 0; try shrink and 0.25"
-            )
+        at, answers = "prefix.adaptive.", f"one of {', '.join(ON_TAIL)}"
+        require(s.factor > 1.0, f"{at}factor={s.factor}", "above 1", 1.5)
+        require(s.threshold > 0.0, f"{at}threshold={s.threshold}", "above 0 nats", 0.3)
+        require(0.0 <= s.momentum < 1.0, f"{at}momentum={s.momentum}", "from 0 to below 1", 0.9)
+        require(s.on_tail in ON_TAIL, f"{at}on_tail={s.on_tail!r}", answers, "shrink")
+        tolerance = s.tail_tolerance
+        require(tolerance >= 0.0, f"{at}tail_tolerance={tolerance}", "at least 0", 0.25)
 
     def length(self, step: int) -> int:
         return self._length

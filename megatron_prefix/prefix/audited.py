@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from megatron_prefix.config import PrefixConfig
 from megatron_prefix.prefix.adaptive import grown, shrunk
-from megatron_prefix.prefix.policy import PrefixObservation, ProbeObservation, State
+from megatron_prefix.prefix.policy import PrefixObservation, ProbeObservation, State, require
 
 
 class AuditedPolicy:
@@ -18,8 +18,11 @@ class AuditedPolicy:
     def __init__(self, config: PrefixConfig, total_steps: int) -> None:
         s = self._settings = config.audited
         self._min, self._max, self._length = config.min_length, config.max_length, config.min_length
-        if not (s.factor > 1.0 and -1.0 <= s.low < s.high <= 1.0):
-            raise ValueError(f"prefix.audited: {s}; try factor 1.5, low 0.6, high 0.9")
+        at, cosine = "prefix.audited.", "a cosine, from -1 to 1"
+        require(s.factor > 1.0, f"{at}factor={s.factor}", "above 1", 1.5)
+        require(-1.0 <= s.low <= 1.0, f"{at}low={s.low}", cosine, 0.6)
+        require(-1.0 <= s.high <= 1.0, f"{at}high={s.high}", cosine, 0.9)
+        require(s.low < s.high, f"{at}low={s.low}", f"below {at}high={s.high}", "0.6 and 0.9")
 
     def length(self, step: int) -> int:
         return self._length

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from megatron_prefix.config import PrefixConfig
-from megatron_prefix.prefix.policy import PrefixObservation, State
+from megatron_prefix.prefix.policy import PrefixObservation, State, require
 
 
 class MarginalPolicy:
@@ -23,8 +23,9 @@ class MarginalPolicy:
 
     def __init__(self, config: PrefixConfig, total_steps: int) -> None:
         s = self._settings = config.marginal
-        if s.audit_every < 1 or s.audits < 1:
-            raise ValueError(f"prefix.marginal: {s}; try audit_every 12, audits 4")
+        at = "prefix.marginal."
+        require(s.audit_every >= 1, f"{at}audit_every={s.audit_every}", "at least 1 step", 12)
+        require(s.audits >= 1, f"{at}audits={s.audits}", "at least 1", 4)
         self._min, self._max = config.min_length, config.max_length
         self._lengths: deque[int] = deque(maxlen=s.audits)  # what each said, in tokens
 

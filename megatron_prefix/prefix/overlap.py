@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_prefix.config import OverlapConfig, PrefixConfig
 from megatron_prefix.prefix.adaptive import grown
-from megatron_prefix.prefix.policy import PrefixObservation, State
+from megatron_prefix.prefix.policy import PrefixObservation, State, require
 
 
 class OverlapPolicy:
@@ -23,10 +23,11 @@ class OverlapPolicy:
     def __init__(self, config: PrefixConfig, total_steps: int) -> None:
         s = self._settings = config.overlap
         self._min, self._max, self._length = config.min_length, config.max_length, config.min_length
-        if not (s.factor > 1.0 and 0.0 < s.threshold < 1.0 and s.window >= 1):
-            raise ValueError(f"prefix.overlap: {s}; try factor 1.5, threshold 0.5, window 16")
-        if not 0.0 <= s.momentum < 1.0:
-            raise ValueError(f"prefix.overlap.momentum={s.momentum} must be from 0 to below 1")
+        at, share = "prefix.overlap.", s.threshold
+        require(s.factor > 1.0, f"{at}factor={s.factor}", "above 1", 1.5)
+        require(0.0 < share < 1.0, f"{at}threshold={share}", "a share between 0 and 1", 0.5)
+        require(s.window >= 1, f"{at}window={s.window}", "at least 1 token", 16)
+        require(0.0 <= s.momentum < 1.0, f"{at}momentum={s.momentum}", "from 0 to below 1", 0.5)
 
     def length(self, step: int) -> int:
         return self._length

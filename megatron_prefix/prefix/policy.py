@@ -107,3 +107,9 @@ def share_of_steps(key: str, share: float) -> float:
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"{key}={share} must be a share of the steps, from 0 to 1; try 0.8")
     return share
+
+
+def require(holds: bool, setting: str, rule: str, good: object) -> None:
+    """ValueError that says what ``setting``, with its value, must be, and one that is."""
+    if not holds:
+        raise ValueError(f"{setting} must be {rule}; try {good}")

@@ -10,6 +10,7 @@ from megatron_prefix.config import Recipe
 from megatron_prefix.config_modes import ModeConfig
 from megatron_prefix.modes import is_supervised, needs_rollouts, needs_teacher
 from megatron_prefix.prefix import build_policy, is_scheduled
+from megatron_prefix.prefix.registry import POLICIES
 from megatron_prefix.rollout.records import recorded_steps
 
 
@@ -21,6 +22,7 @@ def idle_settings(recipe: Recipe) -> list[str]:
         *_without_sampling(recipe),
         *_without_teacher(recipe),
         *_of_another_mode(recipe),
+        *_of_another_policy(recipe),
     ]
 
 
@@ -114,6 +116,22 @@ def _of_another_mode(recipe: Recipe) -> Iterator[str]:
             f"mode.teacher_prompt.max_length={prompt.max_length} bounds a prompt of the teacher's "
             "own, and it reads the student's: set mode.teacher_prompt.template or system_prompt"
         )
+
+
+def _of_another_policy(recipe: Recipe) -> Iterator[str]:
+    """A user's own policy may read any of them."""
+    prefix, plain = recipe.prefix, Recipe().prefix
+    for name in POLICIES:
+        others = getattr(prefix, name, None)
+        if (
+            prefix.policy in POLICIES
+            and name != prefix.policy
+            and others != getattr(plain, name, None)
+        ):
+            yield f"prefix.{name} has settings, which prefix.policy={prefix.policy} does not read"
+    on_tail, unprobed = prefix.adaptive.on_tail, not recipe.log.probe_interval
+    if prefix.policy == "adaptive" and unprobed and on_tail != plain.adaptive.on_tail:
+        yield f"prefix.adaptive.on_tail={on_tail} answers probes, and log.probe_interval is 0"
 
 
 def _mode(recipe: Recipe) -> str:

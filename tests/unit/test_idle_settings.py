@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.config import (
+    AdaptiveConfig,
     AnchoredConfig,
     CheckpointConfig,
     CutOffConfig,
@@ -22,6 +23,7 @@ from megatron_prefix.config import (
     TeacherPromptConfig,
     TokenWeightConfig,
     TrainConfig,
+    WindowConfig,
 )
 from megatron_prefix.prefix.registry import POLICIES
 from megatron_prefix.recipe import load_recipe
@@ -91,6 +93,14 @@ def weights(min_tokens: int) -> Recipe:
             "and no step of mode.name=sft has one",
         ),
         (
+            prefix("late", window=WindowConfig(start=5)),
+            "prefix.window has settings, which prefix.policy=late does not read",
+        ),
+        (
+            prefix("adaptive", adaptive=AdaptiveConfig(on_tail="grow")),
+            "prefix.adaptive.on_tail=grow answers probes, and log.probe_interval is 0",
+        ),
+        (
             replace(prefix("fixed"), mode=ModeConfig(written_share=0.3)),
             "mode.written_share=0.3 is for mode.name=mixed, and here it is on_policy",
         ),
@@ -122,6 +132,10 @@ def test_what_a_run_never_comes_to_is_named_in_one_line(recipe: Recipe, named: s
         Recipe(log=LogConfig(probe_interval=10), prefix=LONG, train=TEN_STEPS),
         weights(37),
         replace(prefix("fixed"), mode=ModeConfig("mixed", written_share=0.3)),
+        replace(
+            prefix("adaptive", adaptive=AdaptiveConfig(on_tail="hold")),
+            log=LogConfig(probe_interval=5),
+        ),
         replace(prefix("fixed"), rollout=RolloutConfig(over_sample=2.0)),
     ],
 )

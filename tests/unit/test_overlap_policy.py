@@ -114,9 +114,9 @@ def test_a_cap_is_where_the_overlap_has_fallen() -> None:
             PrefixConfig(overlap_k=4, recall=RecallConfig(threshold=1.5, signal="overlap")),
             "threshold=1.5 is no share",
         ),
-        (replace(CONFIG, overlap=OverlapConfig(factor=1.0)), "try factor 1.5"),
-        (replace(CONFIG, overlap=OverlapConfig(threshold=1.0)), "try factor 1.5"),
-        (replace(CONFIG, overlap=OverlapConfig(window=0)), "try factor 1.5"),
+        (replace(CONFIG, overlap=OverlapConfig(factor=1.0)), "factor=1.0 must be above 1; try 1.5"),
+        (replace(CONFIG, overlap=OverlapConfig(threshold=1.0)), "between 0 and 1; try 0.5"),
+        (replace(CONFIG, overlap=OverlapConfig(window=0)), "window=0 must be at least 1 token"),
         (replace(CONFIG, overlap=OverlapConfig(momentum=1.0)), "momentum=1.0 must be"),
     ],
 )

@@ -314,9 +314,15 @@ def test_a_users_length_out_of_bounds_is_named(length: int) -> None:
         ({"policy": "anchored", "anchored": AnchoredConfig(0)}, "prefix.anchored.every=0"),
         ({"policy": "marginal", "marginal": MarginalConfig(0)}, "audit_every=0"),
         ({"policy": "marginal", "marginal": MarginalConfig(audits=0)}, "audits=0"),
-        ({"policy": "adaptive", "adaptive": AdaptiveConfig(factor=1.0)}, "factor=1.0"),
+        (
+            {"policy": "adaptive", "adaptive": AdaptiveConfig(factor=1.0)},
+            "factor=1.0 must be above 1",
+        ),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(on_tail="x")}, "on_tail='x'"),
-        ({"policy": "audited", "audited": AuditedConfig(low=0.9)}, "low=0.9"),
+        (
+            {"policy": "audited", "audited": AuditedConfig(low=0.9)},
+            "low=0.9 must be below",
+        ),
         ({"policy": "audited", "audited": AuditedConfig(factor=0.5)}, "factor=0.5"),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(momentum=1.0)}, "momentum=1.0"),
         ({"policy": "adaptive", "adaptive": AdaptiveConfig(threshold=0.0)}, "threshold=0.0"),
