@@ -11,7 +11,7 @@ from megatron_prefix.advise_arguments import EXAMPLES as _ADVISE_EXAMPLES
 from megatron_prefix.advise_arguments import add_advise_arguments
 from megatron_prefix.command import ABOUT_RECIPES, Command
 from megatron_prefix.eval_arguments import EXAMPLES as _EVAL_EXAMPLES
-from megatron_prefix.eval_arguments import add_eval_arguments
+from megatron_prefix.eval_arguments import add_eval_arguments, in_options
 from megatron_prefix.exit_codes import BAD_INPUT, DONE, FAILED
 from megatron_prefix.recipe_commands import LAUNCH, PLAN, PREPARE, TRAIN
 from megatron_prefix.report_arguments import EXAMPLES as _REPORT_EXAMPLES
@@ -111,7 +111,10 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     from megatron_prefix.eval_job import make_job, run_eval
 
-    return run_eval(make_job(arguments), Console(stderr=True), arguments.json)
+    try:
+        return run_eval(make_job(arguments), Console(stderr=True), arguments.json)
+    except ValueError as error:
+        raise ValueError(in_options(str(error))) from error
 
 
 def _report(arguments: argparse.Namespace) -> int:

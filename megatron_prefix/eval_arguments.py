@@ -1,6 +1,7 @@
 """The arguments of ``megatron-prefix eval``. Imports nothing heavy: ``--help`` is quick."""
 
 import argparse
+import re
 
 # Data sets by a short name: where they lie on the hub, and what their columns are called.
 KNOWN_SETS: dict[str, dict[str, str]] = {
@@ -27,6 +28,17 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     _add_answers(parser.add_argument_group("answers"))
     parser.add_argument("--output", metavar="DIR", help="default: RUN/evals/DATA, evals/MODEL/DATA")
     parser.add_argument("--json", action="store_true", help="the summary as one JSON object")
+
+
+def in_options(told: str) -> str:
+    """An error's words with the options of this command in place of a recipe's settings."""
+
+    def option(found: re.Match[str]) -> str:
+        name = {"path": "data", "name": "data-name"}.get(found[1], found[1].replace("_", "-"))
+        return f"--{name} "
+
+    names = "path|name|split|prompt_column|answer_column|scorer|samples|max_new_tokens"
+    return re.sub(rf"\beval\.({names})=", option, told)
 
 
 def _add_questions(group: "argparse._ArgumentGroup") -> None:

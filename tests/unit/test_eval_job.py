@@ -21,6 +21,7 @@ from megatron_prefix.config import (
 from megatron_prefix.eval_job import EvalJob, make_job
 from megatron_prefix.evaluate import EvalSample, EvalSet
 from megatron_prefix.recipe import load_record, save_record
+from megatron_prefix.tasks import sort_chain
 from megatron_prefix.types import FinishReason, Prompt
 from tests.tiny_models import write_tiny_qwen3
 
@@ -149,6 +150,23 @@ def test_what_cannot_be_is_one_line(
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_what_is_wrong_with_a_set_is_told_in_this_commands_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": ""}\n')
+    model = str(sort_chain.model_folder("student_a"))
+    asked = ["eval", model, "--data", str(tmp_path / "a.jsonl"), "--max-new-tokens", "9"]
+    answered = [*asked, "--answer-column", "prompt"]
+    assert main(asked) == main([*answered, "--prompt-column", "x"]) == 2
+    assert main([*asked, "--answer-column", "x"]) == 2
+    assert main([*answered, "--scorer", "x"]) == 2
+    empty, prompt, answer, scorer = capsys.readouterr().err.splitlines()
+    assert f"--data {tmp_path / 'a.jsonl'}: row 0 has no answer in answer" in empty
+    assert "--prompt-column x is not a column of" in prompt
+    assert "--answer-column x is not a column of" in answer
+    assert "--scorer 'x' is unknown. Choose one of exact, suffix, math" in scorer
 
 
 PROBLEMS = EvalSet(
