@@ -1,6 +1,9 @@
 """Adapts Megatron to the CPU before any test file imports it; a student and a teacher for many."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +20,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     sizes = {"vocab_size": 62, "num_key_value_heads": 4}
     student = write_tiny_qwen3(root / "student", num_hidden_layers=2, **sizes)
     return student, write_tiny_qwen3(root / "teacher", hidden_size=96, seed=3, **sizes)
+
+
+@pytest.fixture(scope="session")
+def on_one_rank() -> Callable[[Any, int], Any]:
+    """What :func:`world.train` gives on one rank, computed once for all layouts of a case."""
+    from tests.distributed.ranks import run_ranks
+    from tests.distributed.world import Case, Run, train
+
+    @functools.cache
+    def trained(case: Case, steps: int) -> Run:
+        (run,) = run_ranks(1, train, case, 1, steps)
+        return run
+
+    return trained

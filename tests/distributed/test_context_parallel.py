@@ -1,7 +1,6 @@
 """A model whose microbatches are cut over context-parallel ranks does what it does on one rank."""
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,24 +55,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-Pair = tuple[str, str]  # a student's name and a teacher's
-
-
-@pytest.fixture(scope="module")
-def on_one_rank(models: dict[str, Path]) -> Callable[[Pair], Run]:
-    return cache(lambda names: train_on(1, models, names)[0])
-
-
-def train_on(
-    ranks: int,
+def pair(
     models: dict[str, Path],
-    names: Pair,
+    names: tuple[str, str],
     student: dict[str, object] | None = None,
     teacher: dict[str, object] | None = None,
-) -> list[Run]:
+) -> Case:
+    """A student and a teacher by their names."""
     learner = model_config(models[names[0]], **student or {})
-    case = Case(learner, model_config(models[names[1]], **teacher or {}))
-    return run_ranks(ranks, train, case, ranks, STEPS)
+    return Case(learner, model_config(models[names[1]], **teacher or {}))
 
 
 TEACHERS = {
@@ -87,12 +77,13 @@ TEACHERS = {
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_teacher_teaches_as_on_one_rank(
-    name: str, models: dict[str, Path], on_one_rank: Callable[[Pair], Run]
+    name: str, models: dict[str, Path], on_one_rank: Callable[[Case, int], Run]
 ) -> None:
     world_size, taught_by, student, teacher = TEACHERS[name]
     names = "student", taught_by
-    ranks = train_on(world_size, models, names, student, teacher)
-    check_same_training(ranks, on_one_rank(names), models[names[0]])
+    case = pair(models, names, student, teacher)
+    ranks = run_ranks(world_size, train, case, world_size, STEPS)
+    check_same_training(ranks, on_one_rank(pair(models, names), STEPS), models[names[0]])
 
 
 RECOMPUTE = {"recompute_granularity": "full"}
@@ -109,12 +100,13 @@ STUDENTS = {
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_student_trains_as_on_one_rank(
-    name: str, models: dict[str, Path], on_one_rank: Callable[[Pair], Run]
+    name: str, models: dict[str, Path], on_one_rank: Callable[[Case, int], Run]
 ) -> None:
     world_size, trained, student, teacher = STUDENTS[name]
     names = trained, "teacher"
-    ranks = train_on(world_size, models, names, student, teacher)
-    check_same_training(ranks, on_one_rank(names), models[trained])
+    case = pair(models, names, student, teacher)
+    ranks = run_ranks(world_size, train, case, world_size, STEPS)
+    check_same_training(ranks, on_one_rank(pair(models, names), STEPS), models[trained])
 
 
 def test_sinks_are_not_cut(models: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 """Mixtures of experts train in every layout as on one rank; what cannot be is refused."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from megatron_prefix.validate import check_model
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import ADAM, steps_from
 from tests.distributed.test_layouts import STEPS, check_same_training
-from tests.distributed.world import Case, model_config, train
+from tests.distributed.world import Case, Run, model_config, train
 from tests.tiny_models import (
     write_tiny_deepseek_v2,
     write_tiny_deepseek_v3,
@@ -52,52 +53,39 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("plain_optimizer", [False, True], ids=["", "plain optimizer"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_trains_as_one_rank_does(name: str, plain_optimizer: bool, models: dict[str, Path]) -> None:
+# The student's family, the teacher's model, and the layouts that they are trained in.
+TRAINED = {
+    ("qwen3-moe", "teacher"): LAYOUTS,
+    ("mixtral", "teacher"): LAYOUTS,
+    ("deepseek-v3", "deepseek-v2"): ("tp2", "tp2, ep2", "pp2, ep2", "recompute, pp2"),
+    ("gpt-oss", "teacher"): ("tp2, ep2", "pp2, ep2", "recompute, ep2"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "taught_by", "name"),
+    [(*models, name) for models, names in TRAINED.items() for name in names],
+)
+def test_trains_as_one_rank_does(
+    family: str,
+    taught_by: str,
+    name: str,
+    models: dict[str, Path],
+    on_one_rank: Callable[[Case, int], Run],
+) -> None:
+    """Mixtral with the plain optimizer, the others with the distributed one."""
     world_size, student, teacher = LAYOUTS[name]
-    optimizer = replace(Case.optimizer, use_distributed_optimizer=not plain_optimizer)
-    family = "mixtral" if plain_optimizer else "qwen3-moe"
+    optimizer = replace(Case.optimizer, use_distributed_optimizer=family != "mixtral")
 
     def case(student: dict, teacher: dict) -> Case:
         return Case(
             model_config(models[family], **student),
-            model_config(models["teacher"], **teacher),
+            model_config(models[taught_by], **teacher),
             optimizer,
         )
 
-    (one,) = run_ranks(1, train, case({}, {}), 1, STEPS)
     ranks = run_ranks(world_size, train, case(student, teacher), world_size, STEPS)
-    check_same_training(ranks, one, models[family])
-
-
-@pytest.mark.parametrize("name", ["tp2", "tp2, ep2", "pp2, ep2", "recompute, pp2"])
-def test_latent_attention_trains_as_on_one_rank(name: str, models: dict[str, Path]) -> None:
-    world_size, student, teacher = LAYOUTS[name]
-
-    def case(student: dict, teacher: dict) -> Case:
-        return Case(
-            model_config(models["deepseek-v3"], **student),
-            model_config(models["deepseek-v2"], **teacher),
-        )
-
-    (one,) = run_ranks(1, train, case({}, {}), 1, STEPS)
-    ranks = run_ranks(world_size, train, case(student, teacher), world_size, STEPS)
-    check_same_training(ranks, one, models["deepseek-v3"])
-
-
-@pytest.mark.parametrize("name", ["tp2, ep2", "pp2, ep2", "recompute, ep2"])
-def test_sinks_windows_and_biases_train_as_on_one_rank(name: str, models: dict[str, Path]) -> None:
-    world_size, student, teacher = LAYOUTS[name]
-
-    def case(student: dict, teacher: dict) -> Case:
-        return Case(
-            model_config(models["gpt-oss"], **student), model_config(models["teacher"], **teacher)
-        )
-
-    (one,) = run_ranks(1, train, case({}, {}), 1, STEPS)
-    ranks = run_ranks(world_size, train, case(student, teacher), world_size, STEPS)
-    check_same_training(ranks, one, models["gpt-oss"])
+    check_same_training(ranks, on_one_rank(case({}, {}), STEPS), models[family])
 
 
 CHECKPOINTS = {

@@ -1,5 +1,6 @@
 """Every layout trains as one rank does: losses, gradient norms and updates of two steps."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,10 +72,12 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_trains_as_one_rank_does(name: str, models: dict[str, Path]) -> None:
+def test_trains_as_one_rank_does(
+    name: str, models: dict[str, Path], on_one_rank: Callable[[Case, int], Run]
+) -> None:
     world_size, settings = LAYOUTS[name]
     kind = str(settings.get("kind", "tied"))
-    (one,) = run_ranks(1, train, case(models, kind=kind), 1, STEPS)
+    one = on_one_rank(case(models, kind=kind), STEPS)
     ranks = run_ranks(world_size, train, case(models, **settings), world_size, STEPS)
     check_same_training(ranks, one, models[kind])
 
