@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 
 from benchmarks import _card, gpu_loss, gpu_step
 from benchmarks import _step_at_width as step
+from megatron_prefix.config import ModelConfig
 from megatron_prefix.mcore.groups import initialize_megatron
 from megatron_prefix.prefix_sums import Tally
 from megatron_prefix.recipe import load_recipe
@@ -25,10 +26,21 @@ from megatron_prefix.tasks import sort_chain
 from megatron_prefix.types import PrefixBatch, TopKTargets
 from megatron_prefix.validate import validate
 from tests.distributed.ranks import run_ranks
+from tests.distributed.world import build
 from tests.gpu import cpu_reference
 from tests.gpu.jobs import sort_chain_overrides
+from tests.gpu.learning import Lesson, learn, sample
 from tests.gpu.losses import errors, run_once, top_k_loss
-from tests.gpu.steps import Outcome, Setting, cosine, one_step, prefix_logits, sampled, write_models
+from tests.gpu.steps import (
+    Outcome,
+    Setting,
+    cosine,
+    one_step,
+    prefix_logits,
+    sampled,
+    write_experts,
+    write_models,
+)
 from tests.unit.loss.reference import make_case
 
 ROOT = Path(__file__).parents[2]
@@ -157,11 +169,62 @@ def _steps(setting: Setting) -> tuple[Outcome, Outcome]:
     return one_step(setting, CPU), one_step(replace(setting, params_dtype="bf16"), CPU)
 
 
-def test_the_step_that_gpu_tests_compare(folders: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+def test_the_step_that_gpu_tests_compare(
+    experts: bool, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
     """The bounds that the GPU's bf16 is held to hold for the CPU's."""
-    ((single, narrow),) = run_ranks(1, _steps, Setting(*folders, "fp32"))
+    student = write_experts(tmp_path) if experts else folders[0]
+    ((single, narrow),) = run_ranks(1, _steps, Setting(student, folders[1], "fp32"))
     assert narrow.loss == pytest.approx(single.loss, rel=0.01)
     assert cosine(single.gradient, narrow.gradient) > 0.999
+    assert not single.scales
+
+
+def _own_step(setting: Setting) -> Outcome:
+    initialize_megatron(1)
+    return one_step(setting, CPU)
+
+
+def test_the_step_over_context_parallel_ranks_that_gpu_tests_compare(
+    folders: tuple[Path, Path],
+) -> None:
+    (whole,) = run_ranks(1, _own_step, Setting(*folders, "fp32"))
+    first, second = run_ranks(2, _own_step, Setting(*folders, "fp32", context_parallel_size=2))
+    assert first.loss == second.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert torch.equal(first.gradient, second.gradient)
+    torch.testing.assert_close(first.gradient, whole.gradient, rtol=1e-3, atol=1e-6)
+
+
+def _lesson() -> tuple[list[str], list[float], list[float]]:
+    """The teacher's greedy answers, the losses of steps on prefixes that the student samples, and
+    of steps on the same ones again and again."""
+    initialize_megatron(1)
+    teacher = build(_sort_chain("teacher"), 1, owner="student")
+    prompts = [problem.prompt for problem in _problems()]
+    answers = sample(teacher, prompts, sort_chain.RESPONSE_LENGTH, CPU)
+    assert all(answer.finish_reason == "stop" for answer in answers)
+    lesson = Lesson.build(CPU, 40, "fp32")
+    fresh = learn(lesson, 2, rollouts=8, every=2)
+    same = sample(lesson.student.model, prompts, 9, CPU, torch.Generator().manual_seed(0))
+    again = [lesson.step(same) for _ in range(25)]
+    return [sort_chain.decode(answer.prefix_ids) for answer in answers], fresh, again
+
+
+def _sort_chain(name: str) -> ModelConfig:
+    return ModelConfig(str(sort_chain.model_folder(name)), params_dtype="fp32")
+
+
+def _problems() -> list[sort_chain.Problem]:
+    return sort_chain.make_problems(8, sort_chain.HELD_OUT_SEED)
+
+
+def test_sort_chain_learnt_without_servers() -> None:
+    ((answers, fresh, again),) = run_ranks(1, _lesson)
+    right = [problem.response == text for problem, text in zip(_problems(), answers, strict=True)]
+    assert sum(right) >= 7
+    assert all(0 < loss < math.inf for loss in fresh)
+    assert again[-1] < 0.7 * again[0]
 
 
 def test_the_cpu_reference_runs_by_itself(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -222,7 +285,10 @@ def test_the_job_that_a_gpu_test_starts_is_valid(fp8: str, stages: int, tmp_path
     run = validate(load_recipe(str(ROOT / "recipes" / "quickstart.py"), overrides=overrides))
     assert run.world_size == stages
     assert run.recipe.rollout.server_args == ("--mem-fraction-static", "0.2")
-    assert (run.recipe.student.fp8.format != "off") == (fp8 != "off")
+    precision = run.recipe.student.fp8
+    assert (precision.format != "off") == (fp8 != "off")
+    # Of two layers none is left between the first and the last.
+    assert fp8 == "off" or not precision.first_last_layers_bf16
 
 
 def test_no_world_is_left_behind() -> None:

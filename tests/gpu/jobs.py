@@ -18,7 +18,7 @@ def sort_chain_overrides(fp8: str, output: Path, stages: int = 1) -> list[str]:
         "rollout.server_args": "[--mem-fraction-static,'0.2']",
     }
     if fp8 != "off":
-        settings |= {"student.fp8.format": "hybrid", "student.fp8.recipe": fp8}
-    if fp8 == "delayed":
-        settings["student.fp8.first_last_layers_bf16"] = False
+        # In both layers: the student has none between the first and the last.
+        fields = {"format": "hybrid", "recipe": fp8, "first_last_layers_bf16": False}
+        settings |= {f"student.fp8.{name}": value for name, value in fields.items()}
     return [f"{key}={value}" for key, value in settings.items()]

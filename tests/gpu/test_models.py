@@ -63,12 +63,15 @@ def test_packed_sequences_of_unlike_lengths_do_not_see_each_other(
         assert (one - other).norm() < 0.01 * other.norm()
 
 
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "grouped experts"])
 def test_a_step_equals_the_cpus(
-    folders: tuple[Path, Path], one_rank: torch.device, tmp_path: Path
+    experts: bool, folders: tuple[Path, Path], one_rank: torch.device, tmp_path: Path
 ) -> None:
     """The CPU's own layers in fp32 on the same weights, in a process that sees no GPU."""
-    from tests.gpu.steps import Setting, cosine, one_step
+    from tests.gpu.steps import Setting, cosine, one_step, write_experts
 
+    if experts:
+        folders = write_experts(tmp_path / "experts"), folders[1]
     result = tmp_path / "cpu.pt"
     command = [sys.executable, "-m", "tests.gpu.cpu_reference", *map(str, folders), str(result)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -91,6 +94,33 @@ def test_fp8_trunks_learn_as_bf16_does(
     assert quantised.loss == pytest.approx(plain.loss, rel=0.01)
     assert cosine(plain.gradient, quantised.gradient) > 0.99
     assert not torch.equal(plain.gradient, quantised.gradient)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_grouped_experts_in_fp8_learn_as_in_bf16(
+    recipe: str, folders: tuple[Path, Path], one_rank: torch.device, tmp_path: Path
+) -> None:
+    from tests.gpu.steps import Setting, cosine, one_step, write_experts
+
+    student = write_experts(tmp_path)
+    plain = one_step(Setting(student, folders[1]), one_rank)
+    quantised = one_step(Setting(student, folders[1], fp8=RECIPES[recipe]), one_rank)
+    assert quantised.loss == pytest.approx(plain.loss, rel=0.02)
+    assert cosine(plain.gradient, quantised.gradient) > 0.98
+    assert not torch.equal(plain.gradient, quantised.gradient)
+
+
+def test_delayed_scales_follow_the_amax_of_a_step(
+    folders: tuple[Path, Path], one_rank: torch.device
+) -> None:
+    """They begin at 1, and a step's largest values move those of inputs and of weights."""
+    from tests.gpu.steps import Setting, one_step
+
+    moved = one_step(Setting(*folders, fp8=RECIPES["delayed"]), one_rank).scales
+    assert len(moved) == 4 * 4  # linears of four layers
+    for scales in moved:
+        assert scales.isfinite().all() and (scales[:2] > 1).all()
+    assert not one_step(Setting(*folders, fp8=RECIPES["tensorwise"]), one_rank).scales
 
 
 @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
