@@ -102,7 +102,7 @@ def _divergence(
         assert head is not None
         target = next(waiting)
         target = target and rows_of(target, batch.rows)
-        overlap = _overlap(model, batch, target, objective)
+        overlap = _overlap(batch, target, objective)
         result = _compare(model, batch, hidden, head, target, objective, overlap)
         assert result.label_logprobs is not None
         teacher_head = objective.head_of(batch.domain)
@@ -123,7 +123,7 @@ def _divergence(
 
 
 def _overlap(
-    model: MegatronModel, batch: PrefixBatch, target: Targets | None, objective: Objective
+    batch: PrefixBatch, target: Targets | None, objective: Objective
 ) -> TopKOverlap | None:
     """To be filled by the divergence, where it makes a teacher's logits."""
     if not (objective.overlap_k and isinstance(target, TeacherTargets)):
