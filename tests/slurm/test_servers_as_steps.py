@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import STEPS, Job
+from megatron_prefix.rollout.records import save_rollouts
+from tests.slurm.conftest import STEPS, Job, rollouts
 from tests.slurm.freeze import PATIENCE_S, frozen_until_signalled
 from tests.slurm.virtual_slurm import VirtualSlurm, wait_until
 
@@ -45,17 +46,18 @@ def test_a_heterogeneous_job_is_requeued_whole_and_ends_its_servers_with_its_tra
 
 
 def test_servers_do_not_hide_that_the_trainer_failed(virtual_slurm: VirtualSlurm, job: Job) -> None:
+    # Fails in the ranks, once there are no more rollouts.
+    recorded = job.root / "one step"
+    save_rollouts(recorded, 0, rollouts(0))
     number = virtual_slurm.sbatch(
         f"--output={job.root.parent}/failing.out", "--nodes=2", MULTI_NODE, "gsm8k_bytes",
-        *job.settings("failing"), f"train.steps={STEPS + 1}",
-        # Fails as soon as the first rollouts are looked for.
-        f"rollout.replay={job.student}",
+        *job.settings("failing"), f"train.steps={STEPS + 1}", f"rollout.replay={recorded}",
     )  # fmt: skip
     assert virtual_slurm.wait_for_end(number, 900) == "FAILED", output_of(job, "failing")
     assert virtual_slurm.job(number)["ExitCode"] == "1:0"
     assert virtual_slurm.job(number)["Restarts"] == "0", "a failure is not tried again"
     told = (job.folder("failing") / "logs" / f"job-{number}.0" / "trainer.out").read_text()
-    assert "no recorded rollouts of step 0" in told
+    assert "no recorded rollouts of step 1" in told
 
 
 def test_a_server_that_cannot_start_fails_the_job(virtual_slurm: VirtualSlurm, job: Job) -> None:
