@@ -5,6 +5,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from megatron_prefix.kl_grid import mean_kl
 from megatron_prefix.types import StepMetrics
@@ -98,7 +99,8 @@ class Bar:
         self._drawn = 0.0
         columns = (
             TextColumn("step"),
-            MofNCompleteColumn(),
+            # A narrow terminal takes from the bar, not from the count.
+            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total_steps)) + 1)),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[status]}"),
         )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,14 @@ OUTSIDE_IDENTITY = frozenset(
 
 def save_record(recipe: Recipe, folder: Path) -> Path:
     """Writes the resolved recipe into ``folder``, whole or not at all; ``load_record`` gives an
-    equal one back."""
-    folder.mkdir(parents=True, exist_ok=True)
+    equal one back. ValueError where the folder cannot be made or written to."""
     path = folder / RECORD_NAME
-    with whole_file(path) as file:
-        file.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(folder, error.strerror) from error
     return path
 
 
@@ -84,9 +88,13 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def check_run_folder(folder: Path, recipe: Recipe) -> None:
-    """ValueError where ``folder`` holds the run of another recipe; names the first difference."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run folder {folder} is a file; set another run.name or run.output_dir")
+    """ValueError where ``folder`` holds the run of another recipe, naming the first difference, or
+    cannot be made or written to."""
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        raise _unwritable(folder, f"{nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"{nearest} is not yours to write in")
     record = folder / RECORD_NAME
     if not record.exists():
         return
@@ -98,3 +106,9 @@ def check_run_folder(folder: Path, recipe: Recipe) -> None:
                 f"run folder {folder} holds another recipe's run: {key} is {there!r} there and "
                 f"{here!r} here; give this run another run.name, or set {key} back"
             )
+
+
+def _unwritable(folder: Path, why: str | None) -> ValueError:
+    return ValueError(
+        f"run folder {folder} cannot be written: {why}; set another run.name or run.output_dir"
+    )

@@ -280,3 +280,11 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ValueError, match="is a file"):
         check_run_folder(path, Recipe())
+    with pytest.raises(ValueError, match=f"{path} is a file; set another run.name"):
+        check_run_folder(path / "deeper" / "run", Recipe())
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused() -> None:
+    """In /proc nobody may make one, root included, whatever its permissions say."""
+    with pytest.raises(ValueError, match="run folder /proc/.* cannot be written: .*; set another"):
+        save_record(Recipe(), Path("/proc/self/run"))
