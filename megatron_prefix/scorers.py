@@ -4,11 +4,12 @@ A verdict is True, False, or None where no answer could be read, which counts as
 """
 
 import difflib
-import importlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_prefix.users_code import call_users, import_by_path
 
 _MATH_TIMEOUT_S = 5  # of one parse or comparison, math-verify's default
 
@@ -75,20 +76,13 @@ def load_scorer(name: str) -> Scorer:
 
 
 def _users_scorer(name: str) -> Scorer:
-    module_name, _, function_name = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"eval.scorer={name!r} cannot be imported ({error}); "
-            "it must be package.module:function on the Python path; of a file in this folder, set "
-            "PYTHONPATH=$PWD"
-        ) from error
+    function = import_by_path("eval.scorer", name, kind="function")
     if not callable(function):
         raise ValueError(f"eval.scorer={name!r} is no function; it must take (text, answer)")
 
     def score(generated: Generated, answer: str) -> Verdict:
-        verdict = function(generated.text, answer)
+        asked = f"the answer {answer[:40]!r}"
+        verdict = call_users(f"eval.scorer={name}", asked, function, generated.text, answer)
         if verdict is not None and not isinstance(verdict, bool):
             raise ValueError(
                 f"eval.scorer={name!r} returned {verdict!r}; it must return True, False or None"

@@ -11,10 +11,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from megatron_prefix.config import CutOffConfig
-from megatron_prefix.prefix.users import import_by_path
+from megatron_prefix.users_code import call_users, import_by_path
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,22 @@ RULES: Mapping[str, Callable[[SampledToken, int], float]] = {
 }
 
 
+class _UsersRule:
+    """A user's own rule for one rollout; what it raises is a ValueError that names it."""
+
+    def __init__(self, config: CutOffConfig, vocab_size: int) -> None:
+        self._setting, self._tokens = f"prefix.cut_off.rule={config.rule}", 0
+        users = import_by_path("prefix.cut_off.rule", config.rule)
+        self._inner = call_users(self._setting, "the class", users, config, vocab_size)
+        if not isinstance(self._inner, CutOff):
+            raise ValueError(f"prefix.cut_off.rule={config.rule!r} lacks feed(token)")
+
+    def feed(self, token: SampledToken) -> bool:
+        self._tokens += 1
+        asked = f"feed of a rollout's token {self._tokens}"
+        return call_users(self._setting, asked, self._inner.feed, token)
+
+
 @dataclass(frozen=True)
 class CutOffRule:
     """What a sampler needs: a rule for each rollout, and what to ask the server for."""
@@ -112,8 +129,7 @@ def build_cut_off(config: CutOffConfig, vocab_size: int) -> CutOffRule | None:
     _check(config)
     top_k = 0 if config.rule == "surprisal" else config.top_k
     rule = CutOffRule(start, top_k, config.check_every)
-    if not isinstance(rule.start(), CutOff):
-        raise ValueError(f"prefix.cut_off.rule={config.rule!r} lacks feed(token)")
+    rule.start()  # a user's own that cannot be built is refused now
     return rule
 
 
@@ -122,8 +138,7 @@ def _rule(config: CutOffConfig, vocab_size: int) -> Callable[[], CutOff]:
         signal = RULES[config.rule]
         return lambda: _Settled(config, vocab_size, signal)
     if ":" in config.rule:
-        users = import_by_path("prefix.cut_off.rule", config.rule)
-        return lambda: users(config, vocab_size)
+        return partial(_UsersRule, config, vocab_size)
     near = difflib.get_close_matches(config.rule, ("none", *RULES), n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Choose one of none, {', '.join(RULES)}"
     raise ValueError(

@@ -23,8 +23,8 @@ from megatron_prefix.prefix.policy import (
     observe_probe,
 )
 from megatron_prefix.prefix.steps import StepsPolicy
-from megatron_prefix.prefix.users import import_by_path
 from megatron_prefix.prefix.window import WindowPolicy
+from megatron_prefix.users_code import call_users, import_by_path
 
 PolicyClass = Callable[[PrefixConfig, int], PrefixPolicy]
 
@@ -44,40 +44,50 @@ POLICIES: Mapping[str, PolicyClass] = {
 
 
 class BoundedPolicy:
-    """A user's policy, held to the bounds that packing, cache and context were planned for."""
+    """A user's policy, held to the bounds that packing, cache and context were planned for. What
+    it raises is a ValueError that names it and the step."""
 
     def __init__(self, inner: PrefixPolicy, config: PrefixConfig) -> None:
         self.inner, self._config = inner, config
+        self._setting = f"prefix.policy={config.policy}"
 
     def length(self, step: int) -> int:
-        length = self.inner.length(step)
+        length = call_users(self._setting, f"length({step})", self.inner.length, step)
         if not (_is_whole(length) and 1 <= length <= self._config.max_length):
             raise ValueError(
-                f"prefix.policy={self._config.policy} answered {length!r} for step {step}: it must "
+                f"{self._setting} answered {length!r} for step {step}: it must "
                 f"be a whole number from 1 to prefix.max_length={self._config.max_length}"
             )
         return length
 
     def loss_start(self, step: int) -> int:
-        start, length = loss_start(self.inner, step), self.length(step)
+        asked = f"loss_start({step})"
+        start, length = (
+            call_users(self._setting, asked, loss_start, self.inner, step),
+            self.length(step),
+        )
         if not (_is_whole(start) and 0 <= start < length):
             raise ValueError(
-                f"prefix.policy={self._config.policy} starts the loss of step {step} at {start!r}: "
+                f"{self._setting} starts the loss of step {step} at {start!r}: "
                 f"it must be a whole number from 0 to below that step's length {length}"
             )
         return start
 
     def observe(self, observation: PrefixObservation) -> None:
-        self.inner.observe(observation)
+        told = f"observe of step {observation.step}"
+        call_users(self._setting, told, self.inner.observe, observation)
 
     def observe_probe(self, observation: ProbeObservation) -> None:
-        observe_probe(self.inner, observation)
+        told = f"observe_probe after {observation.step} steps"
+        call_users(self._setting, told, observe_probe, self.inner, observation)
 
     def state_dict(self) -> State:
-        return self.inner.state_dict()
+        return call_users(self._setting, "state_dict()", self.inner.state_dict)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.inner.load_state_dict(state)
+        call_users(
+            self._setting, f"load_state_dict({dict(state)})", self.inner.load_state_dict, state
+        )
 
 
 def is_scheduled(policy: PrefixPolicy) -> bool:
@@ -113,14 +123,17 @@ def build_policy(config: PrefixConfig, total_steps: int) -> PrefixPolicy:
 
 
 def _users_policy(config: PrefixConfig, total_steps: int) -> PrefixPolicy:
+    setting, options = f"prefix.policy={config.policy}", ", ".join(config.options) or "nothing"
     cls = import_by_path("prefix.policy", config.policy)
     try:
-        policy = cls(config, total_steps)
-    except KeyError as error:  # most often of config.options
-        raise ValueError(
-            f"prefix.policy={config.policy} asks for {error}, and prefix.options has "
-            f"{', '.join(config.options) or 'nothing'}; set it, as prefix.options.period=5"
-        ) from error
+        policy = call_users(setting, "the class", cls, config, total_steps)
+    except ValueError as error:
+        if isinstance(error.__cause__, KeyError):  # most often of config.options
+            raise ValueError(
+                f"{setting} asks for {error.__cause__}, and prefix.options has {options}; set it, "
+                "as prefix.options.period=5"
+            ) from error
+        raise
     if not isinstance(policy, PrefixPolicy):
         raise ValueError(
             f"prefix.policy={config.policy!r} lacks one of length, observe, state_dict, "

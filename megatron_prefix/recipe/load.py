@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from megatron_prefix.recipe.settings import (
     parse_override,
     read_yaml,
 )
+from megatron_prefix.users_code import call_users
 
 _YAML = (".yaml", ".yml")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -48,7 +50,7 @@ def factory_beside(source: str, name: str) -> Callable[[], Any] | None:
     if Path(source).suffix in _YAML:
         return None
     found = getattr(_find_module(source)[0], name, None)
-    return found if callable(found) else None
+    return partial(call_users, source, f"{name}()", found) if callable(found) else None
 
 
 def write_own_data(source: str) -> None:
@@ -93,10 +95,7 @@ def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"megatron_prefix_recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise ValueError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    call_users(f"recipe {path}", "the file", spec.loader.exec_module, module)
     return module
 
 
@@ -104,10 +103,8 @@ def _call_factory(module: ModuleType, source: str) -> Recipe:
     factory: Callable[[], Recipe] | None = getattr(module, "recipe", None)
     if not callable(factory):
         raise ValueError(f"{source} has no function recipe(); write `def recipe() -> Recipe:`")
-    try:
-        made = factory()
-    except TypeError as error:  # a field that does not exist: Python's own "Did you mean" says so
-        raise ValueError(f"recipe() of {source}: {error}") from error
+    # Of a field that does not exist Python's own "Did you mean" says so.
+    made = call_users(source, "recipe()", factory)
     if not isinstance(made, Recipe):
         raise ValueError(f"recipe() of {source} returned {type(made).__name__}; it must be Recipe")
     return made

@@ -13,6 +13,7 @@ from megatron_prefix.prefix import SampledToken, build_cut_off
 from megatron_prefix.prefix.cutoff import CutOffRule, cut_length, entropy_bound
 from megatron_prefix.rollout.protocol import UnexpectedAnswer
 from megatron_prefix.rollout.streaming import EventReader, StreamedGeneration
+from tests.refused import refusal_of
 
 SIGNALS = st.lists(st.floats(0.0, 2.0), min_size=1, max_size=60)
 CONFIGS = st.builds(
@@ -33,6 +34,12 @@ class EveryThird:
     def feed(self, token: SampledToken) -> bool:
         self._seen += 1
         return self._seen == 3
+
+
+class FifthFails(EveryThird):
+    def feed(self, token: SampledToken) -> bool:
+        self._seen += 1
+        return 1 / (5 - self._seen) < 0
 
 
 class NoRule:
@@ -105,6 +112,16 @@ def test_the_bound_is_never_below_the_entropy_and_is_it_where_all_is_known(
 def test_a_users_own_rule_is_built_anew_for_each_rollout() -> None:
     built = rule(CutOffConfig(rule=f"{__name__}:EveryThird"))
     assert [cut_length(built.start(), tokens([1.0] * 5)) for _ in range(2)] == [3, 3]
+
+
+def test_what_a_users_rule_raises_names_it_and_the_token() -> None:
+    built = rule(CutOffConfig(rule=f"{__name__}:FifthFails"))
+    assert cut_length(built.start(), tokens([0.1] * 4)) == 4
+    told = refusal_of(cut_length, built.start(), tokens([0.1] * 9))
+    assert told.startswith(
+        f"prefix.cut_off.rule={__name__}:FifthFails: feed of a rollout's token 5"
+    )
+    assert "ZeroDivisionError" in told
 
 
 def test_no_rule_is_none() -> None:

@@ -22,7 +22,7 @@ IN_THE_SERVER = "rollout.cpu_engine"
 # From the bottom up: a module imports modules of its own layer and of those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "config_modes", "config_prefix", "config_teacher", "types", "exit_codes", "modes")
-    + ("command", "whole_file"),
+    + ("command", "whole_file", "users_code"),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
     ("recipe", "cluster", "layout", "hf_folder", "tokenizers", "tasks", "scorers")
     + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
@@ -67,7 +67,8 @@ EDGES = {
     "nemo_run": ("launch",),
 }
 # What a module may import of ours, where the layers alone would allow more.
-ONLY = {"recipe": ("config", "recipe", "whole_file"), "cluster": ("config", "modes", "secret_keys")}
+ONLY = {"recipe": ("config", "recipe", "whole_file", "users_code")}
+ONLY |= {"cluster": ("config", "modes", "secret_keys"), "users_code": ()}
 ONLY |= {"loss": ("loss",), "secret_keys": ("config",)}
 ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes", "jobs"), "modes": ("config",)}
 # Importing these may bring Megatron along; importing any other must not.

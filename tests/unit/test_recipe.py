@@ -144,7 +144,8 @@ def test_a_bad_overlay_is_refused_with_its_name(
     [
         ("x = 1", "has no function recipe()"),
         ("def recipe(): return 3", "returned int"),
-        ("def recipe(:", "cannot be read: invalid syntax"),
+        ("def recipe(:", "the file raised SyntaxError: invalid syntax (bad.py, line 1)"),
+        ("def recipe():\n    return 1 / 0", "ZeroDivisionError: division by zero (bad.py, line 2)"),
         ("import no_such_module", "No module named 'no_such_module'"),
         (
             "from megatron_prefix.config import TrainConfig\ndef recipe(): TrainConfig(stepz=1)",

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.scorers import Generated, Verdict, exact, load_scorer, math, suffix
+from tests.refused import refusal_of
 
 
 def said(text: str, end: str = "") -> Generated:
@@ -84,6 +85,8 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "    return None if not text else text == answer.upper()\n"
         "def number(text, answer):\n"
         "    return 0.5\n"
+        "def ratio(text, answer):\n"
+        "    return 1 / len(text) > 0.5\n"
         "CONSTANT = 1\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -116,3 +119,9 @@ def test_a_scorer_that_cannot_be_is_refused(own_module: str, name: str, words: s
 def test_a_users_verdict_must_be_a_verdict(own_module: str) -> None:
     with pytest.raises(ValueError, match="returned 0.5; it must return True, False or None"):
         load_scorer(f"{own_module}:number")(said("a"), "b")
+
+
+def test_what_a_users_function_raises_names_it_and_the_place(own_module: str) -> None:
+    told = refusal_of(load_scorer("own_scorer:ratio"), said(""), "b")
+    assert told.startswith("eval.scorer=own_scorer:ratio: the answer 'b' raised ZeroDivisionError")
+    assert told.endswith("(own_scorer.py, line 6)")
