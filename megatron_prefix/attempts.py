@@ -82,6 +82,7 @@ class Follower:
     def __init__(self, folder: Path, servers: bool, goes_on: Callable[[], bool]) -> None:
         self._folder, self._servers, self._goes_on = folder, servers, goes_on
         self._open: dict[Path, TextIO] = {}
+        self._mid_line = False
 
     def follow(self, lines: int) -> None:
         """From the last ``lines`` lines of the attempt that there is now."""
@@ -103,13 +104,20 @@ class Follower:
         for path in attempts[-1].files(self._servers) if attempts else ():
             if path in self._open:
                 continue
-            print(f"==> {attempts[-1].name}: {path} <==", flush=True)
-            file = path.open(encoding="utf-8", errors="replace")
-            sys.stdout.writelines(deque(file, maxlen=lines or None))
-            self._open[path] = file
+            for file in self._open.values():  # an attempt's last words come before the next one
+                self._copy(file)
+            start = "\n" if self._mid_line else ""
+            self._show(f"{start}==> {attempts[-1].name}: {path} <==\n")
+            self._open[path] = path.open(encoding="utf-8", errors="replace")
+            self._show("".join(deque(self._open[path], maxlen=lines or None)))
 
     def _copy(self, file: TextIO) -> bool:
         text = file.read()
+        self._show(text)
+        return bool(text)
+
+    def _show(self, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
-        return bool(text)
+        if text:
+            self._mid_line = not text.endswith("\n")

@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_prefix.config import Recipe
-from megatron_prefix.modes import needs_servers
+from megatron_prefix.config import Recipe, RolloutConfig
+from megatron_prefix.modes import check_own_servers, needs_servers
 from megatron_prefix.secret_keys import key_prefix, names_a_secret, referenced
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -81,6 +81,10 @@ class Cluster:
         """One node with servers of its own, as ``megatron-prefix train`` runs it."""
         return self.nodes == 1
 
+    def servers(self, rollout: RolloutConfig) -> int:
+        """That sample, over all nodes."""
+        return len(rollout.server_urls) or max(self.server_nodes, 1) * rollout.num_servers
+
     @property
     def world_size(self) -> int:
         """Ranks over all nodes; 0 where the recipe decides."""
@@ -133,6 +137,7 @@ def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
             f"--server-nodes {cluster.server_nodes} is not needed: rollout.server_urls, "
             "rollout.replay or mode says where rollouts come from; give 0"
         )
+    check_own_servers(recipe, cluster.servers(recipe.rollout))
     if cluster.heterogeneous and not cluster.server_nodes:
         raise ValueError("--heterogeneous needs a group that serves: give --server-nodes 1")
     if cluster.server_gpus_per_node and not cluster.heterogeneous:

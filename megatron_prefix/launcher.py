@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_prefix import die_with_parent
+from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, HUNG, PORT_TAKEN, SAVED
 from megatron_prefix.jobs import note_end, note_this_process
@@ -39,7 +40,7 @@ def launch_local(recipe: Recipe) -> int:
     """
     folder = Path(recipe.run.output_dir, recipe.run.name)
     check_run_folder(folder, recipe)
-    check_own_servers(recipe, len(recipe.rollout.server_urls) or recipe.rollout.num_servers)
+    check_own_servers(recipe, Cluster().servers(recipe.rollout))
     record = save_record(recipe, folder)
     with _count_signals() as stops:
         start, code = note_this_process(folder), FAILED

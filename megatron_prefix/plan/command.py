@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import Recipe
+from megatron_prefix.modes import check_own_servers
 from megatron_prefix.plan.build import count_held
 from megatron_prefix.plan.fit import free_for_servers, measure_fit, refusal, with_remedy
 from megatron_prefix.plan.make import Plan, make_plan
@@ -38,6 +39,7 @@ def plan_recipe(recipe: Recipe, cluster: Cluster, *, quick: bool) -> Plan:
     read = ModelSizes()
     if cluster.world_size and not recipe.run.world_size:
         recipe = replace(recipe, run=replace(recipe.run, world_size=cluster.world_size))
+    check_own_servers(recipe, cluster.servers(recipe.rollout))
     run = validate(recipe, read, sizes_only=not read.all_here(recipe))
     seen = look_at_prompts(run) if read.all_here(recipe) else Seen()
     plan = make_plan(run, seen, _held(run, quick))

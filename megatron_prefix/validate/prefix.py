@@ -1,6 +1,6 @@
 """Refuses a ``prefix`` section that cannot be, in one line, before anything starts."""
 
-from megatron_prefix.config import Recipe
+from megatron_prefix.config import PrefixConfig, Recipe
 from megatron_prefix.modes import needs_teacher
 from megatron_prefix.prefix import build_cut_off, build_policy, loss_start
 from megatron_prefix.prefix.recall import check as check_recall
@@ -20,6 +20,15 @@ def check_prefix(recipe: Recipe) -> None:
         raise ValueError(
             "prefix.policy=audited learns from probes alone; set log.probe_interval=10 and leave "
             "log.probe_agreement=true"
+        )
+
+
+def check_overlap_k(prefix: PrefixConfig, vocabulary: int) -> None:
+    """``vocabulary``: the tokens that student and teacher both have."""
+    if prefix.overlap_k >= vocabulary:
+        raise ValueError(
+            f"prefix.overlap_k={prefix.overlap_k} compares all of the {vocabulary} tokens that "
+            f"both models have; set it to {min(16, vocabulary - 1)}"
         )
 
 

@@ -27,7 +27,7 @@ from megatron_prefix.validate.model import (
     read_model,
 )
 from megatron_prefix.validate.modes import check_modes
-from megatron_prefix.validate.prefix import check_prefix
+from megatron_prefix.validate.prefix import check_overlap_k, check_prefix
 
 if TYPE_CHECKING:
     from megatron_prefix.mcore.hf_map import HfModel
@@ -70,8 +70,9 @@ def validate(
         for domain, teacher in teachers_of(recipe).items()
     }
     for domain, teacher in teachers.items():
+        vocabulary = min(student.hf.shape.vocab_size, teacher.hf.shape.vocab_size)
+        check_overlap_k(recipe.prefix, vocabulary)
         if world.served(domain):
-            vocabulary = min(student.hf.shape.vocab_size, teacher.hf.shape.vocab_size)
             check_top_k(teacher.config, vocabulary, section_of(domain))
         _check_batch(recipe, student.layout, teacher.layout, section_of(domain))
         if not sizes_only:

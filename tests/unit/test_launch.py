@@ -21,7 +21,7 @@ from megatron_prefix.cluster import (
     server_script,
     trainer_script,
 )
-from megatron_prefix.config import DataConfig, ModelConfig, Recipe, RolloutConfig
+from megatron_prefix.config import DataConfig, EvalConfig, ModelConfig, Recipe, RolloutConfig
 from megatron_prefix.launch_arguments import cluster_of
 from megatron_prefix.recipe import save_record
 from megatron_prefix.tokenizers import write_byte_tokenizer
@@ -218,6 +218,15 @@ def test_nodes_that_serve_are_refused_where_nothing_is_asked_of_them() -> None:
     for rollout in (RolloutConfig(replay="old"), RolloutConfig(server_urls=("http://a:1",))):
         with pytest.raises(ValueError, match="--server-nodes 1 is not needed"):
             check_cluster(cluster, Recipe(rollout=rollout))
+
+
+def test_servers_of_the_evaluations_own_are_counted_over_all_nodes_that_serve() -> None:
+    rollout = RolloutConfig(num_servers=2)
+    recipe = Recipe(rollout=rollout, eval=EvalConfig(path="held_out", interval=1, own_servers=3))
+    check_cluster(Cluster(executor="slurm", nodes=3, server_nodes=2), recipe)
+    for cluster in (Cluster(), Cluster(executor="slurm", nodes=2, server_nodes=1)):
+        with pytest.raises(ValueError, match=r"own_servers=3 of 2 server\(s\) in all"):
+            check_cluster(cluster, recipe)
 
 
 def test_options_win_over_the_recipes_own_cluster(

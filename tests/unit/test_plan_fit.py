@@ -122,6 +122,14 @@ def test_the_command_refuses_in_one_line_after_the_plan(capsys: pytest.CaptureFi
     assert "does not fit: rank 0 needs" in shown.err and "the smallest change" in shown.err
 
 
+def test_servers_that_train_would_miss_are_missed_here_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = ["eval.path=no/such.jsonl", "eval.interval=1", "eval.own_servers=9"]
+    assert main(["plan", BIG, "--quick", *own]) == BAD_INPUT
+    assert "eval.own_servers=9 of " in capsys.readouterr().err
+
+
 def test_a_run_is_refused_by_the_limit_that_is_known() -> None:
     recipe = big("run.gpu_memory_gib=64")
     with pytest.raises(ValueError, match="smallest change .* teacher.offload=true .*check_memory"):

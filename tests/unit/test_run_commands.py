@@ -246,7 +246,7 @@ def test_logs_are_followed_over_a_requeue_until_the_run_ends(
     monkeypatch.setattr("megatron_prefix.attempts._LOOK_S", 0.05)
     monkeypatch.setattr("megatron_prefix.attempts._POLL_S", 0.01)
     note_slurm_job(folder, 12)
-    logs, over = [folder / f"logs/job-12.{i}/trainer.out" for i in (0, 1)], threading.Event()
+    logs, over = [folder / f"logs/job-12.{i}/trainer.out" for i in (0, 1, 2)], threading.Event()
     for path in logs:
         path.parent.mkdir()
     logs[0].write_text("old\nold 2\n")
@@ -266,16 +266,17 @@ def test_logs_are_followed_over_a_requeue_until_the_run_ends(
         file.flush()
         wait_for(lambda: seen("half"))
         file.write(" and half\n")
-    logs[1].write_text("attempt 1\nstep 5\n")
-    wait_for(lambda: seen("step 5"))
+    logs[1].write_text("attempt 1\nkilled in mid-li")
+    wait_for(lambda: seen("mid-li"))
+    logs[2].write_text("attempt 2\n")
+    wait_for(lambda: seen("attempt 2"))
     over.set()
-    with logs[1].open("a") as file:
+    with logs[2].open("a") as file:
         file.write("last words\n")
     thread.join(60)
-    assert not thread.is_alive()
-    assert seen("last words")
+    assert not thread.is_alive() and seen("last words")
     told = [line for line in shown.splitlines() if not line.startswith("==> ")]
-    assert told == ["old 2", "half and half", "attempt 1", "step 5", "last words"]
+    assert told == "old 2|half and half|attempt 1|killed in mid-li|attempt 2|last words".split("|")
 
 
 def test_cancel_has_a_launcher_save(

@@ -115,6 +115,7 @@ def test_a_sound_recipe_is_laid_out(recipe: Recipe) -> None:
         ("prefix.max_length=500", "prefix.max_length=500 is above max_position_embeddings=512"),
         ("prefix.policy=liner", "Did you mean 'linear'?"),
         ("prefix.linear.over=2", "prefix.linear.over=2.0"),
+        ("prefix.overlap_k=264", "prefix.overlap_k=264 compares all of the 264 tokens"),
         ("rollout.temperature=0", "rollout.temperature=0.0 must be above 0"),
         ("rollout.over_sample=0.5", "rollout.over_sample=0.5 must be at least 1"),
         ("rollout.samples_per_prompt=3", "must be a multiple of rollout.samples_per_prompt=3"),
