@@ -25,9 +25,9 @@ from megatron_prefix.rollout.checksum import (
     verify,
 )
 from megatron_prefix.rollout.client import Endpoint, SglangClient
-from megatron_prefix.rollout.fleet import UNKNOWN, Fleet, Member
+from megatron_prefix.rollout.fleet import NOBODY, UNKNOWN, Fleet, Member
 from megatron_prefix.rollout.protocol import RequestRefused, SglangError
-from megatron_prefix.rollout.weights import WeightGroup, publish_from_disk
+from megatron_prefix.rollout.weights import WeightGroup, WeightSyncFailed, publish_from_disk
 
 logger = logging.getLogger(__name__)
 Bucket = list[tuple[str, Tensor]]
@@ -161,7 +161,8 @@ class ServerPublisher:
                 raise
             logger.warning("weights did not reach every server: %s", error)
             self.close()
-            self._fleet.doubt(error)
+            silent = error.silent if isinstance(error, WeightSyncFailed) else NOBODY
+            self._fleet.doubt(error, silent)
 
     def _hasher(self, client: SglangClient) -> WeightHasher | None:
         """None, with a warning, for a model whose tensors the servers hold rearranged; all servers

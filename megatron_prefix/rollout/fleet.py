@@ -10,9 +10,10 @@ their checksum compared, before it is asked for a rollout.
 import concurrent.futures
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_prefix.config import RolloutConfig
 from megatron_prefix.rollout.addresses import read_endpoints, report_lost
@@ -26,6 +27,7 @@ from megatron_prefix.rollout.protocol import (
 
 logger = logging.getLogger(__name__)
 UNKNOWN = -1  # no policy version
+NOBODY: Mapping[str, float] = MappingProxyType({})
 STEADY_S = 600.0  # faults of a server that are further apart are none in a row
 _KNOCK_S = 2.0  # for a server that may be there
 _POLL_S = 0.2
@@ -107,14 +109,19 @@ class Fleet:
             report_lost(member.endpoint, member.lost)
         self._tell(f"lost the SGLang server at {url}: {why}")
 
-    def doubt(self, why: SglangError) -> None:
+    def doubt(self, why: SglangError, silent: Mapping[str, float] = NOBODY) -> None:
         """Weights may not have come: no server is known to hold any. Those that are not well are
-        lost; raises ``why`` where that happened too often in a row."""
-        limit_s = self._rollout.hang_timeout_s
-        well = self._threads.map(lambda member: member.client.healthy(limit_s), self.members)
-        for member, is_well in zip(self.members, list(well), strict=True):
+        lost; raises ``why`` where that happened too often in a row. ``silent``: for how many
+        seconds a server, by its URL, has answered nothing already."""
+
+        def is_well(member: Member) -> bool:
+            left_s = self._rollout.hang_timeout_s - silent.get(member.endpoint.url, 0.0)
+            return left_s > 0 and member.client.healthy(left_s)
+
+        well = self._threads.map(is_well, self.members)
+        for member, stays in zip(self.members, list(well), strict=True):
             member.version = UNKNOWN
-            if not is_well:
+            if not stays:
                 self.lose(member.endpoint.url, why)
                 continue
             self._count_fault(member)

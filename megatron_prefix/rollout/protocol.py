@@ -28,6 +28,10 @@ class ServerUnavailable(SglangError):
     """No connection, no answer in time, or a 5xx, after all retries."""
 
 
+class NoAnswer(ServerUnavailable):
+    """The server was reached, and answered nothing for as long as was waited."""
+
+
 class RequestRefused(SglangError):
     """A 4xx, or ``success: false``; the message has the server's words."""
 
@@ -210,9 +214,9 @@ def read_answer(status: int, text: str, url: str) -> Any:
         )
 
 
-def too_slow(url: str, timeout_s: float, settings: str) -> ServerUnavailable:
+def too_slow(url: str, timeout_s: float, settings: str) -> NoAnswer:
     """Not tried again: the same request would be as slow, on a server that is busy with it."""
-    return ServerUnavailable(
+    return NoAnswer(
         f"{url} gave no answer within {timeout_s:g} s; raise {settings}.request_timeout_s or look "
         "into the server's log"
     )

@@ -7,31 +7,21 @@ NCCL on GPUs. All of it runs on one rank of the trainer; the others take no part
 
 import concurrent.futures
 import contextlib
-import itertools
 import secrets
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import (
-    Backend,
-    GroupName,
-    PrefixStore,
-    _new_process_group_helper,
-    _world,
-)
 
-from megatron_prefix.rollout.addresses import own_address
 from megatron_prefix.rollout.client import SglangClient
-from megatron_prefix.rollout.protocol import SglangError, version_label
+from megatron_prefix.rollout.meeting import listen, make_group, ranks
+from megatron_prefix.rollout.protocol import NoAnswer, RequestRefused, SglangError, version_label
 
 _JOIN = "join the weight group"
 _WORDS_S = 2.0  # after a failure, for the other servers' words about it
@@ -40,7 +30,13 @@ Bucket = list[tuple[str, torch.Tensor]]  # Hugging Face names
 
 
 class WeightSyncFailed(SglangError):
-    """Weights did not reach every server; which ones a server now holds is unknown."""
+    """Weights did not reach every server; which ones a server now holds is unknown.
+
+    ``silent``: by URL, the servers that answered nothing while others did, and for how many
+    seconds. Empty where that cannot be told.
+    """
+
+    silent: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,8 @@ class WeightGroup:
         self._timeout_s = timeout_s
         self._broken = False
         self._opening: list[concurrent.futures.Future[None]] = []
+        self._asked: list[concurrent.futures.Future[None]] = []  # the last calls, one a client
+        self._asked_at = 0.0
         self._threads = concurrent.futures.ThreadPoolExecutor(
             max_workers=len(self._clients), thread_name_prefix="weights"
         )
@@ -83,8 +81,8 @@ class WeightGroup:
         Raises WeightSyncFailed naming the server that refused or did not come.
         """
         name = f"weights-{secrets.token_hex(6)}"  # a server hangs on one that it had before
-        ranks, world_size = _ranks(clients, timeout_s)
-        store, address, port = _listen([client.url for client in clients], world_size, timeout_s)
+        first_ranks, world_size = ranks(clients, timeout_s)
+        store, address, port = listen([client.url for client in clients], world_size, timeout_s)
 
         def invite(client: SglangClient, rank: int) -> None:
             client.join_weight_group(
@@ -97,11 +95,12 @@ class WeightGroup:
             )
 
         invitations = [
-            _in_thread(invite, client, rank) for client, rank in zip(clients, ranks, strict=True)
+            _in_thread(invite, client, rank)
+            for client, rank in zip(clients, first_ranks, strict=True)
         ]
         # In a thread too: without all members it returns at its timeout only, and an invitation
         # that was refused should be heard of at once.
-        meeting = _in_thread(_make_group, store, name, world_size, backend, timeout_s)
+        meeting = _in_thread(make_group, store, name, world_size, backend, timeout_s)
         _first_failure([*invitations, meeting], timeout_s, _JOIN)
         return cls(clients, name, meeting.result(), store, timeout_s)
 
@@ -109,16 +108,22 @@ class WeightGroup:
         """Begin the next update in the background: servers are idle while a step computes, and
         beginning costs as much as sending a small model. :meth:`publish` goes on from there."""
         if not self._broken and not self._opening:
-            self._opening = [
-                self._threads.submit(client.begin_weight_update, timeout_s=self._timeout_s)
-                for client in self._clients
-            ]
+            self._opening = self._ask(
+                lambda client: client.begin_weight_update(timeout_s=self._timeout_s)
+            )
+
+    def _ask(self, call: Callable[[SglangClient], None]) -> list[concurrent.futures.Future[None]]:
+        """The answers of all servers, in their order."""
+        self._asked_at = time.monotonic()
+        self._asked = [self._threads.submit(call, client) for client in self._clients]
+        return self._asked
 
     def cancel(self) -> None:
         """End an update that was opened and is not needed."""
         if self._opening:
-            self._begun()
-            self._end_on_all()
+            with self._abandoned_if_it_fails():
+                self._begun()
+                self._end_on_all()
 
     def _begun(self) -> None:
         self.open()
@@ -138,15 +143,12 @@ class WeightGroup:
             raise WeightSyncFailed("this weight group failed before; join a new one")
         started_at = time.monotonic()
         count = tensors = size = 0
-        try:
+        with self._abandoned_if_it_fails():
             self._begun()
             for bucket, last in _marking_last(buckets):
                 size += self._send(bucket, policy_version if last else None)
                 count, tensors = count + 1, tensors + len(bucket)
             self._end_on_all()
-        except BaseException:
-            self._abandon()
-            raise
         assert count, "no weights to publish"
         seconds = time.monotonic() - started_at
         return PublishStats(policy_version, count, tensors, size, seconds)
@@ -167,41 +169,70 @@ class WeightGroup:
         }
         if policy_version is not None:
             body["weight_version"] = version_label(policy_version)
-        posts = [
-            self._threads.submit(client.receive_weights, body, timeout_s=self._timeout_s)
-            for client in self._clients
-        ]
+        # Longer than it is waited for: one that hangs makes the others wait in the broadcast, and
+        # what these answer when it is given up tells them from it.
+        patience_s = self._timeout_s + _PARTING_S
+        posts = self._ask(lambda client: client.receive_weights(body, timeout_s=patience_s))
         # In a thread too: without the servers it does not return, and one may have refused.
         sending = _in_thread(_broadcast, flat, self._group)
         _first_failure([*posts, sending], self._timeout_s, "receive weights")
         return flat.numel()
 
     def _end_on_all(self) -> None:
-        futures = [
-            self._threads.submit(client.end_weight_update, timeout_s=self._timeout_s)
-            for client in self._clients
-        ]
+        futures = self._ask(lambda client: client.end_weight_update(timeout_s=self._timeout_s))
         _first_failure(futures, self._timeout_s, "end a weight update")
 
-    def _abandon(self) -> None:
-        """Hang up, so that servers that wait for a broadcast fail now and not at their timeout."""
+    @contextlib.contextmanager
+    def _abandoned_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except WeightSyncFailed as failed:
+            failed.silent = self._abandon()
+            raise
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> dict[str, float]:
+        """Hang up, so that servers that wait for a broadcast fail now and not at their timeout.
+        Returns the servers that stay silent, which are told nothing more."""
         self._broken = True
         self._group.abort()
-        for client in self._clients:
-            with contextlib.suppress(SglangError):  # it may be the one that failed
-                client.end_weight_update(timeout_s=_PARTING_S)
-        self._leave()
+        silent = self._silent()
+        self._part([client for client in self._clients if client.url not in silent])
+        return silent
 
-    def _leave(self) -> None:
-        for client in self._clients:
+    def _silent(self) -> dict[str, float]:
+        """As :attr:`WeightSyncFailed.silent`."""
+        deadline = time.monotonic() + _WORDS_S
+        # A lone one that is late, all others having answered, is not waited for again.
+        enough = int(time.monotonic() - self._asked_at >= self._timeout_s)
+        pending = set(self._asked)
+        while len(pending) > enough and time.monotonic() < deadline:
+            _, pending = concurrent.futures.wait(
+                pending, deadline - time.monotonic(), concurrent.futures.FIRST_COMPLETED
+            )
+        silence = time.monotonic() - self._asked_at
+        asked = zip(self._clients, self._asked, strict=True)
+        silent = {client.url: silence for client, answer in asked if not _answered(answer)}
+        return silent if len(silent) < len(self._clients) else {}
+
+    def _part(self, clients: Sequence[SglangClient]) -> None:
+        """Side by side: one that hangs keeps no other waiting."""
+
+        def part(client: SglangClient) -> None:
             with contextlib.suppress(SglangError):  # a server that is gone has left
+                with contextlib.suppress(RequestRefused):  # no update is open
+                    client.end_weight_update(timeout_s=_PARTING_S)
                 client.leave_weight_group(self.name, timeout_s=_PARTING_S)
+
+        concurrent.futures.wait([_in_thread(part, client) for client in clients])
 
     def close(self) -> None:
         """Leave the group; servers that still run leave it too."""
         if not self._broken:
             self._broken = True
-            self._leave()
+            self._part(self._clients)
             dist.destroy_process_group(self._group)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -221,55 +252,6 @@ def publish_from_disk(
         ]
         for future in futures:
             future.result()
-
-
-def _ranks(clients: Sequence[SglangClient], timeout_s: float) -> tuple[list[int], int]:
-    """The first rank of each server, and the world size. Rank 0 is the trainer."""
-    infos = [client.server_info(timeout_s=timeout_s, retries=0) for client in clients]
-    sizes = [int(info["tp_size"]) for info in infos]
-    ends = list(itertools.accumulate(sizes, initial=1))
-    return ends[:-1], ends[-1]
-
-
-def _listen(
-    urls: Sequence[str], world_size: int, timeout_s: float
-) -> tuple[dist.TCPStore, str, int]:
-    """A store on the one address that the servers reach this machine by, and on a free port."""
-    parts = urlsplit(urls[0])
-    assert parts.hostname, urls[0]
-    address = own_address(parts.hostname, parts.port or 80)
-    listener = socket.create_server((address, 0))
-    port = int(listener.getsockname()[1])
-    store = dist.TCPStore(
-        address,
-        port,
-        world_size,
-        is_master=True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),  # the store closes it
-    )
-    return store, address, port
-
-
-def _make_group(
-    store: dist.Store, name: str, world_size: int, backend: str, timeout_s: float
-) -> dist.ProcessGroup:
-    """A group beside the default one, whatever that is: ``init_process_group`` can be called once
-    a process, and ``new_group`` only has ranks of the default group. The two private names of
-    torch are the same that the servers' side uses."""
-    group, _ = _new_process_group_helper(
-        world_size,
-        0,
-        [],
-        Backend(backend),
-        PrefixStore(name, store),
-        group_name=GroupName(name),
-        timeout=timedelta(seconds=timeout_s),
-    )
-    assert isinstance(group, dist.ProcessGroup), "rank 0 is a member"
-    _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
-    return group
 
 
 def _broadcast(flat: torch.Tensor, group: dist.ProcessGroup) -> None:
@@ -292,6 +274,10 @@ def _in_thread[T](call: Callable[..., T], *arguments: Any) -> concurrent.futures
     return future
 
 
+def _answered(call: concurrent.futures.Future[None]) -> bool:
+    return call.done() and not isinstance(call.exception(), NoAnswer)
+
+
 def _first_failure(
     futures: Sequence[concurrent.futures.Future[Any]], timeout_s: float, doing: str
 ) -> None:
@@ -300,11 +286,13 @@ def _first_failure(
     Several fail together: a server refuses and hangs up. The earlier of ``futures`` is reported,
     which is a server's answer where there is one.
     """
+    deadline = time.monotonic() + timeout_s
     done, pending = concurrent.futures.wait(
         futures, timeout_s, return_when=concurrent.futures.FIRST_EXCEPTION
     )
     if any(future.exception() for future in done):
-        concurrent.futures.wait(futures, _WORDS_S)
+        left_s = max(deadline - time.monotonic(), 0.0)
+        concurrent.futures.wait(futures, min(_WORDS_S, left_s))
     errors = [future.exception() for future in futures if future.done()]
     for error in filter(None, errors):
         raise WeightSyncFailed(f"a server could not {doing}: {error}") from error

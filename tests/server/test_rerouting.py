@@ -236,3 +236,15 @@ def test_doubts_in_a_row_are_bounded() -> None:
         with pytest.raises(SglangError, match="weights differ"):
             fleet.doubt(SglangError("weights differ"))
         fleet.close()
+
+
+def test_a_server_that_was_silent_for_long_enough_is_not_waited_for_again() -> None:
+    told: list[str] = []
+    with faulty_peer([(200, "")], delay_s=8.0) as silent, good_peer() as good, good_peer() as late:
+        fleet = Fleet([endpoint(peer) for peer in (silent, good, late)], CONFIG, told.append)
+        silence = {silent.url: CONFIG.hang_timeout_s, late.url: CONFIG.hang_timeout_s / 2}
+        fleet.doubt(SglangError("it hangs"), silence)
+        assert fleet.usable() == [good.url, late.url]
+        assert silent.requests == [] and ("/health", None) in late.requests
+        assert f"lost the SGLang server at {silent.url}: it hangs" in told
+        fleet.close()

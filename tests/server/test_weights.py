@@ -15,6 +15,7 @@ from megatron_prefix.rollout.checksum import (
     verify,
 )
 from megatron_prefix.rollout.client import Endpoint, SglangClient
+from megatron_prefix.rollout.meeting import listen, make_group
 from megatron_prefix.rollout.protocol import RequestRefused, Sampling
 from megatron_prefix.rollout.weights import (
     Bucket,
@@ -22,7 +23,7 @@ from megatron_prefix.rollout.weights import (
     WeightSyncFailed,
     publish_from_disk,
 )
-from tests.server.faulty_peer import faulty_peer
+from tests.server.faulty_peer import FaultyPeer, faulty_peer
 from tests.tiny_models import write_tiny_qwen3
 
 pytestmark = pytest.mark.usefixtures("original_weights")
@@ -210,3 +211,44 @@ def test_a_server_that_says_it_joined_but_does_not_come() -> None:
         pytest.raises(WeightSyncFailed, match="join the weight group"),
     ):
         WeightGroup.join([client], backend="gloo", timeout_s=1.0)
+
+
+UPDATE = (
+    "/begin_weight_update",
+    "/update_weights_from_distributed",
+    "/end_weight_update",
+    "/destroy_weights_update_group",
+)
+
+
+def publish_to(*peers: FaultyPeer) -> WeightSyncFailed:
+    """What becomes of an update to servers whose group has only the trainer for a member."""
+    clients = [SglangClient(Endpoint(peer.url)) for peer in peers]
+    store, _, _ = listen([peers[0].url], 1, 5.0)
+    group = make_group(store, "alone", 1, "gloo", 5.0)
+    with pytest.raises(WeightSyncFailed) as caught:
+        WeightGroup(clients, "alone", group, store, 0.5).publish([[("w", torch.zeros(3))]], 1)
+    return caught.value
+
+
+@pytest.mark.parametrize("stops_at", [0, 1, 2])
+def test_a_server_that_stops_answering_is_named_and_told_nothing_more(stops_at: int) -> None:
+    success = (200, '{"success": true}')
+    with faulty_peer([success], delay_s=8.0) as silent, faulty_peer([success]) as well:
+        silent.fixed = dict.fromkeys(UPDATE[:stops_at], success)
+        started_at = time.monotonic()
+        failed = publish_to(well, silent)
+        assert time.monotonic() - started_at < 5.0, "a goodbye was waited for"
+        assert list(failed.silent) == [silent.url] and failed.silent[silent.url] >= 0.5
+        assert [path for path, _ in silent.requests] == list(UPDATE[: stops_at + 1])
+        told = [path for path, _ in well.requests]
+        assert told == [*UPDATE[: stops_at + 1], *UPDATE[2:]]
+
+
+def test_where_no_server_answers_none_is_blamed() -> None:
+    success = (200, '{"success": true}')
+    with faulty_peer([success], delay_s=8.0) as one, faulty_peer([success], delay_s=8.0) as two:
+        for peer in (one, two):
+            peer.fixed = dict.fromkeys(UPDATE[2:], success)
+        assert publish_to(one, two).silent == {}
+        assert [path for path, _ in two.requests] == [UPDATE[0], *UPDATE[2:]]
