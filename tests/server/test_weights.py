@@ -1,5 +1,6 @@
 """Weights on their way to a real server: what it serves afterwards, and the proof of it."""
 
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,9 +226,10 @@ def publish_to(*peers: FaultyPeer) -> WeightSyncFailed:
     """What becomes of an update to servers whose group has only the trainer for a member."""
     clients = [SglangClient(Endpoint(peer.url)) for peer in peers]
     store, _, _ = listen([peers[0].url], 1, 5.0)
-    group = make_group(store, "alone", 1, "gloo", 5.0)
+    name = f"alone-{secrets.token_hex(4)}"  # torch takes no name twice
+    group = make_group(store, name, 1, "gloo", 5.0)
     with pytest.raises(WeightSyncFailed) as caught:
-        WeightGroup(clients, "alone", group, store, 0.5).publish([[("w", torch.zeros(3))]], 1)
+        WeightGroup(clients, name, group, store, 0.5).publish([[("w", torch.zeros(3))]], 1)
     return caught.value
 
 
