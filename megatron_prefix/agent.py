@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prefix.exit_codes import DONE, FAILED, HUNG, SAVED
 from megatron_prefix.rollout.addresses import own_address
+from megatron_prefix.server_files import ServerFiles, add_server_arguments, servers_of
 from megatron_prefix.watchdog import hang_report
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def main() -> int:
 
     try:
         codes = elastic_launch(_config(arguments), rank_main)(
-            arguments.record, arguments.endpoints, arguments.endpoint_files
+            arguments.record, servers_of(arguments)
         )
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -62,12 +63,12 @@ def main() -> int:
     return max(codes.values())
 
 
-def rank_main(record: Path, endpoints: Path | None, endpoint_files: int) -> int:
+def rank_main(record: Path, servers: ServerFiles) -> int:
     """A failure has to end the process with an error for the agent to see it; 75 is no failure.
     Restarted ranks meet at another port."""
     from megatron_prefix.worker import run_rank
 
-    code = run_rank(record, endpoints, endpoint_files)
+    code = run_rank(record, servers)
     if code not in (DONE, SAVED):
         raise SystemExit(code)
     return code
@@ -137,8 +138,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-restarts", type=int, default=0, help="of all ranks, in place, after one failed"
     )
-    parser.add_argument("--endpoints", type=Path, help="as the worker's")
-    parser.add_argument("--endpoint-files", type=int, default=1, help="as the worker's")
+    add_server_arguments(parser)
     return parser.parse_args()
 
 

@@ -41,9 +41,7 @@ trap finish EXIT"""
 
 _REFUSED = f'"node $SLURMD_NODENAME cannot run this: see above, or no answer in {_CHECK_S} s"'
 _CPUS = 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_ON_NODE"'
-_HET_CPUS = """\
-run_cpus_0=${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_0%%(*}
-run_cpus_1=${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1%%(*}"""
+_HET_CPUS = "run_cpus_@=${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_@%%(*}"
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,16 @@ class Cluster:
 
     executor: str = "local"  # local | slurm
     nodes: int = 1  # of the job, those that serve included
-    server_nodes: int = 0  # the last ones; 0: the one node does both, or servers run elsewhere
+    # Behind those that train; 0: the one node does both, or servers run elsewhere.
+    server_nodes: int = 0
+    # The last ones, for the servers of teachers with placement=server.
+    teacher_server_nodes: int = 0
     # Of those that train, for a teacher on nodes of its own: whole ones, which the ranks' meeting
     # chooses.
     teacher_nodes: int = 0
-    heterogeneous: bool = False  # those that serve as a group of their own
+    heterogeneous: bool = False  # those that serve as groups of their own
     gpus_per_node: int = 0
-    server_gpus_per_node: int = 0  # of that group; 0: as gpus_per_node
+    server_gpus_per_node: int = 0  # of these groups; 0: as gpus_per_node
     ranks_per_node: int = 0  # 0: gpus_per_node, or 1 without GPUs
     max_restarts: int = 0  # of all ranks in place, after one of them failed
     partition: str = ""
@@ -74,7 +75,11 @@ class Cluster:
 
     @property
     def trainer_nodes(self) -> int:
-        return self.nodes - self.server_nodes
+        return self.nodes - self.serving_nodes
+
+    @property
+    def serving_nodes(self) -> int:
+        return self.server_nodes + self.teacher_server_nodes
 
     @property
     def trains_alone(self) -> bool:
@@ -109,10 +114,12 @@ def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
         raise ValueError(f"--executor {cluster.executor} must be local or slurm")
     if cluster.executor == "local" and cluster.nodes > 1:
         raise ValueError(f"--nodes {cluster.nodes} needs --executor slurm: this machine is one")
-    if cluster.nodes < 1 or not 0 <= cluster.server_nodes < cluster.nodes:
+    least = min(cluster.server_nodes, cluster.teacher_server_nodes)
+    if least < 0 or cluster.trainer_nodes < 1:
+        both = f" and --teacher-server-nodes {cluster.teacher_server_nodes}"
         raise ValueError(
-            f"--server-nodes {cluster.server_nodes} of --nodes {cluster.nodes} must leave one to "
-            "train on"
+            f"--server-nodes {cluster.server_nodes}{both if cluster.teacher_server_nodes else ''} "
+            f"of --nodes {cluster.nodes} must leave one to train on"
         )
     if not 0 <= cluster.teacher_nodes < max(cluster.trainer_nodes, 1):
         raise ValueError(
@@ -125,20 +132,14 @@ def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
             f"--nodes {cluster.nodes} has no node that serves: give --server-nodes 1, or name "
             "running servers in rollout.server_urls"
         )
-    for name, teacher in {"teacher": recipe.teacher, **recipe.teachers}.items():
-        if cluster.nodes > 1 and teacher.placement == "server" and not teacher.server.urls:
-            section = name if teacher is recipe.teacher else f"teachers.{name}"
-            raise ValueError(
-                f"{section}.server.urls is empty: over --nodes {cluster.nodes} a teacher's servers "
-                "are not started; name running ones"
-            )
+    _check_teacher_servers(cluster, recipe)
     if cluster.server_nodes and elsewhere:
         raise ValueError(
             f"--server-nodes {cluster.server_nodes} is not needed: rollout.server_urls, "
             "rollout.replay or mode says where rollouts come from; give 0"
         )
     check_own_servers(recipe, cluster.servers(recipe.rollout))
-    if cluster.heterogeneous and not cluster.server_nodes:
+    if cluster.heterogeneous and not cluster.serving_nodes:
         raise ValueError("--heterogeneous needs a group that serves: give --server-nodes 1")
     if cluster.server_gpus_per_node and not cluster.heterogeneous:
         raise ValueError(
@@ -146,6 +147,26 @@ def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
             "nodes of one group are alike"
         )
     _check_words(cluster)
+
+
+def _check_teacher_servers(cluster: Cluster, recipe: Recipe) -> None:
+    sections = {"teacher": recipe.teacher}
+    sections |= {f"teachers.{name}": teacher for name, teacher in recipe.teachers.items()}
+    starting = [
+        section
+        for section, teacher in sections.items()
+        if teacher.placement == "server" and not teacher.server.urls
+    ]
+    if starting and cluster.nodes > 1 and not cluster.teacher_server_nodes:
+        raise ValueError(
+            f"{starting[0]}.server.urls is empty, and no node of --nodes {cluster.nodes} serves "
+            "teachers: give --teacher-server-nodes 1, or name running servers"
+        )
+    if cluster.teacher_server_nodes and not starting:
+        raise ValueError(
+            f"--teacher-server-nodes {cluster.teacher_server_nodes} is not needed: no teacher has "
+            "placement=server and an empty server.urls; give 0"
+        )
 
 
 def _check_words(cluster: Cluster) -> None:
@@ -178,7 +199,9 @@ def quote(word: object) -> str:
 
 def setup_lines(record: Path, cluster: Cluster) -> str:
     text = _SETUP.replace("@ENDPOINTS@", quote(record.parent / "endpoints"))
-    return text.replace("@CPUS@", _HET_CPUS if cluster.heterogeneous else _CPUS)
+    groups = 1 + bool(cluster.server_nodes) + bool(cluster.teacher_server_nodes)
+    het = "\n".join(_HET_CPUS.replace("@", str(group)) for group in range(groups))
+    return text.replace("@CPUS@", het if cluster.heterogeneous else _CPUS)
 
 
 def step_cpus(group: int) -> str:
@@ -199,12 +222,16 @@ def trainer_script(cluster: Cluster, record: Path, folder: Path) -> str:
     more = '--id "$run_attempt" --rendezvous "$run_head:$run_port"'
     if cluster.server_nodes:
         more += f" --endpoints {_endpoints(record)} --endpoint-files {cluster.server_nodes}"
+    if cluster.teacher_server_nodes:
+        more += f" --teacher-endpoints {_endpoints(record)}"
+        more += f" --teacher-endpoint-files {cluster.teacher_server_nodes}"
     return _script(cluster, folder, words, more, check)
 
 
-def server_script(cluster: Cluster, record: Path, folder: Path) -> str:
+def server_script(cluster: Cluster, record: Path, folder: Path, *, teachers: bool = False) -> str:
     """What each node that serves runs, from ``folder``."""
-    words = ["-m", "megatron_prefix.rollout.serve", str(record)]
+    module = "serve_teachers" if teachers else "rollout.serve"
+    words = ["-m", f"megatron_prefix.{module}", str(record)]
     more = f'--peer "$run_head" --endpoints-dir {_endpoints(record)}'
     gpus = cluster.server_gpus_per_node or cluster.gpus_per_node
     return _script(cluster, folder, words, more, _node_check(record, gpus))

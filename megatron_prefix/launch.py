@@ -149,24 +149,33 @@ def _add_job(
     trainer = nemo_run.Script(inline=trainer_script(cluster, record, Path.cwd()))
     if cluster.executor == "local":
         experiment.add(trainer, executor=nemo_run.LocalExecutor(), name=name)
-    elif not cluster.server_nodes:
+    elif not cluster.serving_nodes:
         executor = _slurm(record, cluster, home, cluster.nodes, first=0)
         experiment.add(trainer, executor=executor, name=name)
     else:
-        servers = nemo_run.Script(inline=server_script(cluster, record, Path.cwd()))
+        scripts, executors = [trainer], [_step(record, cluster, home, 0, cluster.trainer_nodes, 0)]
         first = cluster.trainer_nodes
-        executors = [
-            _slurm(record, cluster, home, first, first=0),
-            _slurm(record, cluster, home, cluster.server_nodes, first=first),
-        ]
-        if cluster.heterogeneous:
-            gpus = cluster.server_gpus_per_node or cluster.gpus_per_node
-            counts = ((first, cluster.gpus_per_node), (cluster.server_nodes, gpus))
-            executors = [
-                _in_group(executor, group, *count)
-                for group, (executor, count) in enumerate(zip(executors, counts, strict=True))
-            ]
-        experiment.add([trainer, servers], executor=executors, name=name)
+        for nodes, teachers in (
+            (cluster.server_nodes, False),
+            (cluster.teacher_server_nodes, True),
+        ):
+            if nodes:
+                text = server_script(cluster, record, Path.cwd(), teachers=teachers)
+                executors.append(_step(record, cluster, home, len(scripts), nodes, first))
+                scripts.append(nemo_run.Script(inline=text))
+                first += nodes
+        experiment.add(scripts, executor=executors, name=name)
+
+
+def _step(
+    record: Path, cluster: Cluster, home: Path, group: int, nodes: int, first: int
+) -> "nemo_run.SlurmExecutor":
+    """Step ``group`` of the job, on ``nodes`` of its nodes or on the group of that number."""
+    executor = _slurm(record, cluster, home, nodes, first=first)
+    if not cluster.heterogeneous:
+        return executor
+    gpus = cluster.server_gpus_per_node if group else 0
+    return _in_group(executor, group, nodes, gpus or cluster.gpus_per_node)
 
 
 def _in_group(

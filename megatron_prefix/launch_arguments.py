@@ -20,6 +20,8 @@ examples:
       --gpus-per-node 8 --server-gpus-per-node 4
   megatron-prefix launch RECIPE --executor slurm --nodes 9 --server-nodes 1 --teacher-nodes 4 \\
       --gpus-per-node 8                       student on 4 nodes, teacher on 4, servers on 1
+  megatron-prefix launch RECIPE --executor slurm --nodes 4 --server-nodes 1 \\
+      --teacher-server-nodes 1 --gpus-per-node 8 teacher.placement=server
 A recipe's file may have `def cluster() -> Cluster` with these settings; options win over it.
 Afterwards: megatron-prefix status|logs|cancel runs/NAME.
 """
@@ -43,12 +45,21 @@ def _add_sizes(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--teacher-nodes", type=int, metavar="N", help="those of the others that only teach"
     )
+    group.add_argument(
+        "--teacher-server-nodes",
+        type=int,
+        metavar="N",
+        help="those that serve teachers with placement=server",
+    )
     group.add_argument("--gpus-per-node", type=int, metavar="N")
     group.add_argument(
-        "--heterogeneous", action="store_const", const=True, help="servers as a group of their own"
+        "--heterogeneous",
+        action="store_const",
+        const=True,
+        help="those that serve as groups of their own",
     )
     group.add_argument(
-        "--server-gpus-per-node", type=int, metavar="N", help="of that group (default: the same)"
+        "--server-gpus-per-node", type=int, metavar="N", help="of these groups (default: the same)"
     )
     group.add_argument("--ranks-per-node", type=int, metavar="N", help="default: one a GPU")
     group.add_argument("--max-restarts", type=int, metavar="N", help="of failed ranks, in place")

@@ -14,7 +14,7 @@ from types import FrameType
 
 from megatron_prefix import die_with_parent
 from megatron_prefix.cluster import Cluster
-from megatron_prefix.config import ModelConfig, Recipe
+from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, HUNG, PORT_TAKEN, SAVED
 from megatron_prefix.jobs import note_end, note_this_process
 from megatron_prefix.modes import check_own_servers, needs_servers
@@ -23,7 +23,8 @@ from megatron_prefix.recipe import check_run_folder, save_record
 from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
 from megatron_prefix.rollout.server import Server, ServerFailed, free_port, start_server
 from megatron_prefix.rollout.supervisor import Supervisor
-from megatron_prefix.served import endpoints_file, served_teachers, server_settings
+from megatron_prefix.serve_teachers import teacher_supervisor
+from megatron_prefix.served import endpoints_file, started_teachers
 from megatron_prefix.watchdog import hang_found, hang_report
 
 POLL_S = 0.1
@@ -103,32 +104,17 @@ def _start_teachers(
 ) -> dict[str, Supervisor]:
     """Of each teacher that is behind servers, by domain: those that we start for it."""
     return {
-        domain: _start_teacher(recipe, teacher, section_of(domain), folder, stack)
-        for domain, teacher in served_teachers(recipe).items()
-        if not teacher.server.urls
+        domain: _start_teacher(recipe, domain, folder, stack) for domain in started_teachers(recipe)
     }
 
 
 def _start_teacher(
-    recipe: Recipe, teacher: ModelConfig, section: str, folder: Path, stack: contextlib.ExitStack
+    recipe: Recipe, domain: str, folder: Path, stack: contextlib.ExitStack
 ) -> Supervisor:
-    settings = server_settings(recipe, teacher)
-
-    def start(index: int, port: int, api_key: str) -> Server:
-        return start_server(
-            teacher.hf_path,
-            settings,
-            params_dtype=teacher.params_dtype,
-            log_path=folder / "logs" / f"{section}-server-{index}.log",
-            index=index,
-            port=port,
-            seed=recipe.train.seed,
-            api_key=api_key,
-            first_gpu=teacher.server.first_gpu,
-        )
-
-    supervisor = Supervisor(start, settings, f"{section}.server")
-    return _supervise(supervisor, settings.num_servers, stack, f" of {section}")
+    section = section_of(domain)
+    supervisor = teacher_supervisor(recipe, domain, str(folder / "logs" / f"{section}-server"))
+    count = started_teachers(recipe)[domain].server.num_servers
+    return _supervise(supervisor, count, stack, f" of {section}")
 
 
 def _supervise(

@@ -3,15 +3,12 @@ servers' settings. Its family need not be one that Megatron-Core can hold."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_prefix.config import Fp8Config, ModelConfig, Recipe, RolloutConfig
 from megatron_prefix.placement import section_of, teachers_of
-from megatron_prefix.rollout.addresses import read_endpoints, recipe_endpoints
-from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.watchdog import longest_wait
 
 if TYPE_CHECKING:
@@ -45,23 +42,10 @@ def server_settings(recipe: Recipe, teacher: ModelConfig) -> RolloutConfig:
     )
 
 
-def teacher_endpoints(recipe: Recipe, folder: Path | None) -> dict[str, list[Endpoint]]:
-    """The servers of each teacher that is behind any, by domain: those of the recipe, or those that
-    the launcher started, in ``folder``. ValueError where there are none."""
-    found = {}
-    for domain, teacher in served_teachers(recipe).items():
-        section = section_of(domain)
-        if teacher.server.urls:
-            endpoints = recipe_endpoints(server_settings(recipe, teacher))
-        elif folder is None:
-            raise ValueError(
-                f"{section}.server.urls is empty, and only `megatron-prefix train` on one machine "
-                "starts a teacher's servers: name running ones"
-            )
-        else:
-            endpoints = read_endpoints(endpoints_file(folder, domain))
-        found[domain] = [replace(each, settings=f"{section}.server") for each in endpoints]
-    return found
+def started_teachers(recipe: Recipe) -> dict[str, ModelConfig]:
+    """Those whose servers start with the run, by their domain."""
+    found = served_teachers(recipe).items()
+    return {domain: teacher for domain, teacher in found if not teacher.server.urls}
 
 
 def endpoints_file(folder: Path, domain: str) -> Path:

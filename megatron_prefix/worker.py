@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -24,12 +23,9 @@ import torch.distributed as dist
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, PORT_TAKEN, SAVED
-from megatron_prefix.modes import check_own_servers, needs_servers
 from megatron_prefix.recipe import load_record
-from megatron_prefix.rollout.addresses import await_endpoints, read_endpoints, recipe_endpoints
-from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.run_log import setup_logging
-from megatron_prefix.served import teacher_endpoints as teacher_endpoints_of
+from megatron_prefix.server_files import ServerFiles, add_server_arguments, servers_of
 
 logger = logging.getLogger("megatron_prefix.worker")  # this file runs as __main__
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -56,53 +52,13 @@ class StopFlag:
         return self.signal != 0
 
 
-@dataclass(frozen=True)
-class Servers:
-    """Where their addresses are: in a file, in a folder that ``files`` nodes will write one into
-    each once their servers answer, or in the recipe."""
-
-    endpoints: Path | None = None
-    files: int = 1
-
-    def find(self, recipe: Recipe, stop: StopFlag) -> list[Endpoint] | None:
-        """The servers that sample, [] where the recipe needs none; None where a signal to stop came
-        before all of them answered. ValueError where they are too few."""
-        rollout = recipe.rollout
-        if not needs_servers(recipe):
-            return []
-        if self.endpoints is None:
-            found: list[Endpoint] | None = recipe_endpoints(rollout)
-        elif self.endpoints.is_dir():
-            found = await_endpoints(self.endpoints, self.files, rollout.start_timeout_s, stop)
-        else:
-            found = read_endpoints(self.endpoints)
-        if found is not None:
-            check_own_servers(recipe, len(found))
-        return found
-
-
 def main() -> int:
     arguments = _arguments()
-    return run_rank(
-        arguments.record,
-        arguments.endpoints,
-        arguments.endpoint_files,
-        arguments.teacher_endpoints,
-    )
+    return run_rank(arguments.record, servers_of(arguments))
 
 
-def run_rank(
-    record: Path,
-    endpoints: Path | None,
-    endpoint_files: int,
-    teacher_endpoints: Path | None = None,
-) -> int:
-    """The exit code: 0 done, 75 saved after a signal, 1 failed.
-
-    ``endpoints``: a file of the servers' addresses, or a folder that will hold ``endpoint_files``
-    of them once the servers of as many nodes answer. ``teacher_endpoints``: the folder of those
-    that were started for teachers.
-    """
+def run_rank(record: Path, servers: ServerFiles) -> int:
+    """The exit code: 0 done, 75 saved after a signal, 1 failed."""
     stop = StopFlag()
     recipe = load_record(record)
     rank = int(os.environ["RANK"])
@@ -111,8 +67,8 @@ def run_rank(
     folder = Path(recipe.run.output_dir, recipe.run.name)
     setup_logging(folder, rank)
     try:
-        teachers = teacher_endpoints_of(recipe, teacher_endpoints)
-        return _train(recipe, folder, Servers(endpoints, endpoint_files), teachers, stop)
+        servers.check(recipe)
+        return _train(recipe, folder, servers, stop)
     except PortTaken as error:
         logger.error("%s", error)
         return PORT_TAKEN
@@ -122,13 +78,7 @@ def run_rank(
         return FAILED
 
 
-def _train(
-    recipe: Recipe,
-    folder: Path,
-    servers: Servers,
-    teachers: dict[str, list[Endpoint]],
-    stop: StopFlag,
-) -> int:
+def _train(recipe: Recipe, folder: Path, servers: ServerFiles, stop: StopFlag) -> int:
     from megatron_prefix.mcore.cpu import adapt_to_cpu
 
     adapt_to_cpu()  # before anything of Megatron is imported
@@ -139,14 +89,15 @@ def _train(
     started_s = time.time() - psutil.Process().create_time()
     logger.info("the rank took %.1f s to start", started_s)
     _join_world(recipe)
-    # Rank 0 alone talks to the servers.
-    endpoints = servers.find(recipe, stop) if dist.get_rank() == 0 else []
-    ready = [endpoints is not None]
-    dist.broadcast_object_list(ready, src=0)
-    if endpoints is None or not ready[0]:  # a signal came first; nothing is lost
+    # Rank 0 alone looks for servers, and alone talks to those of the rollouts.
+    found = servers.find(recipe, stop) if dist.get_rank() == 0 else None
+    teachers = [found.teachers if found else None]
+    dist.broadcast_object_list(teachers, src=0)
+    if teachers[0] is None:  # a signal came first; nothing is lost
         dist.destroy_process_group()
         return SAVED
-    with assemble(recipe, folder, endpoints, stop, teachers) as share:
+    endpoints = found.rollouts if found else []
+    with assemble(recipe, folder, endpoints, stop, teachers[0]) as share:
         keep_out_of_collections()
         finished = share.train()
     dist.barrier()
@@ -183,15 +134,7 @@ def _arguments() -> argparse.Namespace:
         prog="python -m megatron_prefix.worker", description="One rank of a run."
     )
     parser.add_argument("record", type=Path, help="the run's resolved recipe.yaml")
-    parser.add_argument(
-        "--endpoints", type=Path, help="JSON of the servers' addresses and keys, or a folder of it"
-    )
-    parser.add_argument(
-        "--endpoint-files", type=int, default=1, help="files to wait for in that folder"
-    )
-    parser.add_argument(
-        "--teacher-endpoints", type=Path, help="a folder of JSON, of the servers started for each"
-    )
+    add_server_arguments(parser)
     return parser.parse_args()
 
 

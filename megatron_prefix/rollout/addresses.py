@@ -45,25 +45,37 @@ def read_endpoints(path: Path) -> list[Endpoint]:
     return [Endpoint(**entry) for entry in json.loads(path.read_text())]
 
 
+def node_file(folder: Path, name: str, index: int) -> Path:
+    """Where node ``index`` of those that serve leaves the addresses of its servers ``name``."""
+    return folder / f"{name}-{index}.json"
+
+
 def await_endpoints(
-    folder: Path, files: int, timeout_s: float, should_stop: Callable[[], bool] = lambda: False
+    folder: Path,
+    name: str,
+    nodes: int,
+    timeout_s: float,
+    should_stop: Callable[[], bool] = lambda: False,
+    *,
+    section: str = "rollout",
 ) -> list[Endpoint] | None:
-    """The servers in ``folder``, once it holds as many files as nodes start servers; None where
+    """The servers ``name`` of all ``nodes``, once each has left its file in ``folder``; None where
     ``should_stop`` says so first.
 
-    Raises ServerUnavailable after ``timeout_s``.
+    Raises ServerUnavailable after ``timeout_s``, which is ``start_timeout_s`` of ``section``.
     """
     deadline = time.monotonic() + timeout_s
-    while len(found := sorted(folder.glob("*.json"))) < files:
+    files = [node_file(folder, name, index) for index in range(nodes)]
+    while (there := sum(file.exists() for file in files)) < nodes:
         if should_stop():
             return None
         if time.monotonic() > deadline:
             raise ServerUnavailable(
-                f"{len(found)} of {files} nodes have servers that answer, after "
-                f"rollout.start_timeout_s={timeout_s:g}; the logs of the others say why"
+                f"{there} of {nodes} nodes have servers that answer, after "
+                f"{section}.start_timeout_s={timeout_s:g}; the logs of the others say why"
             )
         time.sleep(_POLL_S)
-    return [endpoint for path in found for endpoint in read_endpoints(path)]
+    return [endpoint for file in files for endpoint in read_endpoints(file)]
 
 
 def own_address(peer: str, port: int = 80) -> str:

@@ -44,16 +44,16 @@ def test_every_nodes_file_is_waited_for(tmp_path: Path) -> None:
         0.2, write_endpoints, (tmp_path / "servers-0.json", [endpoint(0), endpoint(2)])
     )
     later.start()
-    found = await_endpoints(tmp_path, 2, timeout_s=60)
+    found = await_endpoints(tmp_path, "servers", 2, timeout_s=60)
     later.join()
     assert found == [endpoint(0), endpoint(2), endpoint(1)]
 
 
 def test_waiting_ends_with_a_signal_or_says_who_is_missing(tmp_path: Path) -> None:
     write_endpoints(tmp_path / "servers-1.json", [endpoint(1)])
-    assert await_endpoints(tmp_path, 2, 60, should_stop=lambda: True) is None
+    assert await_endpoints(tmp_path, "servers", 2, 60, should_stop=lambda: True) is None
     with pytest.raises(ServerUnavailable, match=r"1 of 2 nodes .* rollout.start_timeout_s=0"):
-        await_endpoints(tmp_path, 2, 0)
+        await_endpoints(tmp_path, "servers", 2, 0)
 
 
 def test_ranks_that_lose_a_server_at_the_same_moment_tell_its_supervisor(tmp_path: Path) -> None:

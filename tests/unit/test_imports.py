@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     + ("teacher_prompts", "write_answers", "stop_tokens"),
     ("alarms", "prefix_sums", "token_weights"),
     ("mcore",),
-    ("served",),
+    ("served", "serve_teachers", "server_files"),
     ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
     ("teacher", "student", "agreement", "token_kl", "entropy_choice", "reweigh", "publisher"),
     ("lagged",),

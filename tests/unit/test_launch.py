@@ -66,6 +66,12 @@ TEACHER = [
     *("--nodes", "4", "--server-nodes", "1", "--teacher-nodes", "1", "--gpus-per-node", "2"),
     *("--env", "HF_TOKEN", "--python", "python3"),
 ]
+SERVED = "teacher.placement=server"
+TEACHER_SERVERS = [
+    *("--nodes", "4", "--server-nodes", "1", "--teacher-server-nodes", "2", "--heterogeneous"),
+    *("--gpus-per-node", "8", "--server-gpus-per-node", "4", "--python", "python3"),
+    SERVED,
+]
 MANY_NODES = [
     *("--nodes", "2", "--gpus-per-node", "8", "--python", "python3"),
     "rollout.server_urls=[http://a:1]",
@@ -76,6 +82,7 @@ SHAPES = {
     "steps": STEPS,
     "heterogeneous": HET,
     "teacher_nodes": TEACHER,
+    "teacher_servers": TEACHER_SERVERS,
 }
 DRY_RUNS = """\
 import json, sys
@@ -123,7 +130,7 @@ def test_a_dry_run_prints_the_scripts(name: str, shapes: dict[str, str]) -> None
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_printed_scripts_are_shell(name: str) -> None:
     scripts = (GOLDEN / f"launch_{name}.sh").read_text().split("# ==> ")[1:]
-    assert len(scripts) == (2 if name in ("one_node", "many_nodes") else 3)
+    assert len(scripts) == {"one_node": 2, "many_nodes": 2, "teacher_servers": 4}.get(name, 3)
     for script in scripts:
         body = script.partition("\n")[2]
         done = subprocess.run(["bash", "-n"], input=body, capture_output=True, text=True)
@@ -185,6 +192,21 @@ def test_a_steps_script_hands_values_on_as_they_are(tmp_path: Path) -> None:
         (
             ["--executor", "slurm", "--nodes", "3", "--server-nodes", "1", "--teacher-nodes", "2"],
             "--teacher-nodes 2 of the 2 that train must leave one to the student",
+        ),
+        (
+            [*"--executor slurm --nodes 3 --server-nodes 1 --teacher-server-nodes 1".split()],
+            "--teacher-server-nodes 1 is not needed: no teacher has placement=server",
+        ),
+        (
+            ["--executor", "slurm", "--nodes", "2", "--server-nodes", "1", SERVED],
+            "teacher.server.urls is empty, and no node of --nodes 2 serves teachers: give",
+        ),
+        (
+            [
+                *"--executor slurm --nodes 2 --server-nodes 1 --teacher-server-nodes 1".split(),
+                SERVED,
+            ],
+            "--server-nodes 1 and --teacher-server-nodes 1 of --nodes 2 must leave one to train on",
         ),
         (["--mount", "/a:/b,/c:/d"], "--mount /a:/b,/c:/d: pyxis takes a comma for the next"),
         (["--env", "a b=1"], "is no variable's name"),

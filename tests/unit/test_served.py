@@ -2,6 +2,8 @@
 identifies a run."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +14,15 @@ from megatron_prefix.config import DataConfig, ModelConfig, Recipe, TrainConfig
 from megatron_prefix.plan import make_plan
 from megatron_prefix.prefix import model_shape
 from megatron_prefix.recipe import fingerprint, load_recipe, save_record
-from megatron_prefix.rollout.addresses import write_endpoints
+from megatron_prefix.rollout.addresses import node_file, write_endpoints
 from megatron_prefix.rollout.client import Endpoint
+from megatron_prefix.rollout.protocol import ServerUnavailable
 from megatron_prefix.served import (
     endpoints_file,
     model_config,
     server_settings,
-    teacher_endpoints,
 )
+from megatron_prefix.server_files import ServerFiles
 from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.validate import validate
 from tests.tiny_models import write_tiny_llama, write_tiny_qwen3
@@ -129,7 +132,17 @@ def test_where_servers_are_may_change_and_what_they_tell_may_not(
     assert print_of("teacher.placement=colocated") != own
 
 
-def test_endpoints_are_the_recipes_or_the_launchers(recipe: Recipe, tmp_path: Path) -> None:
+def test_endpoints_are_the_recipes_the_launchers_or_the_nodes(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    running = tmp_path / "running.json"  # of the rollouts' servers
+    write_endpoints(running, [Endpoint("http://r:1", "k")])
+
+    def found(recipe: Recipe, files: ServerFiles) -> list[Endpoint]:
+        servers = replace(files, rollouts=running).find(recipe, lambda: False)
+        assert servers and [each.url for each in servers.rollouts] == ["http://r:1"]
+        return servers.teachers[""]
+
     key = tmp_path / "key"
     key.write_text("secret\n")
     named = overlaid(
@@ -139,20 +152,44 @@ def test_endpoints_are_the_recipes_or_the_launchers(recipe: Recipe, tmp_path: Pa
         f"teacher.server.api_key_file={key}",
         "teacher.server.request_timeout_s=7",
     )
-    first, second = teacher_endpoints(named, None)[""]
+    first, second = found(named, ServerFiles())
     assert (first.url, second.url) == ("http://a:1", "http://b:2")
     assert (first.api_key, first.timeout_s, first.settings) == ("secret", 7.0, "teacher.server")
-    with pytest.raises(ValueError, match="teacher.server.urls is empty, and only"):
-        teacher_endpoints(recipe, None)
+    with pytest.raises(ValueError, match="teacher.server.urls is empty, and nothing here starts"):
+        ServerFiles().check(recipe)
     write_endpoints(endpoints_file(tmp_path, ""), [Endpoint("http://c:3", "k")])
-    (ours,) = teacher_endpoints(recipe, tmp_path)[""]
+    (ours,) = found(recipe, ServerFiles(teachers=tmp_path))
     assert (ours.url, ours.settings) == ("http://c:3", "teacher.server")
+    for node in (0, 1):
+        write_endpoints(node_file(tmp_path, "teacher", node), [Endpoint(f"http://d:{node}", "k")])
+    spread = found(recipe, ServerFiles(teachers=tmp_path, teacher_nodes=2))
+    assert [each.url for each in spread] == ["http://d:0", "http://d:1"]
+    late = replace(recipe.teacher.server, start_timeout_s=0.0)
+    hasty = replace(recipe, teacher=replace(recipe.teacher, server=late))
+    with pytest.raises(ServerUnavailable, match="2 of 3 .* teacher.server.start_timeout_s=0;"):
+        found(hasty, ServerFiles(teachers=tmp_path, teacher_nodes=3))
+    files = ServerFiles(running, teachers=tmp_path, teacher_nodes=3)
+    assert files.find(recipe, lambda: True) is None, "a signal came first"
     assert server_settings(named, named.teacher).request_timeout_s == 7.0
 
 
-def test_a_job_over_nodes_starts_no_teacher(recipe: Recipe) -> None:
+def test_over_nodes_a_teachers_servers_run_already_or_have_nodes_of_their_own(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     cluster = Cluster(executor="slurm", nodes=2, server_nodes=1)
-    with pytest.raises(ValueError, match="teacher.server.urls is empty: over --nodes 2"):
+    with pytest.raises(ValueError, match="urls is empty.* give --teacher-server-nodes 1, or name"):
         check_cluster(cluster, recipe)
     running = replace(recipe.teacher.server, urls=("http://a:1",))
-    check_cluster(cluster, replace(recipe, teacher=replace(recipe.teacher, server=running)))
+    named = replace(recipe, teacher=replace(recipe.teacher, server=running))
+    check_cluster(cluster, named)
+    serving = replace(cluster, nodes=3, teacher_server_nodes=1)
+    check_cluster(serving, recipe)
+    with pytest.raises(ValueError, match="--teacher-server-nodes 1 is not needed"):
+        check_cluster(serving, named)
+    with pytest.raises(ValueError, match="--server-nodes 1 and --teacher-server-nodes 1 of --node"):
+        check_cluster(replace(serving, nodes=2), recipe)
+    command = [sys.executable, "-m", "megatron_prefix.serve_teachers", "--host", "127.0.0.1"]
+    command += [str(save_record(named, tmp_path)), "--endpoints-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "no teacher has placement=server and an empty server.urls" in done.stderr
