@@ -1,4 +1,5 @@
-"""One job that starts both: the servers of the rollouts on a node, the teacher's on another."""
+"""One job that starts both: the servers of the rollouts on a node, the teacher's on another. By its
+name before the tests that kill a node: it wants all three."""
 
 import json
 import stat
