@@ -25,11 +25,7 @@ from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.offload import Offload
 from megatron_prefix.mcore.optimizer import make_trainable
 from megatron_prefix.metrics_page import announced
-from megatron_prefix.modes import (
-    evaluates_aside,
-    needs_shared_servers,
-)
-from megatron_prefix.placement import teachers_of
+from megatron_prefix.modes import evaluates_aside, needs_shared_servers, teachers_of
 from megatron_prefix.prefix import Ledger, build_policy, model_shape
 from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.probes import Prober

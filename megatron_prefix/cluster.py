@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_prefix.config import Recipe, RolloutConfig
-from megatron_prefix.modes import check_own_servers, needs_servers
+from megatron_prefix.modes import check_own_servers, needs_servers, section_of, started_teachers
 from megatron_prefix.secret_keys import key_prefix, names_a_secret, referenced
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -150,13 +150,7 @@ def check_cluster(cluster: Cluster, recipe: Recipe) -> None:
 
 
 def _check_teacher_servers(cluster: Cluster, recipe: Recipe) -> None:
-    sections = {"teacher": recipe.teacher}
-    sections |= {f"teachers.{name}": teacher for name, teacher in recipe.teachers.items()}
-    starting = [
-        section
-        for section, teacher in sections.items()
-        if teacher.placement == "server" and not teacher.server.urls
-    ]
+    starting = [section_of(domain) for domain in started_teachers(recipe)]
     if starting and cluster.nodes > 1 and not cluster.teacher_server_nodes:
         raise ValueError(
             f"{starting[0]}.server.urls is empty, and no node of --nodes {cluster.nodes} serves "

@@ -4,7 +4,7 @@ Steps count from 0. Every rank and the launcher ask these same functions, so tha
 samples, who scores and when weights travel without a word between them.
 """
 
-from megatron_prefix.config import Recipe
+from megatron_prefix.config import ModelConfig, Recipe
 
 MODES = ("on_policy", "off_policy", "mixed", "sft")
 
@@ -82,6 +82,28 @@ def check_own_servers(recipe: Recipe, servers: int) -> None:
             f"eval.own_servers={own} of {servers} server(s) in all, and the run needs {least}: "
             f"raise {where}, or let eval.own_servers=0 share those of the rollouts"
         )
+
+
+def teachers_of(recipe: Recipe) -> dict[str, ModelConfig]:
+    """Every teacher by its domain, in the order in which all ranks go through them."""
+    return {"": recipe.teacher, **dict(sorted(recipe.teachers.items()))}
+
+
+def section_of(domain: str) -> str:
+    """The recipe's section of a domain's teacher."""
+    return f"teachers.{domain}" if domain else "teacher"
+
+
+def served_teachers(recipe: Recipe) -> dict[str, ModelConfig]:
+    """Those behind servers, by their domain."""
+    found = teachers_of(recipe).items()
+    return {domain: teacher for domain, teacher in found if teacher.placement == "server"}
+
+
+def started_teachers(recipe: Recipe) -> dict[str, ModelConfig]:
+    """Those whose servers start with the run, by their domain."""
+    found = served_teachers(recipe).items()
+    return {domain: teacher for domain, teacher in found if not teacher.server.urls}
 
 
 def needs_teacher(recipe: Recipe) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_prefix.config import ModelConfig, Recipe, TeacherServerConfig
 from megatron_prefix.layout import Layout, least_world_size, model_layout
-from megatron_prefix.modes import needs_teacher
+from megatron_prefix.modes import needs_teacher, section_of, teachers_of
 
 # Microbatches on their way from a separate teacher: what a rank keeps posted to receive, or to
 # send. One is used while the other comes in.
@@ -34,16 +34,6 @@ class WorldLayout:
     def served(self, domain: str = "") -> bool:
         """Whether a teacher is behind servers and has no rank at all."""
         return not self.teachers[domain].world_size
-
-
-def teachers_of(recipe: Recipe) -> dict[str, ModelConfig]:
-    """Every teacher by its domain, in the order in which all ranks go through them."""
-    return {"": recipe.teacher, **dict(sorted(recipe.teachers.items()))}
-
-
-def section_of(domain: str) -> str:
-    """The recipe's section of a domain's teacher."""
-    return f"teachers.{domain}" if domain else "teacher"
 
 
 def world_layout(recipe: Recipe, world_size: int) -> WorldLayout:

@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.layout import Layout
-from megatron_prefix.modes import needs_prompts, needs_written
-from megatron_prefix.placement import section_of, teachers_of
+from megatron_prefix.modes import needs_prompts, needs_written, section_of, teachers_of
 from megatron_prefix.validate import ValidRun
 
 if TYPE_CHECKING:

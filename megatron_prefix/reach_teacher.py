@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.model import DTYPES, MegatronModel
-from megatron_prefix.placement import section_of, teachers_of
+from megatron_prefix.modes import section_of, teachers_of
 from megatron_prefix.publisher import served_layout
 from megatron_prefix.rollout.checksum import WeightHasher, is_compared, verify
 from megatron_prefix.rollout.client import Endpoint, SglangClient

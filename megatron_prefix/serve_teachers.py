@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.placement import section_of
+from megatron_prefix.modes import section_of, started_teachers
 from megatron_prefix.rollout.serve import Group, serving
 from megatron_prefix.rollout.server import LOOPBACK, Server, start_server
 from megatron_prefix.rollout.supervisor import Supervisor
-from megatron_prefix.served import server_settings, started_teachers
+from megatron_prefix.served import server_settings
 
 
 def main() -> int:

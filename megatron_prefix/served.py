@@ -8,19 +8,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_prefix.config import Fp8Config, ModelConfig, Recipe, RolloutConfig
-from megatron_prefix.placement import section_of, teachers_of
+from megatron_prefix.modes import section_of, teachers_of
 from megatron_prefix.watchdog import longest_wait
 
 if TYPE_CHECKING:
     from megatron_prefix.mcore.hf_map import HfModel
 
 _OUR_ARGUMENTS = ("--model-path", "--host", "--port", "--device", "--dtype", "--weight-version")
-
-
-def served_teachers(recipe: Recipe) -> dict[str, ModelConfig]:
-    """Those behind servers, by their domain."""
-    found = teachers_of(recipe).items()
-    return {domain: teacher for domain, teacher in found if teacher.placement == "server"}
 
 
 def server_settings(recipe: Recipe, teacher: ModelConfig) -> RolloutConfig:
@@ -40,12 +34,6 @@ def server_settings(recipe: Recipe, teacher: ModelConfig) -> RolloutConfig:
         server_restarts=server.restarts,
         retries=server.retries,
     )
-
-
-def started_teachers(recipe: Recipe) -> dict[str, ModelConfig]:
-    """Those whose servers start with the run, by their domain."""
-    found = served_teachers(recipe).items()
-    return {domain: teacher for domain, teacher in found if not teacher.server.urls}
 
 
 def endpoints_file(folder: Path, domain: str) -> Path:

@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_prefix.config import ModelConfig, Recipe
-from megatron_prefix.modes import check_own_servers, needs_servers
-from megatron_prefix.placement import section_of
+from megatron_prefix.modes import (
+    check_own_servers,
+    needs_servers,
+    section_of,
+    served_teachers,
+    started_teachers,
+)
 from megatron_prefix.rollout.addresses import await_endpoints, read_endpoints, recipe_endpoints
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.serve import ROLLOUTS
-from megatron_prefix.served import (
-    endpoints_file,
-    served_teachers,
-    server_settings,
-    started_teachers,
-)
+from megatron_prefix.served import endpoints_file, server_settings
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class ServerFiles:
         """None where ``should_stop`` says so before all answer. Raises ServerUnavailable where
         some do not in time."""
         rollouts = self._find_rollouts(recipe, should_stop)
+        if rollouts is None:
+            return None
         teachers = {}
         for domain, teacher in served_teachers(recipe).items():
             found = self._find_teacher(recipe, domain, teacher, should_stop)
@@ -58,7 +60,7 @@ class ServerFiles:
                 return None
             settings = f"{section_of(domain)}.server"
             teachers[domain] = [replace(each, settings=settings) for each in found]
-        return None if rollouts is None else FoundServers(rollouts, teachers)
+        return FoundServers(rollouts, teachers)
 
     def _find_rollouts(
         self, recipe: Recipe, should_stop: Callable[[], bool]

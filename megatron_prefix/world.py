@@ -17,8 +17,8 @@ from megatron_prefix.mcore.model import DTYPES, MegatronModel, build_model
 from megatron_prefix.mcore.saved_weights import load_saved_weights
 from megatron_prefix.mcore.stop_map import exchange_rows
 from megatron_prefix.mcore.weights import load_hf_weights
-from megatron_prefix.modes import needs_teacher
-from megatron_prefix.placement import WorldLayout, section_of, teachers_of, world_layout
+from megatron_prefix.modes import needs_teacher, section_of, teachers_of
+from megatron_prefix.placement import WorldLayout, world_layout
 from megatron_prefix.reach_teacher import reach_teacher, shared_vocabulary
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.stop_tokens import teacher_mapping

@@ -7,8 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.modes import needs_servers
-from megatron_prefix.placement import section_of, teachers_of
+from megatron_prefix.modes import needs_servers, section_of, teachers_of
 from megatron_prefix.plan.memory import RankPlan, arithmetic, model_sizes, on_gpus, plan_ranks
 from megatron_prefix.plan.sizes import ModelSizes
 from megatron_prefix.plan.teachers import teachers_that_score

@@ -12,7 +12,7 @@ from typing import Literal
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.layout import Layout, padded_vocab_size
-from megatron_prefix.placement import section_of
+from megatron_prefix.modes import section_of
 from megatron_prefix.plan.activations import (
     DTYPE_BYTES,
     Microbatch,

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.hf_folder import read_header
-from megatron_prefix.modes import needs_teacher
-from megatron_prefix.placement import section_of
+from megatron_prefix.modes import needs_teacher, section_of
 from megatron_prefix.plan.activations import DTYPE_BYTES
 from megatron_prefix.plan.stages import whole_parameters
 from megatron_prefix.validate import ValidModel, ValidRun

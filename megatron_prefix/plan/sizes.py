@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.hf_folder import HfFolder, check_sizes
-from megatron_prefix.placement import teachers_of
+from megatron_prefix.modes import teachers_of
 from megatron_prefix.validate import read_model
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.modes import needs_teacher
-from megatron_prefix.placement import IN_FLIGHT, section_of
+from megatron_prefix.modes import needs_teacher, section_of
+from megatron_prefix.placement import IN_FLIGHT
 from megatron_prefix.plan.activations import DTYPE_BYTES, scoring_peak, tokens_held
 from megatron_prefix.validate import ValidModel, ValidRun
 

@@ -88,12 +88,12 @@ RULES: Mapping[str, Callable[[SampledToken, int], float]] = {
 class _UsersRule:
     """A user's own rule for one rollout; what it raises is a ValueError that names it."""
 
-    def __init__(self, config: CutOffConfig, vocab_size: int) -> None:
+    def __init__(self, users: Callable[..., object], config: CutOffConfig, vocab_size: int) -> None:
         self._setting, self._tokens = f"prefix.cut_off.rule={config.rule}", 0
-        users = import_by_path("prefix.cut_off.rule", config.rule)
-        self._inner = call_users(self._setting, "the class", users, config, vocab_size)
-        if not isinstance(self._inner, CutOff):
+        inner = call_users(self._setting, "the class", users, config, vocab_size)
+        if not isinstance(inner, CutOff):
             raise ValueError(f"prefix.cut_off.rule={config.rule!r} lacks feed(token)")
+        self._inner = inner
 
     def feed(self, token: SampledToken) -> bool:
         self._tokens += 1
@@ -138,7 +138,8 @@ def _rule(config: CutOffConfig, vocab_size: int) -> Callable[[], CutOff]:
         signal = RULES[config.rule]
         return lambda: _Settled(config, vocab_size, signal)
     if ":" in config.rule:
-        return partial(_UsersRule, config, vocab_size)
+        users = import_by_path("prefix.cut_off.rule", config.rule)
+        return partial(_UsersRule, users, config, vocab_size)
     near = difflib.get_close_matches(config.rule, ("none", *RULES), n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Choose one of none, {', '.join(RULES)}"
     raise ValueError(

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.layout import Layout
+from megatron_prefix.modes import section_of, teachers_of
 from megatron_prefix.placement import (
     check_placement,
     nearest_multiples,
     resolve_world_size,
-    section_of,
-    teachers_of,
     world_layout,
 )
 from megatron_prefix.rollout.records import recorded_steps

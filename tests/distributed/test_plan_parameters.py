@@ -24,7 +24,7 @@ from megatron_prefix.mcore.groups import ModelGroups, initialize_megatron, world
 from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import build_model
 from megatron_prefix.mcore.optimizer import TrainableStudent, make_trainable
-from megatron_prefix.placement import teachers_of
+from megatron_prefix.modes import teachers_of
 from megatron_prefix.plan import Stage, count_held, make_plan
 from megatron_prefix.plan.build import question
 from megatron_prefix.plan.teachers import teachers_that_score

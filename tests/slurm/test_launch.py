@@ -47,17 +47,24 @@ class Launched:
         self._process.communicate()
 
 
-def wait_for_servers(launched: Launched, folder: Path) -> Path:
-    """The file that the first node's servers leave once they answer."""
+def wait_for_servers(launched: Launched, folder: Path, name: str = "servers") -> Path:
+    """The file that the first node of those that serve leaves once its servers answer."""
     found: list[Path] = []
 
     def there() -> bool:
-        found[:] = folder.glob("endpoints/*/servers-0.json")
+        found[:] = folder.glob(f"endpoints/*/{name}-0.json")
         return bool(found) or not launched.running()
 
-    wait_until(there, "servers", PATIENCE_S)
+    wait_until(there, name, PATIENCE_S)
     assert found, launched.end()
     return found[0]
+
+
+def assert_nothing_runs(slurm: VirtualSlurm) -> None:
+    """On no node anything of ours, once all are idle."""
+    wait_until(lambda: slurm.idle_nodes() == slurm.names, "idle nodes")
+    left = [c for name in slurm.names for c in commands_on(slurm, name).values()]
+    assert not [command for command in left if "megatron_prefix" in command or "sglang" in command]
 
 
 def commands_on(slurm: VirtualSlurm, node: str) -> dict[int, str]:
@@ -179,9 +186,7 @@ def test_the_run_ends_well_and_leaves_nothing_running(
     assert [record["step"] for record in records] == [1, 2, 3]
     assert max(record["logprob_diff_max"] for record in records) < 1e-3
     assert not (job.folder("served") / "endpoints").exists()
-    wait_until(lambda: virtual_slurm.idle_nodes() == virtual_slurm.names, "idle nodes")
-    left = [c for name in virtual_slurm.names for c in commands_on(virtual_slurm, name).values()]
-    assert not [command for command in left if "megatron_prefix" in command or "sglang" in command]
+    assert_nothing_runs(virtual_slurm)
     assert not [path for folder in (Path.cwd(), job.root) for path in folder.rglob("INJECTED")]
 
 

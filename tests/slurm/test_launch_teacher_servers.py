@@ -4,14 +4,17 @@ name before the tests that kill a node: it wants all three."""
 import json
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.slurm.conftest import Job
-from tests.slurm.freeze import PATIENCE_S
-from tests.slurm.test_launch import Launched, commands_on
-from tests.slurm.virtual_slurm import VirtualSlurm, wait_until
+from tests.slurm.test_launch import (
+    Launched,
+    assert_nothing_runs,
+    commands_on,
+    wait_for_servers,
+)
+from tests.slurm.virtual_slurm import VirtualSlurm
 
 pytestmark = pytest.mark.slurm
 STEPS, NAME = 3, "taught"
@@ -35,23 +38,10 @@ def taught(virtual_slurm: VirtualSlurm, job: Job) -> Iterator[Launched]:
         launched.stop()
 
 
-def lease(job: Job, launched: Launched, name: str) -> Path:
-    """The file that a node's servers leave once they answer."""
-    found: list[Path] = []
-
-    def there() -> bool:
-        found[:] = job.folder(NAME).glob(f"endpoints/*/{name}-0.json")
-        return bool(found) or not launched.running()
-
-    wait_until(there, name, PATIENCE_S)
-    assert found, launched.end()
-    return found[0]
-
-
 def test_a_teachers_servers_have_a_node_and_a_key_of_their_own(
     virtual_slurm: VirtualSlurm, job: Job, taught: Launched
 ) -> None:
-    files = [lease(job, taught, name) for name in ("servers", "teacher")]
+    files = [wait_for_servers(taught, job.folder(NAME), name) for name in ("servers", "teacher")]
     (sampling,), (teaching,) = (json.loads(file.read_text()) for file in files)
     assert sampling["url"].startswith("http://10.77.0.2:")
     assert teaching["url"].startswith("http://10.77.0.3:")
@@ -72,6 +62,4 @@ def test_the_student_is_taught_and_all_servers_end_with_it(
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert all(record["flops"]["teacher"] > 0 and record["loss"] > 0 for record in records)
     assert not (job.folder(NAME) / "endpoints").exists()
-    wait_until(lambda: virtual_slurm.idle_nodes() == virtual_slurm.names, "idle nodes")
-    left = [c for name in virtual_slurm.names for c in commands_on(virtual_slurm, name).values()]
-    assert not [command for command in left if "megatron_prefix" in command or "sglang" in command]
+    assert_nothing_runs(virtual_slurm)

@@ -1,12 +1,12 @@
 """A node of two on which the rank hardly comes to run is named while the job goes on."""
 
-import json
 import re
 from pathlib import Path
 
 import psutil
 import pytest
 
+from megatron_prefix.jsonl import EVENTS, read_records
 from megatron_prefix.rollout.records import save_rollouts
 from tests.crowd import crowded
 from tests.slurm.conftest import Job, rollouts
@@ -25,9 +25,7 @@ def rank_on(slurm: VirtualSlurm, node: str) -> psutil.Process:
 
 def named(job: Job, words: str) -> list[str]:
     """What the run has said of phases that this rank held up."""
-    file = job.folder("straggling") / "events.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    events = [json.loads(line) for line in lines if line.endswith("\n")]
+    events = read_records(job.folder("straggling") / EVENTS)
     return [e["message"] for e in events if e["kind"] == "slow" and words in e["message"]]
 
 
