@@ -4,7 +4,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prefix.jsonl import read_records
+from megatron_prefix.run_files.jsonl import read_records
 from megatron_prefix.tasks import sort_chain
 
 

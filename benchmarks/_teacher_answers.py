@@ -6,13 +6,13 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.jsonl import read_records
+from megatron_prefix.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_prefix.prefix import model_shape
 from megatron_prefix.prefix.flops import rollout_flops
 from megatron_prefix.rollout.collector import Collector
 from megatron_prefix.rollout.server import server_pool
+from megatron_prefix.run_files.jsonl import read_records
 from megatron_prefix.tasks import sort_chain
-from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
 from megatron_prefix.types import Prompt
 
 

@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_prefix.exit_codes import SAVED
-from megatron_prefix.jsonl import METRICS, read_records
 from megatron_prefix.mcore.step_folders import saved_steps, step_of
 from megatron_prefix.rollout.records import load_rollouts
+from megatron_prefix.run_files.jsonl import METRICS, read_records
 from megatron_prefix.tasks import sort_chain
 
 SAVE_INTERVAL = 5

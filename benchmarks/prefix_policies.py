@@ -40,9 +40,9 @@ from benchmarks._one_server import one_server
 from benchmarks._policy_rows import Row, goals_table, summary_table
 from benchmarks._quality import quality_of
 from benchmarks._teacher_answers import answers_file, write_answers, writing_flops
-from megatron_prefix.jsonl import EVALUATION_FOLDER, METRICS, read_records
 from megatron_prefix.recipe import fingerprint, load_recipe
-from megatron_prefix.run_history import load_run, summarise
+from megatron_prefix.run_files.history import load_run, summarise
+from megatron_prefix.run_files.jsonl import EVALUATION_FOLDER, METRICS, read_records
 from megatron_prefix.tasks import sort_chain
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_prefix.exit_codes import DONE, FAILED, HUNG, SAVED
+from megatron_prefix.health.watchdog import hang_report
 from megatron_prefix.rollout.addresses import own_address
-from megatron_prefix.server_files import ServerFiles, add_server_arguments, servers_of
-from megatron_prefix.watchdog import hang_report
+from megatron_prefix.teachers.server_files import ServerFiles, add_server_arguments, servers_of
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig

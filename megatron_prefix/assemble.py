@@ -13,9 +13,12 @@ from rich import get_console
 
 from megatron_prefix.conductor import Conductor, Staff
 from megatron_prefix.config import Recipe
-from megatron_prefix.evaluate import EvalResult, evaluate, write_samples
-from megatron_prefix.jsonl import EVALUATION_FOLDER
-from megatron_prefix.lagged import LaggedTeacher
+from megatron_prefix.data.stop_tokens import agreed_stop_ids
+from megatron_prefix.data.tokenizers import load_tokenizer
+from megatron_prefix.evaluation.beside import Evaluator
+from megatron_prefix.evaluation.evaluate import EvalResult, evaluate, write_samples
+from megatron_prefix.health.metrics_page import announced
+from megatron_prefix.health.watchdog import Watchdog, patience
 from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.groups import (
     initialize_megatron,
@@ -24,7 +27,6 @@ from megatron_prefix.mcore.groups import (
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.offload import Offload
 from megatron_prefix.mcore.optimizer import make_trainable
-from megatron_prefix.metrics_page import announced
 from megatron_prefix.modes import evaluates_aside, needs_shared_servers, teachers_of
 from megatron_prefix.prefix import Ledger, build_policy, model_shape
 from megatron_prefix.prefix.recall import Recall
@@ -40,18 +42,16 @@ from megatron_prefix.rollout.collector import Collector
 from megatron_prefix.rollout.discarded import Discarded
 from megatron_prefix.rollout.fleet import Fleet
 from megatron_prefix.rollout.pool import Roster
-from megatron_prefix.run_log import RunLog
-from megatron_prefix.served import model_config
-from megatron_prefix.side_evaluation import Evaluator
-from megatron_prefix.stop_tokens import agreed_stop_ids
+from megatron_prefix.run_files.jsonl import EVALUATION_FOLDER
+from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.student import Objective
 from megatron_prefix.supplies import build_source, prompt_stream
 from megatron_prefix.teacher import ColocatedTeacher, Teacher, in_host_memory
-from megatron_prefix.teacher_loop import TeacherLoop
-from megatron_prefix.tokenizers import load_tokenizer
+from megatron_prefix.teachers.lagged import LaggedTeacher
+from megatron_prefix.teachers.loop import TeacherLoop
+from megatron_prefix.teachers.served import model_config
 from megatron_prefix.trainer import Parts, Trainer
 from megatron_prefix.types import Prompt, Rollout
-from megatron_prefix.watchdog import Watchdog, patience
 from megatron_prefix.world import (
     build_objective,
     build_teacher,

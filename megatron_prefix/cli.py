@@ -7,16 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_prefix.advise_arguments import EXAMPLES as _ADVISE_EXAMPLES
-from megatron_prefix.advise_arguments import add_advise_arguments
-from megatron_prefix.command import ABOUT_RECIPES, Command
-from megatron_prefix.eval_arguments import EXAMPLES as _EVAL_EXAMPLES
-from megatron_prefix.eval_arguments import add_eval_arguments, in_options
+from megatron_prefix.commands.advise_arguments import EXAMPLES as _ADVISE_EXAMPLES
+from megatron_prefix.commands.advise_arguments import add_advise_arguments
+from megatron_prefix.commands.command import ABOUT_RECIPES, Command
+from megatron_prefix.commands.eval_arguments import EXAMPLES as _EVAL_EXAMPLES
+from megatron_prefix.commands.eval_arguments import add_eval_arguments, in_options
+from megatron_prefix.commands.of_recipes import LAUNCH, PLAN, PREPARE, TRAIN
+from megatron_prefix.commands.of_runs import RUN_COMMANDS
+from megatron_prefix.commands.report_arguments import EXAMPLES as _REPORT_EXAMPLES
+from megatron_prefix.commands.report_arguments import add_report_arguments
 from megatron_prefix.exit_codes import BAD_INPUT, DONE, FAILED
-from megatron_prefix.recipe_commands import LAUNCH, PLAN, PREPARE, TRAIN
-from megatron_prefix.report_arguments import EXAMPLES as _REPORT_EXAMPLES
-from megatron_prefix.report_arguments import add_report_arguments
-from megatron_prefix.run_commands import RUN_COMMANDS
 
 _EXIT_CODES = """\
 exit codes:
@@ -109,7 +109,7 @@ def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megatron_prefix.eval_job import make_job, run_eval
+    from megatron_prefix.evaluation.job import make_job, run_eval
 
     try:
         return run_eval(make_job(arguments), Console(stderr=True), arguments.json)
@@ -118,8 +118,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from megatron_prefix.commands.report_arguments import output_of
     from megatron_prefix.report.page import write_report
-    from megatron_prefix.report_arguments import output_of
 
     runs = [Path(run) for run in arguments.runs]
     print(write_report(runs, output_of(runs, arguments.output)))
@@ -127,7 +127,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _advise(arguments: argparse.Namespace) -> int:
-    from megatron_prefix.advise_job import run_advise
+    from megatron_prefix.commands.advise_job import run_advise
 
     return run_advise(arguments)
 

@@ -15,19 +15,19 @@ import numpy as np
 
 from megatron_prefix.batch import count_loss_tokens, nothing_to_train_on
 from megatron_prefix.config import Recipe
-from megatron_prefix.kl_grid import mean_kl
+from megatron_prefix.data.sources import RolloutSource
+from megatron_prefix.evaluation.beside import Answered, Evaluator, ServerFleet, SideEvaluations
+from megatron_prefix.health.phases import Phases
 from megatron_prefix.modes import is_supervised, last_evaluation_due, more_passes, written_count
 from megatron_prefix.orders import Order
-from megatron_prefix.phases import Phases
 from megatron_prefix.prefix import Ledger, PrefixObservation, PrefixPolicy, loss_start
 from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.probes import Prober, Probes
 from megatron_prefix.rollout.discarded import Discarded, sampled_lengths
 from megatron_prefix.rollout.pool import FAULTS
 from megatron_prefix.rollout.protocol import NoRollouts
-from megatron_prefix.run_log import RunLog
-from megatron_prefix.side_evaluation import Answered, Evaluator, ServerFleet, SideEvaluations
-from megatron_prefix.sources import RolloutSource
+from megatron_prefix.run_files.kl_grid import mean_kl
+from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.types import Rollout, StepMetrics
 
 _WAIT_S = 1.0  # between two looks at servers that are to come back

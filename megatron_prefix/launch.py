@@ -1,7 +1,7 @@
 """Submits a run through nemo-run, and is the only file that imports it.
 
 Its batch script is given numbers and checked words alone: it does not quote the rest. All values
-of the recipe and of the user go into the steps' own scripts, which ``cluster.py`` writes
+of the recipe and of the user go into the steps' own scripts, which ``jobs/cluster.py`` writes
 (docs/decisions/0005-slurm.md).
 """
 
@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_prefix.cluster import (
+from megatron_prefix.config import Recipe
+from megatron_prefix.exit_codes import DONE, FAILED
+from megatron_prefix.jobs.cluster import (
     Cluster,
     quote,
     server_script,
@@ -25,9 +27,7 @@ from megatron_prefix.cluster import (
     step_cpus,
     trainer_script,
 )
-from megatron_prefix.config import Recipe
-from megatron_prefix.exit_codes import DONE, FAILED
-from megatron_prefix.jobs import LocalStart, note_slurm_job, read_starts
+from megatron_prefix.jobs.starts import LocalStart, note_slurm_job, read_starts
 
 if TYPE_CHECKING:
     import nemo_run

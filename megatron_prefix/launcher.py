@@ -13,19 +13,19 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_prefix import die_with_parent
-from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, HUNG, PORT_TAKEN, SAVED
-from megatron_prefix.jobs import note_end, note_this_process
+from megatron_prefix.health.watchdog import hang_found, hang_report
+from megatron_prefix.jobs.cluster import Cluster
+from megatron_prefix.jobs.starts import note_end, note_this_process
 from megatron_prefix.modes import check_own_servers, needs_servers, section_of, started_teachers
 from megatron_prefix.placement import WorldLayout, resolve_world_size, world_layout
 from megatron_prefix.recipe import check_run_folder, save_record
 from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
 from megatron_prefix.rollout.server import Server, ServerFailed, free_port, start_server
 from megatron_prefix.rollout.supervisor import Supervisor
-from megatron_prefix.serve_teachers import teacher_supervisor
-from megatron_prefix.served import endpoints_file
-from megatron_prefix.watchdog import hang_found, hang_report
+from megatron_prefix.teachers.serve import teacher_supervisor
+from megatron_prefix.teachers.served import endpoints_file
 
 POLL_S = 0.1
 KILLED = -1  # no exit code of ours: a rank was killed, or hung

@@ -8,7 +8,7 @@ from megatron_prefix.modes import needs_prompts, needs_written, section_of, teac
 from megatron_prefix.validate import ValidRun
 
 if TYPE_CHECKING:
-    from megatron_prefix.prompts import PromptStream
+    from megatron_prefix.data.prompts import PromptStream
 
 
 def check_machine(run: ValidRun) -> None:
@@ -51,15 +51,15 @@ def check_data_sets(recipe: Recipe) -> None:
     if needs_prompts(recipe):
         open_prompts(recipe)
     if needs_written(recipe) and not recipe.rollout.replay:
-        from megatron_prefix.stop_tokens import agreed_stop_ids
-        from megatron_prefix.tokenizers import load_tokenizer
-        from megatron_prefix.written import check_written
+        from megatron_prefix.data.stop_tokens import agreed_stop_ids
+        from megatron_prefix.data.tokenizers import load_tokenizer
+        from megatron_prefix.data.written import check_written
 
         tokenizer = load_tokenizer(recipe.student.hf_path)
         check_written(recipe, tokenizer, agreed_stop_ids(recipe))
     if recipe.eval.path:
-        from megatron_prefix.evaluate import load_eval_set
-        from megatron_prefix.tokenizers import load_tokenizer
+        from megatron_prefix.data.tokenizers import load_tokenizer
+        from megatron_prefix.evaluation.evaluate import load_eval_set
 
         load_eval_set(recipe.eval, load_tokenizer(recipe.student.hf_path), recipe.data)
 
@@ -67,11 +67,11 @@ def check_data_sets(recipe: Recipe) -> None:
 def open_prompts(recipe: Recipe) -> "PromptStream":
     """The prompts to sample from, or, where none is sampled from, those of the written answers;
     ValueError as in :func:`check_data_sets`."""
-    from megatron_prefix.domains import domain_readers
-    from megatron_prefix.prompts import PromptStream
-    from megatron_prefix.teacher_prompts import teacher_readers
-    from megatron_prefix.tokenizers import load_tokenizer
-    from megatron_prefix.written import written_data
+    from megatron_prefix.data.domains import domain_readers
+    from megatron_prefix.data.prompts import PromptStream
+    from megatron_prefix.data.teacher_prompts import teacher_readers
+    from megatron_prefix.data.tokenizers import load_tokenizer
+    from megatron_prefix.data.written import written_data
 
     data = recipe.data if needs_prompts(recipe) else written_data(recipe)
     tokenizer = load_tokenizer(recipe.student.hf_path)

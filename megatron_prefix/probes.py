@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_prefix.alarms import probe_alarms
 from megatron_prefix.batch import count_loss_tokens
 from megatron_prefix.config import Recipe
-from megatron_prefix.kl_grid import mean_kl
+from megatron_prefix.health.alarms import probe_alarms
 from megatron_prefix.orders import Order
 from megatron_prefix.prefix import Ledger, PrefixPolicy, ProbeObservation, observe_probe
 from megatron_prefix.rollout.protocol import NoRollouts
-from megatron_prefix.run_log import RunLog
+from megatron_prefix.run_files.kl_grid import mean_kl
+from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.types import ProbeMetrics, Rollout
 
 # Full-length rollouts of the probes' prompts, with the weights of this policy version.

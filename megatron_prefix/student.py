@@ -21,8 +21,8 @@ from megatron_prefix.loss.overlap import TopKOverlap
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.optimizer import TrainableStudent
 from megatron_prefix.mcore.schedule import OnPrefix, run_schedule
-from megatron_prefix.prefix_sums import PrefixSums, Tally
 from megatron_prefix.types import PrefixBatch, Targets, TeacherHead, TeacherTargets, TopKTargets
+from megatron_prefix.weighing.prefix_sums import PrefixSums, Tally
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_prefix.config import DataConfig, Recipe
-from megatron_prefix.domains import domain_readers
-from megatron_prefix.mcore.hf_map import read_hf_model
-from megatron_prefix.modes import needs_rollouts, needs_written
-from megatron_prefix.prefix import build_cut_off
-from megatron_prefix.prefix.recall import Recall
-from megatron_prefix.prompts import PromptStream
-from megatron_prefix.rollout.client import Endpoint
-from megatron_prefix.rollout.collector import Collector
-from megatron_prefix.rollout.discarded import Discarded
-from megatron_prefix.rollout.fleet import Fleet
-from megatron_prefix.sources import (
+from megatron_prefix.data.domains import domain_readers
+from megatron_prefix.data.prompts import PromptStream
+from megatron_prefix.data.sources import (
     ModeSource,
     RecordedSource,
     ReplaySource,
@@ -24,8 +16,16 @@ from megatron_prefix.sources import (
     ServerSource,
     Supply,
 )
-from megatron_prefix.teacher_prompts import teacher_readers
-from megatron_prefix.written import WrittenSource
+from megatron_prefix.data.teacher_prompts import teacher_readers
+from megatron_prefix.data.written import WrittenSource
+from megatron_prefix.mcore.hf_map import read_hf_model
+from megatron_prefix.modes import needs_rollouts, needs_written
+from megatron_prefix.prefix import build_cut_off
+from megatron_prefix.prefix.recall import Recall
+from megatron_prefix.rollout.client import Endpoint
+from megatron_prefix.rollout.collector import Collector
+from megatron_prefix.rollout.discarded import Discarded
+from megatron_prefix.rollout.fleet import Fleet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prefix.agreement import Audit, audit_gradients
 from megatron_prefix.batch import MicrobatchPlan, as_teacher_reads, pack, padded_for
 from megatron_prefix.conductor import Conductor
 from megatron_prefix.config import Recipe
-from megatron_prefix.lagged import LaggedTeacher
+from megatron_prefix.health.phases import Phases
+from megatron_prefix.health.slow_phases import SlowPhases
+from megatron_prefix.health.step_times import gather_hosts, gather_times, time_work
+from megatron_prefix.health.watchdog import NoWatchdog, Watchdog
 from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.offload import Offload
@@ -27,20 +29,18 @@ from megatron_prefix.modes import (
     weight_rule,
 )
 from megatron_prefix.orders import Order, microbatches, share_order
-from megatron_prefix.phases import Phases
-from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.publisher import NoPublisher, Publisher
-from megatron_prefix.reweigh import Weighted, reweigh
 from megatron_prefix.saves import Saves
-from megatron_prefix.slow_phases import SlowPhases
-from megatron_prefix.step_metrics import step_metrics
-from megatron_prefix.step_times import gather_hosts, gather_times, time_work
 from megatron_prefix.student import Objective, forward_backward, score
 from megatron_prefix.teacher import Teacher
-from megatron_prefix.token_kl import by_rollout
+from megatron_prefix.teachers.lagged import LaggedTeacher
 from megatron_prefix.trouble import stop_on_trouble
 from megatron_prefix.types import PrefixBatch, StepMetrics, Targets
-from megatron_prefix.watchdog import NoWatchdog, Watchdog
+from megatron_prefix.weighing.agreement import Audit, audit_gradients
+from megatron_prefix.weighing.prefix_sums import PrefixSums
+from megatron_prefix.weighing.reweigh import Weighted, reweigh
+from megatron_prefix.weighing.step_metrics import step_metrics
+from megatron_prefix.weighing.token_kl import by_rollout
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """What ends a run that goes wrong without an error."""
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.types import StepMetrics
+from megatron_prefix.weighing.prefix_sums import PrefixSums
 
 
 class TrainingStopped(RuntimeError):

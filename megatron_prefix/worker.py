@@ -24,8 +24,8 @@ import torch.distributed as dist
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, PORT_TAKEN, SAVED
 from megatron_prefix.recipe import load_record
-from megatron_prefix.run_log import setup_logging
-from megatron_prefix.server_files import ServerFiles, add_server_arguments, servers_of
+from megatron_prefix.run_files.log import setup_logging
+from megatron_prefix.teachers.server_files import ServerFiles, add_server_arguments, servers_of
 
 logger = logging.getLogger("megatron_prefix.worker")  # this file runs as __main__
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prefix.config import ModelConfig, Recipe
+from megatron_prefix.data.stop_tokens import teacher_mapping
 from megatron_prefix.mcore import fp8
 from megatron_prefix.mcore.groups import ModelGroups, create_groups
 from megatron_prefix.mcore.hf_map import read_hf_model
@@ -19,9 +20,7 @@ from megatron_prefix.mcore.stop_map import exchange_rows
 from megatron_prefix.mcore.weights import load_hf_weights
 from megatron_prefix.modes import needs_teacher, section_of, teachers_of
 from megatron_prefix.placement import WorldLayout, world_layout
-from megatron_prefix.reach_teacher import reach_teacher, shared_vocabulary
 from megatron_prefix.rollout.client import Endpoint
-from megatron_prefix.stop_tokens import teacher_mapping
 from megatron_prefix.student import Objective
 from megatron_prefix.teacher import (
     ColocatedTeacher,
@@ -32,7 +31,8 @@ from megatron_prefix.teacher import (
     TeacherRank,
     load_teacher_head,
 )
-from megatron_prefix.teacher_loop import TeacherLoop
+from megatron_prefix.teachers.loop import TeacherLoop
+from megatron_prefix.teachers.reach import reach_teacher, shared_vocabulary
 from megatron_prefix.types import TeacherHead
 
 

@@ -7,7 +7,6 @@ dequantised as they are read, or R1 in bf16; its trunk computes in FP8, in block
 was trained. The layout is by ``megatron-prefix plan``, not by a run.
 """
 
-from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import (
     DataConfig,
     EvalConfig,
@@ -21,6 +20,7 @@ from megatron_prefix.config import (
     RunConfig,
     TrainConfig,
 )
+from megatron_prefix.jobs.cluster import Cluster
 
 
 def cluster() -> Cluster:

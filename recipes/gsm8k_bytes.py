@@ -1,9 +1,10 @@
 """Real text on any pair of Hugging Face folders that share a tokenizer, small ones included.
 
 GSM8K's questions as prompts, through the tokenizer's chat template where it has one; with
-``megatron_prefix.tokenizers.write_byte_tokenizer`` a folder needs no downloaded vocabulary. Give
-the folders and the file: ``student.hf_path=... teacher.hf_path=... data.path=.../train.jsonl``,
-and ``eval.path=.../test.jsonl`` to have answers checked by math-verify.
+``megatron_prefix.data.tokenizers.write_byte_tokenizer`` a folder needs no downloaded vocabulary.
+Give the folders and the file: ``student.hf_path=... teacher.hf_path=...
+data.path=.../train.jsonl``, and ``eval.path=.../test.jsonl`` to have answers checked by
+math-verify.
 """
 
 from megatron_prefix.config import (

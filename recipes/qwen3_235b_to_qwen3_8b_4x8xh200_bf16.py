@@ -5,7 +5,6 @@ The teacher's experts are shared sixteen ways; servers have a fifth machine. The
 --local-dir models/Qwen3-8B`` and the same for Qwen3-235B-A22B.
 """
 
-from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import (
     DataConfig,
     EvalConfig,
@@ -18,6 +17,7 @@ from megatron_prefix.config import (
     RunConfig,
     TrainConfig,
 )
+from megatron_prefix.jobs.cluster import Cluster
 
 
 def cluster() -> Cluster:

@@ -7,10 +7,10 @@ import numpy as np
 from rich.console import Console
 
 from megatron_prefix.config import LogConfig, ModelConfig, PrefixConfig, Recipe, TrainConfig
-from megatron_prefix.evaluate import EvalSample, write_samples
-from megatron_prefix.jsonl import EVALUATION_FOLDER
+from megatron_prefix.evaluation.evaluate import EvalSample, write_samples
 from megatron_prefix.recipe import save_record
-from megatron_prefix.run_log import RunLog
+from megatron_prefix.run_files.jsonl import EVALUATION_FOLDER
+from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.types import Flops, ProbeMetrics, StepMetrics
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/configuration.md out of the comments in config.py and its parts."""
+"""Writes the tables of docs/configuration.md out of the comments in config/."""
 
 import argparse
 import ast
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prefix import config, config_modes, config_prefix, config_teacher
+from megatron_prefix import config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -102,7 +102,7 @@ def filled(page: str) -> str:
     head, _, rest = page.partition(BEGIN)
     _, mark, tail = rest.partition(END)
     assert mark, f"{PAGE.name} has lost its marks"
-    parts = (config_modes, config_prefix, config_teacher, config)
+    parts = (config.modes, config.prefix, config.teacher, config)
     fresh = tables(ConfigSource("".join(map(inspect.getsource, parts))))
     return f"{head}{BEGIN}\n\n{fresh}\n{END}{tail}"
 

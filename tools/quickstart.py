@@ -11,10 +11,10 @@ from rich.console import Console
 
 from megatron_prefix.cli import main as command
 from megatron_prefix.exit_codes import BAD_INPUT, DONE, SAVED
-from megatron_prefix.figure import quickstart_figure
 from megatron_prefix.recipe import load_recipe
+from megatron_prefix.report.figure import quickstart_figure
 from megatron_prefix.report.tables import phase_table, summary_table
-from megatron_prefix.run_history import load_run, summarise, write_summary
+from megatron_prefix.run_files.history import load_run, summarise, write_summary
 from megatron_prefix.tasks import sort_chain
 
 RECIPE = "recipes/quickstart.py"

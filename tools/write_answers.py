@@ -18,12 +18,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_prefix.data.write_answers import Writing, write_answers
 from megatron_prefix.exit_codes import BAD_INPUT, DONE, FAILED, SAVED
 from megatron_prefix.recipe import load_recipe, write_own_data
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.protocol import SglangError
 from megatron_prefix.rollout.server import ServerFailed, server_pool
-from megatron_prefix.write_answers import Writing, write_answers
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -4,8 +4,8 @@ does not fit."""
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import Recipe
+from megatron_prefix.jobs.cluster import Cluster
 from megatron_prefix.modes import check_own_servers
 from megatron_prefix.plan.build import count_held
 from megatron_prefix.plan.fit import free_for_servers, measure_fit, refusal, with_remedy

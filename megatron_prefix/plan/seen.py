@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_prefix.data.written import written_data
 from megatron_prefix.modes import needs_prompts
 from megatron_prefix.preflight import open_prompts
 from megatron_prefix.validate import ValidRun
 from megatron_prefix.validate.data import is_local
-from megatron_prefix.written import written_data
 
 PROMPTS_LOOKED_AT = 256
 
@@ -48,8 +48,8 @@ def look_at_prompts(run: ValidRun) -> Seen:
 
 
 def _evaluated(run: ValidRun) -> tuple[int, ...]:
-    from megatron_prefix.evaluate import load_eval_set
-    from megatron_prefix.tokenizers import load_tokenizer
+    from megatron_prefix.data.tokenizers import load_tokenizer
+    from megatron_prefix.evaluation.evaluate import load_eval_set
 
     recipe = run.recipe
     if not recipe.eval.path or not is_local(recipe.eval.path):

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from megatron_prefix.config import Recipe, TeacherServerConfig
 from megatron_prefix.recipe.settings import finish, lay, leaves, read_yaml
-from megatron_prefix.whole_file import whole_file
+from megatron_prefix.run_files.whole_file import whole_file
 
 RECORD_NAME = "recipe.yaml"
 _PLACES = (

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_prefix.account import PARTS, Account
-from megatron_prefix.figure import step_axis, unit_of
-from megatron_prefix.pass_at_k import wilson_interval
+from megatron_prefix.evaluation.pass_at_k import wilson_interval
 from megatron_prefix.report import picture
+from megatron_prefix.report.figure import step_axis, unit_of
 from megatron_prefix.report.picture import INK, Picture
 from megatron_prefix.report.story import RunStory
-from megatron_prefix.run_history import RunHistory
+from megatron_prefix.run_files.account import PARTS, Account
+from megatron_prefix.run_files.history import RunHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_prefix.figure import MAX_CELLS, step_axis, unit_of
-from megatron_prefix.kl_grid import KL_CEILING, KL_FLOOR, shrink, stack_rows
 from megatron_prefix.report import picture
+from megatron_prefix.report.figure import MAX_CELLS, step_axis, unit_of
 from megatron_prefix.report.picture import INK, VOID, Picture
 from megatron_prefix.report.story import RunStory
-from megatron_prefix.run_history import FLOPS_PARTS
+from megatron_prefix.run_files.history import FLOPS_PARTS
+from megatron_prefix.run_files.kl_grid import KL_CEILING, KL_FLOOR, shrink, stack_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.account import PARTS
 from megatron_prefix.config import Recipe
-from megatron_prefix.pass_at_k import wilson_interval
-from megatron_prefix.progress import duration
+from megatron_prefix.evaluation.pass_at_k import wilson_interval
 from megatron_prefix.report.comparison import training_seconds
 from megatron_prefix.report.markup import Html, element, join, shorten, table, text
 from megatron_prefix.report.story import RunStory, flatten, is_alarm
 from megatron_prefix.report.tables import si
-from megatron_prefix.run_history import EvaluationRecord
+from megatron_prefix.run_files.account import PARTS
+from megatron_prefix.run_files.history import EvaluationRecord
+from megatron_prefix.run_files.progress import duration
 
 _EVENTS = 60  # of a run that are shown, the newest
 _NOTHING = "\u2013"

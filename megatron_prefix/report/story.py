@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from megatron_prefix import jsonl
-from megatron_prefix.account import Account, read_account
 from megatron_prefix.recipe import RECORD_NAME
-from megatron_prefix.run_history import RunHistory, load_run
+from megatron_prefix.run_files import jsonl
+from megatron_prefix.run_files.account import Account, read_account
+from megatron_prefix.run_files.history import RunHistory, load_run
 
 _ALARMS = ("skipped", "empty", "alarm", "lost", "failed", "warning")
 

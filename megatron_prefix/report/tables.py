@@ -3,9 +3,9 @@
 import numpy as np
 from rich.table import Table
 
-from megatron_prefix.figure import unit_of
-from megatron_prefix.progress import duration
-from megatron_prefix.run_history import RunHistory, RunSummary
+from megatron_prefix.report.figure import unit_of
+from megatron_prefix.run_files.history import RunHistory, RunSummary
+from megatron_prefix.run_files.progress import duration
 
 
 def summary_table(summary: RunSummary, title: str = "") -> Table:

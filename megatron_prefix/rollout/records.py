@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from megatron_prefix.rollout.discarded import Lengths
+from megatron_prefix.run_files.whole_file import whole_file
 from megatron_prefix.types import FinishReason, Rollout
-from megatron_prefix.whole_file import whole_file
 
 _THROWN_AWAY = "thrown_away"  # int32 [rollouts, 2]: prompt and sampled tokens
 _FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_prefix.whole_file import whole_file
+from megatron_prefix.run_files.whole_file import whole_file
 
 SYMBOLS = "_^$>|:+=;#0123456789abcdefghijklmnopqrstuvwxyz"  # a symbol's place is its token id
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.data_source import require_columns
+from megatron_prefix.data.data_source import require_columns
+from megatron_prefix.data.written import written_data
+from megatron_prefix.evaluation.scorers import load_scorer
+from megatron_prefix.health.watchdog import longest_wait
 from megatron_prefix.modes import evaluates_aside, needs_prompts, needs_written
-from megatron_prefix.scorers import load_scorer
-from megatron_prefix.watchdog import longest_wait
-from megatron_prefix.written import written_data
 
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.config_modes import ModeConfig
+from megatron_prefix.config.modes import ModeConfig
 from megatron_prefix.modes import is_supervised, needs_rollouts, needs_teacher
 from megatron_prefix.prefix import build_policy, is_scheduled
 from megatron_prefix.prefix.registry import POLICIES

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.config_modes import WrittenConfig
+from megatron_prefix.config.modes import WrittenConfig
 from megatron_prefix.modes import is_supervised, needs_teacher, needs_written
 
 _OF_A_FILE = ("name", "split", "prompt_column")  # of mode.written, where it has a path

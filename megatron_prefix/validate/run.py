@@ -15,7 +15,7 @@ from megatron_prefix.placement import (
     world_layout,
 )
 from megatron_prefix.rollout.records import recorded_steps
-from megatron_prefix.served import check_served, check_servers, check_top_k, read_served
+from megatron_prefix.teachers.served import check_served, check_servers, check_top_k, read_served
 from megatron_prefix.validate.data import check_data
 from megatron_prefix.validate.limits import check_settings
 from megatron_prefix.validate.model import (
@@ -164,8 +164,8 @@ def _validate_model(
 def _check_tokenizers(
     recipe: Recipe, student: "HfModel", teacher: ValidModel, section: str
 ) -> None:
-    from megatron_prefix.stop_tokens import check_stop_tokens
-    from megatron_prefix.tokenizers import check_same_tokenizer, load_tokenizer
+    from megatron_prefix.data.stop_tokens import check_stop_tokens
+    from megatron_prefix.data.tokenizers import check_same_tokenizer, load_tokenizer
 
     path = recipe.student.hf_path
     check_same_tokenizer(path, teacher.config.hf_path, section)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prefix.agreement import Audit, audit_gradients
-from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.student import forward_backward
-from megatron_prefix.token_kl import by_rollout
+from megatron_prefix.weighing.agreement import Audit, audit_gradients
+from megatron_prefix.weighing.prefix_sums import PrefixSums
+from megatron_prefix.weighing.token_kl import by_rollout
 from tests.distributed.dense import Dense
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (

@@ -9,10 +9,10 @@ import torch
 
 from megatron_prefix.config import TokenWeightConfig
 from megatron_prefix.mcore.hf_map import read_hf_model
-from megatron_prefix.reweigh import reweigh
 from megatron_prefix.student import forward_backward
-from megatron_prefix.token_kl import by_rollout
 from megatron_prefix.validate import check_model
+from megatron_prefix.weighing.reweigh import reweigh
+from megatron_prefix.weighing.token_kl import by_rollout
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import ADAM, steps_from
 from tests.distributed.test_layouts import STEPS, check_same_training

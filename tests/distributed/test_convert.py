@@ -13,13 +13,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_prefix.config import CheckpointConfig
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.contents import check_manifest, describe, read_step
 from megatron_prefix.mcore.conversion import Conversion
 from megatron_prefix.mcore.convert_to_hf import megatron_to_hf
 from megatron_prefix.mcore.convert_to_megatron import STEP_FOLDER, hf_to_megatron
 from megatron_prefix.mcore.hf_map import read_hf_model
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import Case, World, model_config, rollouts
 from tests.tiny_models import (

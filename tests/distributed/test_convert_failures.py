@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.mcore.checked_files import CheckedFile
 from megatron_prefix.mcore.dist_files import DistFile
 from megatron_prefix.mcore.folders import finish_folder, start_folder
 from megatron_prefix.mcore.forks import run_forked
 from megatron_prefix.mcore.tool import check_room
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from tests.distributed.test_convert import check_refused, run_tool, to_hf, to_megatron
 from tests.tiny_models import write_tiny_qwen3
 

@@ -20,11 +20,11 @@ from benchmarks import _card, gpu_loss, gpu_step
 from benchmarks import _step_at_width as step
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.mcore.groups import initialize_megatron
-from megatron_prefix.prefix_sums import Tally
 from megatron_prefix.recipe import load_recipe
 from megatron_prefix.tasks import sort_chain
 from megatron_prefix.types import PrefixBatch, TopKTargets
 from megatron_prefix.validate import validate
+from megatron_prefix.weighing.prefix_sums import Tally
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import build
 from tests.gpu import cpu_reference

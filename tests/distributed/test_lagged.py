@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_prefix.batch import plan_microbatches
-from megatron_prefix.lagged import LaggedTeacher
+from megatron_prefix.teachers.lagged import LaggedTeacher
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import MICROBATCHES, Case, World, model_config, rollouts
 from tests.tiny_models import write_tiny_qwen3

@@ -31,7 +31,7 @@ class _Kept(logging.Handler):
 
 def _poisoned_step(case: Case, where: str) -> list[str]:
     world, kept = World.build(case, 2), _Kept()
-    logging.getLogger("megatron_prefix.prefix_sums").addHandler(kept)
+    logging.getLogger("megatron_prefix.weighing.prefix_sums").addHandler(kept)
     plan = plan_microbatches(rollouts(), MICROBATCHES, multiple=8)
     batches = [pack(rollouts(), plan, m, CPU) for m in range(MICROBATCHES)]
     targets = world.teacher.targets(rollouts(), plan)

@@ -10,8 +10,8 @@ from torch import nn
 
 from megatron_prefix.batch import plan_microbatches
 from megatron_prefix.config import ModelConfig, Recipe
-from megatron_prefix.jsonl import METRICS
 from megatron_prefix.mcore.offload import HostWeights, Offload
+from megatron_prefix.run_files.jsonl import METRICS
 from megatron_prefix.teacher import ColocatedTeacher, SeveralTeachers, in_host_memory
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_separate_teacher import trained

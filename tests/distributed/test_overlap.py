@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_prefix.loss import prefix_divergence
 from megatron_prefix.loss.overlap import TopKOverlap
-from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.student import forward_backward
-from megatron_prefix.token_kl import by_rollout
+from megatron_prefix.weighing.prefix_sums import PrefixSums
+from megatron_prefix.weighing.token_kl import by_rollout
 from tests.distributed import world as worlds
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import CPU, LONGEST_PREFIX, World, model_config

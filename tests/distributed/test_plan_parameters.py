@@ -19,6 +19,7 @@ from megatron_prefix.config import (
     RunConfig,
     TrainConfig,
 )
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.mcore.census import Question, take_census
 from megatron_prefix.mcore.groups import ModelGroups, initialize_megatron, world_of
 from megatron_prefix.mcore.hf_map import read_hf_model
@@ -30,7 +31,6 @@ from megatron_prefix.plan.build import question
 from megatron_prefix.plan.teachers import teachers_that_score
 from megatron_prefix.preflight import check_machine
 from megatron_prefix.rollout.records import rollout_file
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.types import Held
 from megatron_prefix.validate import ValidRun, validate
 from megatron_prefix.world import build_objective, join

@@ -9,10 +9,10 @@ import torch
 
 from megatron_prefix.config import LossConfig, TokenWeightConfig
 from megatron_prefix.loss.teacher_view import TeacherView
-from megatron_prefix.reweigh import reweigh, view_of_top_k
 from megatron_prefix.student import Objective, forward_backward
-from megatron_prefix.token_weights import raw_weights
 from megatron_prefix.types import Rollout, TopKTargets
+from megatron_prefix.weighing.reweigh import reweigh, view_of_top_k
+from megatron_prefix.weighing.token_weights import raw_weights
 from tests.distributed.dense import Dense, reverse_kl
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (

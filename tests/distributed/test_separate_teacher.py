@@ -22,12 +22,12 @@ from megatron_prefix.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_prefix.jsonl import METRICS
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.layout import Layout
 from megatron_prefix.placement import WorldLayout
 from megatron_prefix.rollout.records import save_rollouts
+from megatron_prefix.run_files.jsonl import METRICS
 from megatron_prefix.teacher import Link, SeparateTeacher, TeacherLost
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.validate import validate
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import CPU, LONGEST_PREFIX, model_config, rollouts

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.config import Recipe, TrainConfig
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.rollout.records import save_rollouts
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.types import Rollout
 from megatron_prefix.validate import validate
 from tests.distributed.test_separate_teacher import a_recipe, trained

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_prefix.mcore.stop_map import exchange_rows
-from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.types import Rollout
+from megatron_prefix.weighing.prefix_sums import PrefixSums
 from tests.distributed.dense import Dense, reverse_kl
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import Case, World, model_config, rollouts

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.student import forward_backward
 from megatron_prefix.types import Rollout
+from megatron_prefix.weighing.prefix_sums import PrefixSums
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
     LONGEST_PREFIX,

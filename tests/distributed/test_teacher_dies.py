@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_prefix.jsonl import METRICS
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.rollout.records import rollout_file, save_rollouts
-from megatron_prefix.tokenizers import write_byte_tokenizer
+from megatron_prefix.run_files.jsonl import METRICS
 from tests.distributed.world import LONGEST_PREFIX, rollouts
 from tests.tiny_models import write_tiny_qwen3
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.student import forward_backward, score
+from megatron_prefix.weighing.prefix_sums import PrefixSums
 from tests.distributed.dense import Dense
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (

@@ -14,10 +14,10 @@ from megatron_prefix.mcore.hf_map import read_hf_model
 from megatron_prefix.mcore.model import MegatronModel, build_model
 from megatron_prefix.mcore.optimizer import TrainableStudent, make_trainable
 from megatron_prefix.mcore.weights import hf_buckets, load_hf_weights
-from megatron_prefix.prefix_sums import PrefixSums
 from megatron_prefix.student import Objective, forward_backward
 from megatron_prefix.teacher import ColocatedTeacher, load_teacher_head
 from megatron_prefix.types import PrefixBatch, Rollout
+from megatron_prefix.weighing.prefix_sums import PrefixSums
 
 CPU = torch.device("cpu")
 MICROBATCHES = 4

@@ -175,4 +175,4 @@ timeout -k 10 300 python3 -m megatron_prefix.cli doctor --node '/FOLDER/runs/it'
   exit 2
 }
 trap - USR1 TERM
-exec python3 -m megatron_prefix.serve_teachers '/FOLDER/runs/it'"'"'s a $(run)/recipe.yaml' --peer "$run_head" --endpoints-dir '/FOLDER/runs/it'"'"'s a $(run)/endpoints'/"$run_attempt"
+exec python3 -m megatron_prefix.teachers.serve '/FOLDER/runs/it'"'"'s a $(run)/recipe.yaml' --peer "$run_head" --endpoints-dir '/FOLDER/runs/it'"'"'s a $(run)/endpoints'/"$run_attempt"

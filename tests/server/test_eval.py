@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_prefix import eval_run
-from megatron_prefix.evaluate import EvalSample, EvalSet
+from megatron_prefix.data.tokenizers import load_tokenizer, write_byte_tokenizer
+from megatron_prefix.evaluation import run as eval_run
+from megatron_prefix.evaluation.evaluate import EvalSample, EvalSet
+from megatron_prefix.evaluation.scorers import Generated
 from megatron_prefix.prefix import Ledger, model_shape
 from megatron_prefix.rollout.protocol import Sampling
 from megatron_prefix.rollout.records import load_record
 from megatron_prefix.rollout.server import Server
-from megatron_prefix.scorers import Generated
 from megatron_prefix.tasks import sort_chain
-from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
 from megatron_prefix.types import Prompt
 
 PROBLEMS = EvalSet(

@@ -17,8 +17,8 @@ import torch
 import transformers
 
 from megatron_prefix.config import DataConfig, EvalConfig
-from megatron_prefix.evaluate import evaluate
-from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
+from megatron_prefix.data.tokenizers import load_tokenizer, write_byte_tokenizer
+from megatron_prefix.evaluation.evaluate import evaluate
 from megatron_prefix.types import Prompt, Rollout
 from tests.server.by_transformers import greedy_rollout
 from tests.tiny_models import write_tiny_qwen3

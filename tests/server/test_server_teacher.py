@@ -28,10 +28,10 @@ from tests.tiny_models import write_tiny_llama
 adapt_to_cpu()
 
 from megatron_prefix.mcore.groups import ModelGroups  # noqa: E402
-from megatron_prefix.reach_teacher import check_server  # noqa: E402
-from megatron_prefix.server_teacher import ServerTeacher  # noqa: E402
 from megatron_prefix.student import Objective, forward_backward  # noqa: E402
 from megatron_prefix.teacher import SeveralTeachers, TeacherLost  # noqa: E402
+from megatron_prefix.teachers.reach import check_server  # noqa: E402
+from megatron_prefix.teachers.server import ServerTeacher  # noqa: E402
 from tests.distributed.world import Case, World, model_config, rollouts  # noqa: E402
 
 WHOLE = VOCABULARY - 1  # what leaves one token to the tail

@@ -18,12 +18,12 @@ from megatron_prefix.config import (
     TrainConfig,
     WrittenConfig,
 )
+from megatron_prefix.data.tokenizers import load_tokenizer
+from megatron_prefix.data.write_answers import Writing, write_answers
+from megatron_prefix.data.written import WrittenSource
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.server import Server
 from megatron_prefix.tasks import sort_chain
-from megatron_prefix.tokenizers import load_tokenizer
-from megatron_prefix.write_answers import Writing, write_answers
-from megatron_prefix.written import WrittenSource
 
 PROMPTS, LIMIT = 5, 6
 

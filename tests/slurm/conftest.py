@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.rollout.records import save_rollouts
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.types import Rollout
 from tests.slurm.virtual_slurm import VirtualSlurm, missing
 from tests.tiny_models import write_tiny_qwen3

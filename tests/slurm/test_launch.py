@@ -223,8 +223,8 @@ def test_a_job_that_has_ended_since_the_queue_was_asked_needs_no_cancelling(
     number = virtual_slurm.sbatch("--output=/dev/null", "--wrap=true")
     assert virtual_slurm.wait_for_end(number) == "COMPLETED"
     asked_before = (
-        "from megatron_prefix.cancel import Patience, _end_job; "
-        "from megatron_prefix.slurm_queue import JobState; "
+        "from megatron_prefix.jobs.cancel import Patience, _end_job; "
+        "from megatron_prefix.jobs.slurm_queue import JobState; "
         f"print(_end_job(JobState({number}, 'RUNNING'), Patience(9.0), print))"
     )
     told = virtual_slurm.run(sys.executable, "-c", asked_before)

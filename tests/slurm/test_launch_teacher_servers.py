@@ -48,7 +48,7 @@ def test_a_teachers_servers_have_a_node_and_a_key_of_their_own(
     assert sampling["api_key"] != teaching["api_key"]
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
     commands = commands_on(virtual_slurm, "node3").values()
-    assert any("megatron_prefix.serve_teachers" in command for command in commands)
+    assert any("megatron_prefix.teachers.serve" in command for command in commands)
     assert not any("megatron_prefix.rollout.serve " in command for command in commands)
     assert not any(teaching["api_key"] in command for command in commands)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_prefix.jsonl import EVENTS, read_records
 from megatron_prefix.rollout.records import save_rollouts
+from megatron_prefix.run_files.jsonl import EVENTS, read_records
 from tests.crowd import crowded
 from tests.slurm.conftest import Job, rollouts
 from tests.slurm.freeze import PATIENCE_S, rank_pids

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
+from megatron_prefix.data.tokenizers import load_tokenizer, write_byte_tokenizer
 
 
 @pytest.fixture(scope="session")

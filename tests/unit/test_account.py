@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_prefix.account import Account, account_record, read_account
 from megatron_prefix.config import LogConfig
 from megatron_prefix.prefix import Ledger, ModelShape
 from megatron_prefix.prefix.flops import head_flops, trunk_flops
-from megatron_prefix.run_log import RunLog, spent_words
+from megatron_prefix.run_files.account import Account, account_record, read_account
+from megatron_prefix.run_files.log import RunLog, spent_words
 from megatron_prefix.types import Flops
 from tests.run_folders import Answers, metrics, probe, write_whole_run
 

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_prefix import advise as advising
-from megatron_prefix.advise import Costs, advise, block, knee, overrides, shortest
-from megatron_prefix.advise_job import pilot_of
+from megatron_prefix.advice import advise as advising
+from megatron_prefix.advice.advise import Costs, advise, block, knee, overrides, shortest
+from megatron_prefix.advice.pilot import Pilot, read_pilot
 from megatron_prefix.cli import main
+from megatron_prefix.commands.advise_job import pilot_of
 from megatron_prefix.config import AnchoredConfig, LogConfig, ModelConfig, PrefixConfig, Recipe
 from megatron_prefix.modes import needs_rollouts, needs_written
-from megatron_prefix.pilot import Pilot, read_pilot
 from megatron_prefix.prefix import ModelShape, build_policy
 from megatron_prefix.prefix.flops import rollout_flops
 from megatron_prefix.recipe import load_recipe, save_record
-from megatron_prefix.run_log import RunLog
+from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.tasks import sort_chain
 from megatron_prefix.validate import validate
 from tests.run_folders import metrics, probe

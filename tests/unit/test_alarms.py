@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prefix.alarms import probe_alarms
 from megatron_prefix.config import LogConfig
-from megatron_prefix.jsonl import metrics_record
-from megatron_prefix.run_log import RunLog
+from megatron_prefix.health.alarms import probe_alarms
+from megatron_prefix.run_files.jsonl import metrics_record
+from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.types import Flops, ProbeMetrics
 
 LOG = LogConfig()
@@ -54,7 +54,7 @@ def test_a_probe_without_a_tail_is_told_without_nans(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = RunLog(tmp_path, LogConfig(tensorboard=False, probe_interval=8), 16)
-    with caplog.at_level(logging.INFO, "megatron_prefix.run_log"):
+    with caplog.at_level(logging.INFO, "megatron_prefix.run_files.log"):
         log.probe(probe(8, 8, 0.25, 0.25, agreement=float("nan")))
     log.close()
     told = "KL 0.2500 within the prefix of 8 tokens, beyond it -, gradients agree by -"

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from megatron_prefix.cli import main
 from megatron_prefix.config import DataConfig, ModelConfig, PrefixConfig, Recipe, TrainConfig
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.doctor import Finding, Findings, examine, findings_json, print_findings
 from megatron_prefix.recipe import save_record
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from tests.tiny_models import write_tiny_qwen3
 
 

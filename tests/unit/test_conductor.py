@@ -19,17 +19,17 @@ from megatron_prefix.config import (
     TrainConfig,
     WindowConfig,
 )
-from megatron_prefix.evaluate import EvalResult
-from megatron_prefix.jsonl import read_records
-from megatron_prefix.phases import Phases
+from megatron_prefix.data.sources import RecordedSource, ReplaySource, RolloutSource
+from megatron_prefix.evaluation.beside import Evaluator
+from megatron_prefix.evaluation.evaluate import EvalResult
+from megatron_prefix.health.phases import Phases
 from megatron_prefix.prefix import Ledger, ModelShape, build_policy
 from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.rollout.discarded import Discarded
 from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.rollout.records import load_record
-from megatron_prefix.run_log import RunLog
-from megatron_prefix.side_evaluation import Evaluator
-from megatron_prefix.sources import RecordedSource, ReplaySource, RolloutSource
+from megatron_prefix.run_files.jsonl import read_records
+from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.types import Rollout, StepMetrics
 
 SHAPE = ModelShape(2, 64, 4, 4, 16, 2 * 192, 46)

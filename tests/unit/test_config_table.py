@@ -1,4 +1,4 @@
-"""docs/configuration.md says what config.py says."""
+"""docs/configuration.md says what config/ says."""
 
 from dataclasses import fields, is_dataclass
 

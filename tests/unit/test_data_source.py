@@ -5,7 +5,7 @@ import datasets
 import pytest
 
 from megatron_prefix.config import DataConfig
-from megatron_prefix.data_source import RowSource, StreamSource, open_source
+from megatron_prefix.data.data_source import RowSource, StreamSource, open_source
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

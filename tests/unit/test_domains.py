@@ -7,7 +7,7 @@ import pytest
 
 from megatron_prefix.batch import plan_microbatches
 from megatron_prefix.config import DataConfig, ModelConfig, Recipe
-from megatron_prefix.domains import domain_readers
+from megatron_prefix.data.domains import domain_readers
 from megatron_prefix.placement import check_placement
 from megatron_prefix.rollout.records import load_rollouts, save_rollouts
 from megatron_prefix.types import Prompt, Rollout

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_prefix import eval_run
 from megatron_prefix.cli import build_parser, main
 from megatron_prefix.config import (
     DataConfig,
@@ -18,8 +17,9 @@ from megatron_prefix.config import (
     StopTokensConfig,
     TrainConfig,
 )
-from megatron_prefix.eval_job import EvalJob, make_job
-from megatron_prefix.evaluate import EvalSample, EvalSet
+from megatron_prefix.evaluation import run as eval_run
+from megatron_prefix.evaluation.evaluate import EvalSample, EvalSet
+from megatron_prefix.evaluation.job import EvalJob, make_job
 from megatron_prefix.recipe import load_record, save_record
 from megatron_prefix.tasks import sort_chain
 from megatron_prefix.types import FinishReason, Prompt

@@ -10,16 +10,16 @@ from transformers import AutoModelForCausalLM
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from megatron_prefix.config import DataConfig, EvalConfig
-from megatron_prefix.evaluate import (
+from megatron_prefix.data.tokenizers import load_tokenizer
+from megatron_prefix.evaluation.evaluate import (
     CollectFn,
     evaluate,
     load_eval_set,
     write_samples,
 )
-from megatron_prefix.pass_at_k import wilson_interval
+from megatron_prefix.evaluation.pass_at_k import wilson_interval
 from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.tasks import sort_chain
-from megatron_prefix.tokenizers import load_tokenizer
 from megatron_prefix.types import FinishReason, Prompt, Rollout
 
 GSM8K = Path(__file__).parents[1] / "assets" / "gsm8k_8.jsonl"

@@ -1,6 +1,7 @@
 """Holds docs/architecture.md's directions: walks every import of the package by its syntax tree.
 
-Imports inside functions count, those under TYPE_CHECKING do not. A new module goes into ``LAYERS``.
+Imports inside functions count, those under TYPE_CHECKING do not. A new module goes into ``LAYERS``,
+a package as a whole where all of its modules are of one layer.
 """
 
 import ast
@@ -21,41 +22,32 @@ IN_THE_SERVER = "rollout.cpu_engine"
 
 # From the bottom up: a module imports modules of its own layer and of those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "config_modes", "config_prefix", "config_teacher", "types", "exit_codes", "modes")
-    + ("command", "whole_file", "users_code"),
+    ("config", "types", "exit_codes", "modes", "users_code")
+    + ("commands.command", "run_files.whole_file"),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
-    ("recipe", "cluster", "layout", "hf_folder", "tokenizers", "tasks", "scorers")
-    + ("prefix", "rollout", "batch", "data_source", "prompts", "loss", "orders", "phases")
-    + ("context_shares",)
-    + ("account", "pilot", "advise", "advise_arguments")
-    + ("jobs", "secret_keys", "attempts", "slurm_queue", "run_state", "cancel")
-    + (
-        "jsonl",
-        "kl_grid",
-        "progress",
-        "tb_writer",
-        "run_log",
-        "run_history",
-        "figure",
-        "report",
-        "report_arguments",
-    )
-    + ("metrics_page", "slow_phases", "step_times", "watchdog")
-    + ("placement", "domains", "sources", "written", "evaluate", "pass_at_k", "eval_run")
-    + ("teacher_prompts", "write_answers", "stop_tokens"),
-    ("alarms", "prefix_sums", "token_weights"),
+    ("recipe", "jobs", "layout", "hf_folder", "tasks", "secret_keys", "placement")
+    + ("data", "prefix", "rollout", "batch", "loss", "orders", "context_shares", "advice", "report")
+    + ("commands.advise_arguments", "commands.report_arguments")
+    + ("run_files.account", "run_files.jsonl", "run_files.kl_grid", "run_files.progress")
+    + ("run_files.tb_writer", "run_files.log", "run_files.history")
+    + ("health.metrics_page", "health.phases", "health.slow_phases", "health.step_times")
+    + ("health.watchdog",)
+    + ("evaluation.evaluate", "evaluation.pass_at_k", "evaluation.run", "evaluation.scorers"),
+    ("health.alarms", "weighing.prefix_sums", "weighing.token_weights"),
     ("mcore",),
-    ("served", "serve_teachers", "server_files"),
-    ("validate", "preflight", "plan", "doctor", "eval_arguments", "eval_job"),
-    ("teacher", "student", "agreement", "token_kl", "entropy_choice", "reweigh", "publisher"),
-    ("lagged",),
-    ("side_evaluation",),
-    ("server_teacher", "reach_teacher"),
-    ("probes", "saves", "conductor", "step_metrics", "trouble", "trainer", "teacher_loop"),
+    ("teachers.served", "teachers.serve", "teachers.server_files"),
+    ("validate", "preflight", "plan", "doctor", "commands.eval_arguments", "evaluation.job"),
+    ("teacher", "student", "publisher")
+    + ("weighing.agreement", "weighing.entropy_choice", "weighing.reweigh", "weighing.token_kl"),
+    ("teachers.lagged",),
+    ("evaluation.beside",),
+    ("teachers.server", "teachers.reach"),
+    ("probes", "saves", "conductor", "trouble", "trainer")
+    + ("teachers.loop", "weighing.step_metrics"),
     ("supplies", "world", "assemble", "worker"),
     ("agent",),
-    ("launch_arguments", "launch", "launcher", "die_with_parent"),
-    ("advise_job", "recipe_commands", "run_commands"),
+    ("commands.launch_arguments", "launch", "launcher", "die_with_parent"),
+    ("commands.advise_job", "commands.of_recipes", "commands.of_runs"),
     ("cli",),
 )
 # What may import these packages of others.
@@ -67,40 +59,17 @@ EDGES = {
     "nemo_run": ("launch",),
 }
 # What a module may import of ours, where the layers alone would allow more.
-ONLY = {"recipe": ("config", "recipe", "whole_file", "users_code")}
-ONLY |= {"cluster": ("config", "modes", "secret_keys"), "users_code": ()}
-ONLY |= {"loss": ("loss",), "secret_keys": ("config",)}
-ONLY |= {"launch": ("config", "recipe", "cluster", "exit_codes", "jobs"), "modes": ("config",)}
+ONLY = {"recipe": ("config", "recipe", "run_files.whole_file", "users_code")}
+ONLY |= {"jobs.cluster": ("config", "modes", "secret_keys"), "users_code": ()}
+ONLY |= {"loss": ("loss",), "secret_keys": ("config",), "modes": ("config",)}
+ONLY |= {"launch": ("config", "recipe", "jobs.cluster", "exit_codes", "jobs.starts")}
 # Importing these may bring Megatron along; importing any other must not.
-NEEDS_MEGATRON = (
-    "mcore",
-    "supplies",
-    "teacher",
-    "student",
-    "agreement",
-    "publisher",
-    "trainer",
-    "assemble",
-)
-NEEDS_MEGATRON += (
-    "token_kl",
-    "lagged",
-    "reweigh",
-    "entropy_choice",
-    "teacher_loop",
-    "world",
-)
-NEEDS_MEGATRON += ("server_teacher", "reach_teacher", "saves")
-WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "plan")
-WITHOUT_TORCH += (
-    "placement",
-    "prefix",
-    "preflight",
-    "recipe",
-    "served",
-    "types",
-    "validate",
-)
+NEEDS_MEGATRON = ("mcore", "supplies", "teacher", "student", "publisher", "trainer", "assemble")
+NEEDS_MEGATRON += ("world", "saves", "weighing.agreement", "weighing.token_kl")
+NEEDS_MEGATRON += ("weighing.reweigh", "weighing.entropy_choice")
+NEEDS_MEGATRON += ("teachers.lagged", "teachers.loop", "teachers.server", "teachers.reach")
+WITHOUT_TORCH = ("cli", "config", "doctor", "launcher", "layout", "placement", "plan", "prefix")
+WITHOUT_TORCH += ("preflight", "recipe", "teachers.served", "types", "validate")
 
 
 @dataclass(frozen=True)
@@ -113,9 +82,24 @@ class Import:
     at_import: bool  # False: inside a function, run when it is called
 
 
+def listed() -> tuple[str, ...]:
+    return tuple(name for layer in LAYERS for name in layer)
+
+
+@cache
 def part(module: str) -> str:
-    """The entry of LAYERS that a module belongs to."""
+    """The entry of LAYERS that a module belongs to; empty where there is none."""
+    return max((name for name in listed() if within(module, (name,))), key=len, default="")
+
+
+def top(module: str) -> str:
     return module.partition(".")[0]
+
+
+def only_says_what_it_holds(path: Path) -> bool:
+    """An ``__init__`` of a package whose modules have layers of their own."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return path.name == "__init__.py" and len(tree.body) == 1 and bool(ast.get_docstring(tree))
 
 
 def within(module: str, parts: tuple[str, ...]) -> bool:
@@ -172,10 +156,19 @@ def ours() -> list[Import]:
 
 
 def test_every_module_has_a_layer() -> None:
-    listed = [name for layer in LAYERS for name in layer]
-    assert len(listed) == len(set(listed))
-    assert {part(module) for module in modules()} <= set(listed)
-    assert {"config", "mcore", "cli"} <= {part(module) for module in modules()}
+    names = listed()
+    assert len(names) == len(set(names))
+    # Where modules of a package are listed, all are: no other layer is meant for a new one.
+    assert [name for name in names if within(name.rpartition(".")[0], names)] == []
+    without = [module for module in modules() if not part(module)]
+    assert [module for module in without if not only_says_what_it_holds(modules()[module])] == []
+    assert {"config", "mcore", "cli", "teachers.served"} <= {part(module) for module in modules()}
+
+
+def test_every_name_of_the_lists_is_there() -> None:
+    allowed = {name for names in ONLY.values() for name in names}
+    named = {*listed(), *ONLY, *allowed, *NEEDS_MEGATRON, *WITHOUT_TORCH}
+    assert {name for name in named if not any(within(m, (name,)) for m in modules())} == set()
 
 
 def test_imports_point_downwards() -> None:
@@ -203,7 +196,7 @@ def test_packages_at_the_edges_stay_there(package: str) -> None:
     outside = [
         i
         for i in imports()
-        if part(i.of) == package and not i.ours and not within(i.by, EDGES[package])
+        if top(i.of) == package and not i.ours and not within(i.by, EDGES[package])
     ]
     assert outside == []
 
@@ -222,7 +215,7 @@ def test_megatron_is_needed_by_few() -> None:
     needs: dict[str, set[str]] = {module: set() for module in modules()}
     for found in imports():
         if found.at_import:
-            needs[found.by].add(found.of if found.ours else f"other:{part(found.of)}")
+            needs[found.by].add(found.of if found.ours else f"other:{top(found.of)}")
     for module in needs:
         above, _, _ = module.rpartition(".")
         needs[module] |= {above} & set(modules())

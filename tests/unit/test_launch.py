@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.cli import build_parser, main
-from megatron_prefix.cluster import (
+from megatron_prefix.commands.launch_arguments import cluster_of
+from megatron_prefix.config import DataConfig, EvalConfig, ModelConfig, Recipe, RolloutConfig
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
+from megatron_prefix.jobs.cluster import (
     Cluster,
     check_cluster,
     on_cluster,
     server_script,
     trainer_script,
 )
-from megatron_prefix.config import DataConfig, EvalConfig, ModelConfig, Recipe, RolloutConfig
-from megatron_prefix.launch_arguments import cluster_of
 from megatron_prefix.recipe import save_record
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from tests.tiny_models import write_tiny_qwen3
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -256,7 +256,8 @@ def test_options_win_over_the_recipes_own_cluster(
 ) -> None:
     recipe = tmp_path / "mine.py"
     recipe.write_text(
-        "from megatron_prefix.cluster import Cluster\nfrom megatron_prefix.config import Recipe\n"
+        "from megatron_prefix.config import Recipe\n"
+        "from megatron_prefix.jobs.cluster import Cluster\n"
         "def recipe():\n    return Recipe()\n"
         "def cluster():\n    return Cluster(executor='slurm', nodes=5, partition='gpu')\n"
     )

@@ -10,8 +10,8 @@ import torch
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM
 
+from megatron_prefix.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_prefix.tasks import sort_chain
-from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from megatron_prefix.account import read_account
 from megatron_prefix.config import LogConfig
-from megatron_prefix.metrics_page import PREFIX, TARGETS, MetricsPage, announced
-from megatron_prefix.run_log import RunLog
-from megatron_prefix.slow_phases import StepTimes, Verdict
+from megatron_prefix.health.metrics_page import PREFIX, TARGETS, MetricsPage, announced
+from megatron_prefix.health.slow_phases import StepTimes, Verdict
+from megatron_prefix.run_files.account import read_account
+from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.types import Flops
 from tests.unit.test_run_log import metrics
 

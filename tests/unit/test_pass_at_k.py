@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prefix.pass_at_k import (
+from megatron_prefix.evaluation.pass_at_k import (
     average,
     mean_over_problems,
     pass_at_k,

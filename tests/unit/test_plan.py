@@ -18,6 +18,7 @@ from megatron_prefix.config import (
     Recipe,
     TrainConfig,
 )
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.hf_folder import read_hf_folder
 from megatron_prefix.layout import Layout, padded_vocab_size
 from megatron_prefix.loss import Workspace, prefix_divergence
@@ -32,7 +33,6 @@ from megatron_prefix.plan.assumptions import assumptions
 from megatron_prefix.plan.rank_columns import rank_kinds
 from megatron_prefix.plan.view import plan_json, print_plan
 from megatron_prefix.prefix import model_shape, step_flops
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.validate import ValidRun, validate
 from tests.tiny_models import write_tiny_llama, write_tiny_qwen3
 

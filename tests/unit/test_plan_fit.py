@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_prefix.cli import BAD_INPUT, DONE, main
-from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import Recipe, RolloutConfig
+from megatron_prefix.jobs.cluster import Cluster
 from megatron_prefix.plan import (
     Change,
     ModelSizes,

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import DataConfig, ModelConfig, PrefixConfig, Recipe
-from megatron_prefix.config_teacher import TeacherServerConfig
+from megatron_prefix.config.teacher import TeacherServerConfig
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
+from megatron_prefix.jobs.cluster import Cluster
 from megatron_prefix.mcore.hf_map import served_model
 from megatron_prefix.plan import Plan, plan_recipe, refuse_what_does_not_fit
 from megatron_prefix.plan.fit import GIB, free_for_servers
@@ -21,7 +22,6 @@ from megatron_prefix.plan.servers import (
     weight_bytes,
 )
 from megatron_prefix.recipe import load_recipe
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from tests.tiny_models import write_tiny_deepseek_v3, write_tiny_llama
 
 BIG = "qwen3_32b_to_qwen3_8b_8xh100_bf16"

@@ -22,12 +22,12 @@ from megatron_prefix.config import (
     TokenWeightConfig,
     TrainConfig,
 )
-from megatron_prefix.config_modes import TeacherPromptConfig
+from megatron_prefix.config.modes import TeacherPromptConfig
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.modes import evaluation_due, is_supervised, probe_due, written_count
 from megatron_prefix.plan import Plan, Seen, look_at_prompts, make_plan
 from megatron_prefix.plan.view import plan_json, print_plan
 from megatron_prefix.prefix import Ledger, StepCost, build_policy, loss_start, model_shape
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.types import Rollout
 from megatron_prefix.validate import ValidRun, validate
 from tests.tiny_models import write_tiny_llama, write_tiny_qwen3, write_tiny_qwen3_moe

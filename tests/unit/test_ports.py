@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.agent import refuse_busy_port
-from megatron_prefix.cluster import Cluster, setup_lines
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import PORT_TAKEN
+from megatron_prefix.jobs.cluster import Cluster, setup_lines
 from megatron_prefix.launcher import KILLED, _end_all
 from megatron_prefix.worker import PortTaken, _join_world
 

@@ -11,7 +11,7 @@ from benchmarks import prefix_policies as benchmark
 from benchmarks._policy_rows import verdicts
 from benchmarks._quality import Quality
 from benchmarks._teacher_answers import writing_flops
-from megatron_prefix.evaluate import EvalSample, write_samples
+from megatron_prefix.evaluation.evaluate import EvalSample, write_samples
 from megatron_prefix.prefix import build_policy, loss_start
 from megatron_prefix.recipe import load_recipe
 from megatron_prefix.tasks import sort_chain

@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from megatron_prefix.config import DataConfig
-from megatron_prefix.prompts import PromptStream
+from megatron_prefix.data.prompts import PromptStream
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

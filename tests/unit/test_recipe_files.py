@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prefix.cluster import Cluster
 from megatron_prefix.config import Recipe
+from megatron_prefix.evaluation.scorers import load_scorer
+from megatron_prefix.jobs.cluster import Cluster
 from megatron_prefix.plan import ModelSizes, plan_recipe
 from megatron_prefix.plan.stages import whole_parameters
 from megatron_prefix.recipe import factory_beside, load_recipe, write_own_data
-from megatron_prefix.scorers import load_scorer
 from megatron_prefix.tasks import sort_chain
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))

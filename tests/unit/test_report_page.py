@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from megatron_prefix.cli import main
-from megatron_prefix.jsonl import read_records
 from megatron_prefix.report import comparison, markup, sections, texts
 from megatron_prefix.report.page import write_report
 from megatron_prefix.report.story import load_stories
+from megatron_prefix.run_files.jsonl import read_records
 from tests.run_folders import write_run, write_whole_run
 
 HOSTILE = "</div><script>document.title='pwned'</script><b onclick=x>\x00\u202e\ud800&amp;"

@@ -16,11 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_prefix.attempts import Follower, run_attempts
-from megatron_prefix.cancel import Patience, cancel_run
 from megatron_prefix.cli import main
 from megatron_prefix.config import Recipe, RunConfig, TrainConfig
-from megatron_prefix.jobs import (
+from megatron_prefix.jobs.attempts import Follower, run_attempts
+from megatron_prefix.jobs.cancel import Patience, cancel_run
+from megatron_prefix.jobs.run_state import is_active, last_record, read_state, state_lines
+from megatron_prefix.jobs.slurm_queue import JobState
+from megatron_prefix.jobs.starts import (
     JOBS,
     LocalStart,
     SlurmJob,
@@ -30,17 +32,15 @@ from megatron_prefix.jobs import (
     note_this_process,
     read_starts,
 )
-from megatron_prefix.jsonl import METRICS, JsonLines, metrics_record
 from megatron_prefix.recipe import save_record
-from megatron_prefix.run_state import is_active, last_record, read_state, state_lines
-from megatron_prefix.slurm_queue import JobState
+from megatron_prefix.run_files.jsonl import METRICS, JsonLines, metrics_record
 from tests.run_folders import metrics
 
 # Writes its number and that of its signal; a first TERM "saves" and ends with 75.
 LAUNCHER = """\
 import signal, sys, time
 from pathlib import Path
-from megatron_prefix.jobs import note_end, note_this_process
+from megatron_prefix.jobs.starts import note_end, note_this_process
 folder, stubborn = Path(sys.argv[1]), len(sys.argv) > 2
 start = note_this_process(folder)
 def stop(number, frame):
@@ -243,8 +243,8 @@ def test_servers_of_teachers_have_logs_too(folder: Path) -> None:
 def test_logs_are_followed_over_a_requeue_until_the_run_ends(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_prefix.attempts._LOOK_S", 0.05)
-    monkeypatch.setattr("megatron_prefix.attempts._POLL_S", 0.01)
+    monkeypatch.setattr("megatron_prefix.jobs.attempts._LOOK_S", 0.05)
+    monkeypatch.setattr("megatron_prefix.jobs.attempts._POLL_S", 0.01)
     note_slurm_job(folder, 12)
     logs, over = [folder / f"logs/job-12.{i}/trainer.out" for i in (0, 1, 2)], threading.Event()
     for path in logs:

@@ -9,17 +9,17 @@ from PIL import Image
 from rich.console import Console
 
 from megatron_prefix.config import LogConfig
-from megatron_prefix.figure import (
+from megatron_prefix.report.figure import (
     ACCURACY_COLOUR,
     KL_COLOUR,
     UNREACHED,
     quickstart_figure,
     unit_of,
 )
-from megatron_prefix.kl_grid import shrink
 from megatron_prefix.report.tables import phase_table, si, summary_table
-from megatron_prefix.run_history import load_run, summarise, write_summary
-from megatron_prefix.run_log import RunLog
+from megatron_prefix.run_files.history import load_run, summarise, write_summary
+from megatron_prefix.run_files.kl_grid import shrink
+from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.types import Flops
 from tests.run_folders import Answers, metrics, write_run
 

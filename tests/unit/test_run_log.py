@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_prefix import jsonl
 from megatron_prefix.config import LogConfig
-from megatron_prefix.kl_grid import mean_kl
-from megatron_prefix.progress import Pace, duration
-from megatron_prefix.run_log import PACKAGE, RunLog, setup_logging
-from megatron_prefix.tb_writer import flops_ratio, kl_heat_map
+from megatron_prefix.run_files import jsonl
+from megatron_prefix.run_files.kl_grid import mean_kl
+from megatron_prefix.run_files.log import PACKAGE, RunLog, setup_logging
+from megatron_prefix.run_files.progress import Pace, duration
+from megatron_prefix.run_files.tb_writer import flops_ratio, kl_heat_map
 from megatron_prefix.types import Flops, StepMetrics
 
 QUIET = LogConfig(tensorboard=False)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prefix.scorers import Generated, Verdict, exact, load_scorer, math, suffix
+from megatron_prefix.evaluation.scorers import Generated, Verdict, exact, load_scorer, math, suffix
 from tests.refused import refusal_of
 
 

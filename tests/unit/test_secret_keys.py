@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.cli import build_parser, main
-from megatron_prefix.cluster import Cluster, check_cluster, trainer_script
+from megatron_prefix.commands.launch_arguments import cluster_of
 from megatron_prefix.config import DataConfig, ModelConfig, Recipe, RolloutConfig
-from megatron_prefix.launch_arguments import cluster_of
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
+from megatron_prefix.jobs.cluster import Cluster, check_cluster, trainer_script
 from megatron_prefix.recipe import fingerprint, load_recipe, load_record, save_record
 from megatron_prefix.rollout.addresses import recipe_endpoints
 from megatron_prefix.secret_keys import check_secrets, key_prefix, names_a_secret, resolve
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from tests.tiny_models import write_tiny_qwen3
 
 SECRET = "a $(secret) 'of ours"

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prefix.cluster import Cluster, check_cluster
 from megatron_prefix.config import DataConfig, ModelConfig, Recipe, TrainConfig
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
+from megatron_prefix.jobs.cluster import Cluster, check_cluster
 from megatron_prefix.plan import make_plan
 from megatron_prefix.prefix import model_shape
 from megatron_prefix.recipe import fingerprint, load_recipe, save_record
 from megatron_prefix.rollout.addresses import node_file, write_endpoints
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.protocol import ServerUnavailable
-from megatron_prefix.served import (
+from megatron_prefix.teachers.served import (
     endpoints_file,
     model_config,
     server_settings,
 )
-from megatron_prefix.server_files import ServerFiles
-from megatron_prefix.tokenizers import write_byte_tokenizer
+from megatron_prefix.teachers.server_files import ServerFiles
 from megatron_prefix.validate import validate
 from tests.tiny_models import write_tiny_llama, write_tiny_qwen3
 
@@ -188,7 +188,7 @@ def test_over_nodes_a_teachers_servers_run_already_or_have_nodes_of_their_own(
         check_cluster(serving, named)
     with pytest.raises(ValueError, match="--server-nodes 1 and --teacher-server-nodes 1 of --node"):
         check_cluster(replace(serving, nodes=2), recipe)
-    command = [sys.executable, "-m", "megatron_prefix.serve_teachers", "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "megatron_prefix.teachers.serve", "--host", "127.0.0.1"]
     command += [str(save_record(named, tmp_path)), "--endpoints-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

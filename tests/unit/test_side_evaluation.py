@@ -16,8 +16,7 @@ from megatron_prefix.config import (
     Recipe,
     TrainConfig,
 )
-from megatron_prefix.evaluate import EvalResult
-from megatron_prefix.jsonl import read_records
+from megatron_prefix.evaluation.evaluate import EvalResult
 from megatron_prefix.modes import (
     asks_servers,
     check_own_servers,
@@ -29,7 +28,8 @@ from megatron_prefix.orders import Order
 from megatron_prefix.prefix import Ledger, ModelShape, build_policy
 from megatron_prefix.rollout.pool import Roster
 from megatron_prefix.rollout.protocol import NoRollouts, ServerUnavailable, SglangError
-from megatron_prefix.run_log import RunLog
+from megatron_prefix.run_files.jsonl import read_records
+from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.types import Rollout
 from megatron_prefix.validate.data import check_data
 

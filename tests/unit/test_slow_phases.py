@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_prefix.slow_phases import SlowPhases, StepTimes, Verdict, _ratios
+from megatron_prefix.health.slow_phases import SlowPhases, StepTimes, Verdict, _ratios
 
 HOSTS = ("node1", "node1", "node2")
 PHASES = ("rollout", "student", "sync")

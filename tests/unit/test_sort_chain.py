@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_prefix.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_prefix.tasks import sort_chain
 from megatron_prefix.tasks.sort_chain import Problem, ScoredAnswer, score
-from megatron_prefix.tokenizers import load_tokenizer, stop_token_ids
 
 EXAMPLE = Problem(
     "^u6a6e8j3h0b0>",

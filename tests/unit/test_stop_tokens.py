@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.config import DataConfig, ModelConfig, Recipe, RolloutConfig, StopTokensConfig
-from megatron_prefix.stop_tokens import (
+from megatron_prefix.data.stop_tokens import (
     agreed_stop_ids,
     check_stop_tokens,
     stop_tokens,
     template_stop_ids,
 )
-from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
+from megatron_prefix.data.tokenizers import load_tokenizer, write_byte_tokenizer
 from tests.refused import refusal_of
 
 PAD, BOS, END, SPARE = 256, 257, 261, 262  # of the byte tokenizer; its template writes <end>

@@ -9,9 +9,9 @@ import torch
 
 from megatron_prefix.batch import as_teacher_reads, pack, plan_microbatches
 from megatron_prefix.config import DataConfig, ModeConfig, ModelConfig, Recipe, TeacherPromptConfig
-from megatron_prefix.prompts import PromptStream
-from megatron_prefix.teacher_prompts import teacher_readers
-from megatron_prefix.tokenizers import load_tokenizer, write_byte_tokenizer
+from megatron_prefix.data.prompts import PromptStream
+from megatron_prefix.data.teacher_prompts import teacher_readers
+from megatron_prefix.data.tokenizers import load_tokenizer, write_byte_tokenizer
 from megatron_prefix.types import Prompt, Rollout
 
 ROW = {"prompt": "2+2?", "prompt_de": "Was ist 2+2?", "solution": "It is 4."}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_prefix.config import TokenWeightConfig
 from megatron_prefix.loss.teacher_view import teacher_view
-from megatron_prefix.token_weights import (
+from megatron_prefix.weighing.token_weights import (
     change_point,
     raw_weights,
     reward_weights,

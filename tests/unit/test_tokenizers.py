@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prefix.tasks import sort_chain
-from megatron_prefix.tokenizers import (
+from megatron_prefix.data.tokenizers import (
     check_same_tokenizer,
     load_tokenizer,
     stop_token_ids,
     write_byte_tokenizer,
 )
+from megatron_prefix.tasks import sort_chain
 
 
 def byte_folder(folder: Path, eos: object = 261) -> str:

@@ -20,11 +20,11 @@ from megatron_prefix.config import (
     Recipe,
     TrainConfig,
 )
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.placement import resolve_world_size
 from megatron_prefix.prefix.registry import POLICIES
 from megatron_prefix.preflight import check_data_sets, check_machine, open_prompts
 from megatron_prefix.recipe import load_recipe, save_record
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from megatron_prefix.validate import validate
 from megatron_prefix.validate.limits import CHOICES, RANGES, setting
 from tests.refused import refusal_of

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from megatron_prefix.exit_codes import HUNG
-from megatron_prefix.watchdog import (
+from megatron_prefix.health.watchdog import (
     Watchdog,
     hang_found,
     hang_report,
@@ -20,7 +20,7 @@ from megatron_prefix.watchdog import (
 RANK = """
 import sys, time
 from pathlib import Path
-from megatron_prefix.watchdog import Watchdog
+from megatron_prefix.health.watchdog import Watchdog
 folder, rank, timeout_s = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 def stuck_in_the_middle(seconds):
     time.sleep(seconds)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prefix.whole_file import whole_file
+from megatron_prefix.run_files.whole_file import whole_file
 
 
 def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path: Path) -> None:

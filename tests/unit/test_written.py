@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from megatron_prefix.config import DataConfig, ModeConfig, Recipe, TrainConfig, WrittenConfig
-from megatron_prefix.sources import ModeSource
+from megatron_prefix.data.sources import ModeSource
+from megatron_prefix.data.tokenizers import load_tokenizer
+from megatron_prefix.data.written import WrittenSource, check_written
 from megatron_prefix.tasks import sort_chain
-from megatron_prefix.tokenizers import load_tokenizer
 from megatron_prefix.types import Rollout
-from megatron_prefix.written import WrittenSource, check_written
 from tests.refused import refusal_of
 
 STOPS = (sort_chain.EOS_ID,)

@@ -1,0 +1,1 @@
+"""What ``megatron-prefix advise`` makes of full-length rollouts. Pure."""

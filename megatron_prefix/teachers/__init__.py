@@ -1,0 +1,1 @@
+"""Teachers that lag behind the student, have ranks of their own, or stand behind servers."""
