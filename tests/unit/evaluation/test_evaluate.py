@@ -22,7 +22,7 @@ from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.tasks import sort_chain
 from megatron_prefix.types import FinishReason, Prompt, Rollout
 
-GSM8K = Path(__file__).parents[1] / "assets" / "gsm8k_8.jsonl"
+GSM8K = Path(__file__).parents[2] / "assets" / "gsm8k_8.jsonl"
 END = 261
 BARE = DataConfig(chat_template="never")
 

@@ -19,7 +19,7 @@ from megatron_prefix.health.slow_phases import StepTimes, Verdict
 from megatron_prefix.run_files.account import read_account
 from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.types import Flops
-from tests.unit.test_run_log import metrics
+from tests.unit.run_files.test_run_log import metrics
 
 
 def free() -> int:
@@ -128,7 +128,7 @@ def test_the_page_on_operations_names_every_metric(tmp_path: Path) -> None:
     with RunLog(tmp_path / "named", settings, 10) as log:
         tell(log)
         served = {sample.name for sample in samples(port)}
-    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
     assert set(re.findall(r"`(megatron_prefix_\w+)", text)) == served
 
 
