@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.layout import Layout
 from megatron_prefix.modes import needs_prompts, needs_written, section_of, teachers_of
 from megatron_prefix.validate import ValidRun
 
@@ -23,25 +22,12 @@ def check_machine(run: ValidRun) -> None:
         if model.fp8.format != "off":
             refuse_machine(model.fp8, owner)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not gpus:
-        models = {section_of(domain): model for domain, model in run.more_teachers.items()}
-        for owner, valid in {"student": run.student, "teacher": run.teacher, **models}.items():
-            _refuse_ragged_gather(valid.layout, owner)
     if recipe.rollout.device == "cuda" and not gpus:
         raise ValueError("rollout.device=cuda and this machine has no NVIDIA GPU; set it to cpu")
     if gpus and run.world_size > gpus:
         raise ValueError(
             f"{run.world_size} ranks need a GPU each and this machine has {gpus}; set "
             f"run.world_size={gpus} or less, with layouts that fit"
-        )
-
-
-def _refuse_ragged_gather(layout: Layout, owner: str) -> None:
-    if layout.ep > 1 and layout.expert_tp > 1:
-        raise ValueError(
-            f"{owner}.expert_tensor_parallel_size={layout.expert_tp} with {owner}."
-            f"expert_model_parallel_size={layout.ep} gathers unlike numbers of tokens, which gloo "
-            f"cannot; set {owner}.expert_tensor_parallel_size=1 on a machine without a GPU"
         )
 
 

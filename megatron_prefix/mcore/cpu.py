@@ -48,6 +48,7 @@ def adapt_to_cpu() -> bool:
     _adapt_rng()
     _adapt_optimizers()
     _adapt_token_dispatcher()
+    _adapt_ragged_gathers()
     _adapt_checkpoint_writers()
     return True
 
@@ -224,6 +225,38 @@ def _adapt_token_dispatcher() -> None:
         return move(tensor)
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _adapt_ragged_gathers() -> None:
+    """gloo gathers and scatters equal parts alone; experts that are both spread and cut have as
+    many tokens each as their router chose."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather = mappings._gather_along_first_dim
+    scatter = mappings._reduce_scatter_along_first_dim
+
+    def gather_ragged(
+        own: torch.Tensor, group: Any, output_split_sizes: Any = None, *rest: Any, **named: Any
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(own, group, output_split_sizes, *rest, **named)
+        longest = max(output_split_sizes)
+        padded = own.new_zeros((longest, *own.shape[1:]))
+        padded[: len(own)] = own
+        parts = gather(padded, group, None, *rest, **named).split(longest)
+        return torch.cat([p[:n] for p, n in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter_ragged(
+        whole: torch.Tensor, group: Any, input_split_sizes: Any = None, *rest: Any, **named: Any
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(whole, group, input_split_sizes, *rest, **named)
+        summed = whole.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(summed, group=group)
+        return summed.split(input_split_sizes)[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim = gather_ragged
+    mappings._reduce_scatter_along_first_dim = scatter_ragged
 
 
 def _adapt_checkpoint_writers() -> None:

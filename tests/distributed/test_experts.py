@@ -44,6 +44,7 @@ LAYOUTS = {
     "tp2": (2, TP2, TP2),
     "tp2, whole experts": (2, TP2 | {"expert_tensor_parallel_size": 1}, TP2),
     "tp2, ep2": (2, TP2 | EP2 | {"expert_tensor_parallel_size": 1}, TP2),
+    "tp2, ep2, both cut experts": (4, TP2 | EP2, TP2 | EP2),
     "pp2, teacher ep2": (2, {"pp": 2}, EP2),
     "pp2, ep2": (4, {"pp": 2} | EP2, {"pp": 2} | EP2),
     "dp4, ep2": (4, EP2, {"expert_model_parallel_size": 4}),
@@ -53,11 +54,12 @@ LAYOUTS = {
 }
 
 
+SOME = ("tp2", "tp2, ep2", "tp2, ep2, both cut experts", "pp2, ep2", "recompute, pp2")
 # The student's family, the teacher's model, and the layouts that they are trained in.
 TRAINED = {
     ("qwen3-moe", "teacher"): LAYOUTS,
     ("mixtral", "teacher"): LAYOUTS,
-    ("deepseek-v3", "deepseek-v2"): ("tp2", "tp2, ep2", "pp2, ep2", "recompute, pp2"),
+    ("deepseek-v3", "deepseek-v2"): SOME,
     ("gpt-oss", "teacher"): ("tp2, ep2", "pp2, ep2", "recompute, ep2"),
 }
 

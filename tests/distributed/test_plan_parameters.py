@@ -29,7 +29,6 @@ from megatron_prefix.modes import teachers_of
 from megatron_prefix.plan import Stage, count_held, make_plan
 from megatron_prefix.plan.build import question
 from megatron_prefix.plan.teachers import teachers_that_score
-from megatron_prefix.preflight import check_machine
 from megatron_prefix.rollout.records import rollout_file
 from megatron_prefix.types import Held
 from megatron_prefix.validate import ValidRun, validate
@@ -197,7 +196,6 @@ def test_plan_of_latent_attention_equals_what_is_allocated(tmp_path: Path) -> No
 def test_plan_of_sinks_and_of_experts_cut_and_spread_equals_what_is_allocated(
     tmp_path: Path,
 ) -> None:
-    """Experts that are cut and spread at once are planned where they could not run."""
     write_tiny_mixtral(tmp_path / "student", vocab_size=265)
     write_tiny_gpt_oss(tmp_path / "teacher", vocab_size=272)
     layout = {"tp": 2, "sequence_parallel": True, "expert_model_parallel_size": 2}
@@ -205,8 +203,6 @@ def test_plan_of_sinks_and_of_experts_cut_and_spread_equals_what_is_allocated(
     student = model_config(tmp_path / "student", **layout)
     recipe = recipe_of(tmp_path, student, model_config(tmp_path / "teacher", **layout, **whole), 4)
     check_plan(recipe)
-    with pytest.raises(ValueError, match="student.expert_tensor_parallel_size=2 with .* gloo"):
-        check_machine(validate(recipe))
 
 
 def recipe_of(folder: Path, student: ModelConfig, teacher: ModelConfig, world: int = 0) -> Recipe:
