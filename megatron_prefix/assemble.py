@@ -35,7 +35,6 @@ from megatron_prefix.publisher import (
     NoPublisher,
     Publisher,
     ServerPublisher,
-    backend_for,
 )
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.collector import Collector
@@ -154,8 +153,7 @@ def _publisher(
     if fleet is not None:
         logger.info("waiting for %d SGLang server(s)", len(fleet.members))
         fleet.meet()
-    backend = backend_for(this_device())
-    publisher = ServerPublisher(student, recipe.rollout, fleet, backend, folder)
+    publisher = ServerPublisher(student, recipe.rollout, fleet, this_device(), folder)
     stack.callback(publisher.close)
     return publisher
 

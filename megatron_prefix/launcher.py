@@ -22,7 +22,15 @@ from megatron_prefix.modes import check_own_servers, needs_servers, section_of, 
 from megatron_prefix.placement import WorldLayout, resolve_world_size, world_layout
 from megatron_prefix.recipe import check_run_folder, save_record
 from megatron_prefix.rollout.addresses import recipe_endpoints, write_endpoints
-from megatron_prefix.rollout.server import Server, ServerFailed, free_port, start_server
+from megatron_prefix.rollout.cards import first_server_gpu, gpus_here
+from megatron_prefix.rollout.command import resolve_device
+from megatron_prefix.rollout.server import (
+    Server,
+    ServerFailed,
+    free_port,
+    start_server,
+    wait_healthy,
+)
 from megatron_prefix.rollout.supervisor import Supervisor
 from megatron_prefix.teachers.serve import teacher_supervisor
 from megatron_prefix.teachers.served import endpoints_file
@@ -60,6 +68,11 @@ def _run(recipe: Recipe, record: Path, stops: list[int]) -> int:
         endpoints = stack.enter_context(_endpoints_file(recipe, supervisor, teachers))
         arguments = [str(record), "--endpoints", str(endpoints)]
         arguments += ["--teacher-endpoints", str(endpoints.parent)]
+        try:
+            _wait_if_gpus_are_shared(recipe, supervisor, lambda: bool(stops))
+        except ServerFailed as error:
+            print(f"megatron-prefix: error: {error}", file=sys.stderr, flush=True)
+            return FAILED
         for restarts_left in reversed(range(recipe.run.max_restarts + 1)):
             with contextlib.ExitStack() as ranks_stack:
                 ranks = [
@@ -93,10 +106,25 @@ def _start_servers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) ->
             port=port,
             seed=recipe.train.seed,
             api_key=api_key,
+            first_gpu=_first_gpu(recipe),
         )
 
     ours = needs_servers(recipe) and not recipe.rollout.server_urls
     return _supervise(Supervisor(start, recipe.rollout), recipe.rollout.num_servers * ours, stack)
+
+
+def _first_gpu(recipe: Recipe) -> int:
+    return first_server_gpu(recipe.rollout, resolve_world_size(recipe), gpus_here())
+
+
+def _wait_if_gpus_are_shared(
+    recipe: Recipe, supervisor: Supervisor, should_stop: Callable[[], bool]
+) -> None:
+    """A server takes its share of what it finds free: on the ranks' GPUs it comes first."""
+    on_gpus = supervisor.servers and resolve_device(recipe.rollout.device) == "cuda"
+    if on_gpus and _first_gpu(recipe) < resolve_world_size(recipe):
+        timeout_s = recipe.rollout.start_timeout_s
+        wait_healthy(supervisor.servers, timeout_s=timeout_s, should_stop=should_stop)
 
 
 def _start_teachers(

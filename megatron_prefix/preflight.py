@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from megatron_prefix.config import Recipe
+from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.modes import needs_prompts, needs_written, section_of, teachers_of
 from megatron_prefix.validate import ValidRun
 
@@ -18,16 +18,28 @@ def check_machine(run: ValidRun) -> None:
 
     recipe = run.recipe
     teachers = {section_of(name): model for name, model in teachers_of(recipe).items()}
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for owner, model in {"student": recipe.student, **teachers}.items():
         if model.fp8.format != "off":
             refuse_machine(model.fp8, owner)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if gpus:
+            refuse_fp32_shares(model, owner)
     if recipe.rollout.device == "cuda" and not gpus:
         raise ValueError("rollout.device=cuda and this machine has no NVIDIA GPU; set it to cpu")
     if gpus and run.world_size > gpus:
         raise ValueError(
             f"{run.world_size} ranks need a GPU each and this machine has {gpus}; set "
             f"run.world_size={gpus} or less, with layouts that fit"
+        )
+
+
+def refuse_fp32_shares(model: ModelConfig, owner: str) -> None:
+    """ValueError for what no attention of Transformer Engine's can do."""
+    ranks = model.context_parallel_size
+    if ranks > 1 and model.params_dtype == "fp32":
+        raise ValueError(
+            f"{owner}.context_parallel_size={ranks} with {owner}.params_dtype=fp32 has no "
+            f"attention on a GPU; set {owner}.params_dtype=bf16 or {owner}.context_parallel_size=1"
         )
 
 

@@ -17,6 +17,7 @@ from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.model import DTYPES, MegatronModel
 from megatron_prefix.mcore.weights import hf_buckets
+from megatron_prefix.rollout.cards import has_gpu
 from megatron_prefix.rollout.checksum import (
     ServedLayout,
     WeightHasher,
@@ -71,11 +72,11 @@ class ServerPublisher:
         model: MegatronModel,
         rollout: RolloutConfig,
         fleet: Fleet | None,
-        backend: str,
+        device: torch.device,
         folder: Path,
     ) -> None:
         self._model, self._rollout, self._fleet = model, rollout, fleet
-        self._backend, self._folder = backend, folder
+        self._device, self._folder = device, folder
         self._group: WeightGroup | None = None
         self._joined: list[Endpoint] = []
         self._published = 0
@@ -142,10 +143,25 @@ class ServerPublisher:
         if self._group is None:
             clients = [member.client for member in fleet.members]
             self._group = WeightGroup.join(
-                clients, backend=self._backend, timeout_s=self._rollout.sync_timeout_s
+                clients, backend=self._backend(clients), timeout_s=self._rollout.sync_timeout_s
             )
             self._joined = _endpoints(fleet)
         return self._group
+
+    def _backend(self, clients: Sequence[SglangClient]) -> str:
+        """Of a group with ``clients``. NCCL refuses two members on one GPU, so weights go to a
+        server that shares this rank's through host memory."""
+        if self._rollout.weight_backend != "auto":
+            return self._rollout.weight_backend
+        if self._device.type != "cuda":
+            return "gloo"
+        timeout_s = self._rollout.sync_timeout_s
+        for client in clients:
+            info = client.server_info(timeout_s=timeout_s)
+            if has_gpu(client.url, info, self._device.index or 0):
+                logger.info("%s shares rank 0's GPU: weights go over gloo", client.url)
+                return "gloo"
+        return "nccl"
 
     @contextlib.contextmanager
     def _judged(self) -> Iterator[None]:
@@ -203,7 +219,3 @@ def _endpoints(fleet: Fleet) -> list[Endpoint]:
 def model_dtype(model: MegatronModel) -> str:
     """ "bf16" or "fp32", as recipes name it."""
     return next(name for name, dtype in DTYPES.items() if dtype == model.config.params_dtype)
-
-
-def backend_for(device: torch.device) -> str:
-    return "nccl" if device.type == "cuda" else "gloo"

@@ -96,6 +96,9 @@ class RolloutConfig:
     device: str = "auto"  # auto | cuda | cpu: where servers that we start run
     dtype: str = "auto"  # auto: the student's params_dtype
     server_tensor_parallel_size: int = 1
+    # Of this machine, from which on servers that we start have their GPUs; -1: behind those of the
+    # ranks where there are enough, otherwise the ranks' own.
+    first_gpu: int = -1
     max_total_tokens: int = 0  # of the servers' cache; 0: SGLang decides (60000 on a CPU)
     server_args: tuple[str, ...] = ()  # more arguments for sglang.launch_server
     start_timeout_s: float = 300.0
@@ -110,6 +113,9 @@ class RolloutConfig:
     # to be kept (its finish_reason is "abort"); above 1 none is kept.
     keep_aborted_above: float = 2.0
     weight_sync: str = "distributed"  # distributed | disk
+    # auto | nccl | gloo: of the group that weights go through. auto: nccl on GPUs, but gloo, by way
+    # of host memory, where a server has rank 0's GPU, which NCCL refuses.
+    weight_backend: str = "auto"
     sync_timeout_s: float = 120.0  # of one collective with the servers
     bucket_mib: float = 512.0  # of one streamed weight bucket
     verify_weights_every: int = 50  # syncs between two checksum proofs; 1: every one; 0: first only

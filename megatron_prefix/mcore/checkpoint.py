@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prefix.config import CheckpointConfig
+from megatron_prefix.mcore.fp8 import allowing_pickled_scales
 from megatron_prefix.mcore.optimizer import TrainableStudent
 from megatron_prefix.mcore.optimizer_state import join_state, optimizer_step, split_state
 from megatron_prefix.mcore.sealing import Sealing
@@ -37,6 +38,7 @@ from megatron_prefix.mcore.step_folders import (
     set_aside,
     step_folder,
 )
+from megatron_prefix.mcore.writers_queue import make_writers_queue
 
 logger = logging.getLogger(__name__)
 _ROOM, _ROOM_BYTES = "room", 16 * 2**20  # for metadata and manifest, beside the tensors
@@ -94,6 +96,7 @@ class Checkpointer:
         self._problem = self._problem or earlier
 
     def _start(self, partial: Path, final: Path, run_state: str) -> None:
+        make_writers_queue()
         state, _ = self._sharded_state(is_loading=False)
         request = dist_checkpointing.save(
             state,
@@ -194,7 +197,8 @@ class Checkpointer:
         same_layout = run_state.get("layout") == self.layout_record()
         wanted, own = self._sharded_state(is_loading=True, with_rng=same_layout)
         state = dist_checkpointing.load(wanted, str(folder))
-        self._student.model.module.load_state_dict(state["model"])
+        with allowing_pickled_scales(self._student.model.config):
+            self._student.model.module.load_state_dict(state["model"])
         self._student.optimizer.load_state_dict(
             join_state(state["optimizer"], own, state["optimizer_step"])
         )

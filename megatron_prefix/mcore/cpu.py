@@ -6,18 +6,13 @@ is a GPU. This file answers those calls on the CPU and touches nothing else. Cal
 """
 
 import contextlib
-import ctypes
 import functools
-import multiprocessing
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CPU = torch.device("cpu")
 FACTORIES = (
     "arange",
@@ -49,7 +44,6 @@ def adapt_to_cpu() -> bool:
     _adapt_optimizers()
     _adapt_token_dispatcher()
     _adapt_ragged_gathers()
-    _adapt_checkpoint_writers()
     return True
 
 
@@ -257,22 +251,3 @@ def _adapt_ragged_gathers() -> None:
 
     mappings._gather_along_first_dim = gather_ragged
     mappings._reduce_scatter_along_first_dim = scatter_ragged
-
-
-def _adapt_checkpoint_writers() -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    def forked_queue(_: str = "spawn") -> Any:
-        # Spawning imports torch once more for every rank; without CUDA a fork is safe.
-        if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-            manager.start(initializer=_die_with_rank)
-            filesystem_async._results_queue = manager.Queue()
-        return filesystem_async._results_queue
-
-    filesystem_async.get_write_results_queue = forked_queue
-
-
-def _die_with_rank() -> None:
-    """For the queue's process, which would outlive a rank that is killed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

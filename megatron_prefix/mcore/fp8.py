@@ -4,9 +4,11 @@ Sources: Transformer Engine's recipes; blockwise (128x128, DeepSeek style) needs
 Hopper, mxfp8 and nvfp4 need Blackwell.
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +18,13 @@ from megatron_prefix.config import Fp8Config, ModelConfig
 from megatron_prefix.layout import Layout
 from megatron_prefix.mcore.hf_map.shape import DecoderShape
 
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
 FORMATS = ("off", "e4m3", "hybrid")
 RECIPES = ("blockwise", "tensorwise", "delayed")
 BLACKWELL_ONLY = ("mxfp8", "nvfp4")
+_UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"  # read by Transformer Engine at each load
 SEQUENCE_MULTIPLE = 128  # blockwise wants token counts divisible by 128
 
 
@@ -114,6 +120,23 @@ def saved_activation_bytes(model: ModelConfig, shape: DecoderShape, layers: Sequ
     if model.sequence_parallel:
         whole //= tp
     return max(0, *in_fp8) * (whole + sharded // tp)
+
+
+@contextlib.contextmanager
+def allowing_pickled_scales(config: "TransformerConfig") -> Iterator[None]:
+    """Transformer Engine pickles the histories of delayed scaling and reads none back unless it is
+    told that their file is to be trusted. For a run's own checkpoint, whose sums were verified."""
+    if not config.fp8 or config.fp8_recipe != "delayed":
+        yield
+        return
+    before = os.environ.get(_UNPICKLE)
+    os.environ[_UNPICKLE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_UNPICKLE]
+        if before is not None:
+            os.environ[_UNPICKLE] = before
 
 
 def drop_weight_copies(module: nn.Module) -> None:

@@ -5,7 +5,8 @@ from megatron.core import dist_checkpointing
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.steps import check_saved_weights
 
-EXTRA_STATE = "_extra_state"  # of linear layers: FP8 scales of a run, nothing otherwise
+# Of linear layers: FP8 scales of a run, nothing otherwise. Grouped experts number theirs.
+EXTRA_STATE = "_extra_state"
 
 
 def load_saved_weights(model: MegatronModel, folder: str) -> None:
@@ -13,7 +14,7 @@ def load_saved_weights(model: MegatronModel, folder: str) -> None:
     of ``check_saved_weights``."""
     step = check_saved_weights(model.hf, folder)
     sharded = model.module.sharded_state_dict(metadata={"dp_cp_group": model.groups.pg.dp_cp})
-    wanted = {key: tensor for key, tensor in sharded.items() if not key.endswith(EXTRA_STATE)}
+    wanted = {key: tensor for key, tensor in sharded.items() if EXTRA_STATE not in key}
     state = dist_checkpointing.load(
         {"model": wanted},
         str(step),
@@ -21,4 +22,4 @@ def load_saved_weights(model: MegatronModel, folder: str) -> None:
     )
     left = model.module.load_state_dict(state["model"], strict=False)
     assert not left.unexpected_keys, left
-    assert all(key.endswith(EXTRA_STATE) for key in left.missing_keys), left
+    assert all(EXTRA_STATE in key for key in left.missing_keys), left

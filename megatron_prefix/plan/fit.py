@@ -202,6 +202,7 @@ def _layouts(run: ValidRun, owner: str) -> Iterator[Change]:
     bounds = {
         "expert_model_parallel_size": valid.hf.shape.num_experts,
         "tensor_model_parallel_size": CARDS_A_NODE,
+        "context_parallel_size": run.world_size,
         "pipeline_model_parallel_size": run.world_size,
     }
     for name, most in bounds.items():

@@ -31,6 +31,11 @@ _TORCHRUN_VARIABLES = (
 )
 
 
+# SGLang switches both off where nothing is said; the members of one group must agree. These are
+# NCCL's own defaults, which the ranks have.
+_NCCL_AS_IN_RANKS = {"NCCL_CUMEM_ENABLE": "-2", "NCCL_NVLS_ENABLE": "2"}
+
+
 @dataclass(frozen=True)
 class Launch:
     """What tells one server from another of the same ``RolloutConfig``."""
@@ -97,6 +102,9 @@ def server_environment(device: str, architecture: str, scratch: Path) -> dict[st
     }
     if device == "cpu":
         environment |= _cpu_environment(environment, architecture)
+    else:
+        environment = _NCCL_AS_IN_RANKS | environment
+        environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"  # ranks have unlike shares
     return environment
 
 

@@ -109,6 +109,7 @@ def _start(recipe: Recipe, host: str, node: int, index: int, port: int, api_key:
         seed=recipe.train.seed + node * recipe.rollout.num_servers,
         host=host,
         api_key=api_key,
+        first_gpu=max(recipe.rollout.first_gpu, 0),  # no rank is on this node
     )
 
 

@@ -25,6 +25,7 @@ from megatron_prefix.rollout.protocol import NoAnswer, RequestRefused, SglangErr
 
 _JOIN = "join the weight group"
 _WORDS_S = 2.0  # after a failure, for the other servers' words about it
+_NCCL_LATER_S = 60.0  # after our own timeout
 _PARTING_S = 5.0  # for each thing that a server is told when a group ends; it may hang
 Bucket = list[tuple[str, torch.Tensor]]  # Hugging Face names
 
@@ -100,7 +101,10 @@ class WeightGroup:
         ]
         # In a thread too: without all members it returns at its timeout only, and an invitation
         # that was refused should be heard of at once.
-        meeting = _in_thread(make_group, store, name, world_size, backend, timeout_s)
+        # NCCL ends the process of a broadcast that takes longer than its group's timeout: ours is
+        # found before, and the group given up.
+        patience_s = timeout_s + _NCCL_LATER_S
+        meeting = _in_thread(make_group, store, name, world_size, backend, patience_s)
         _first_failure([*invitations, meeting], timeout_s, _JOIN)
         return cls(clients, name, meeting.result(), store, timeout_s)
 
@@ -199,7 +203,8 @@ class WeightGroup:
         self._broken = True
         self._group.abort()
         silent = self._silent()
-        self._part([client for client in self._clients if client.url not in silent])
+        parting = self._part([client for client in self._clients if client.url not in silent])
+        concurrent.futures.wait(parting)
         return silent
 
     def _silent(self) -> dict[str, float]:
@@ -217,7 +222,7 @@ class WeightGroup:
         silent = {client.url: silence for client, answer in asked if not _answered(answer)}
         return silent if len(silent) < len(self._clients) else {}
 
-    def _part(self, clients: Sequence[SglangClient]) -> None:
+    def _part(self, clients: Sequence[SglangClient]) -> list[concurrent.futures.Future[None]]:
         """Side by side: one that hangs keeps no other waiting."""
 
         def part(client: SglangClient) -> None:
@@ -226,14 +231,16 @@ class WeightGroup:
                     client.end_weight_update(timeout_s=_PARTING_S)
                 client.leave_weight_group(self.name, timeout_s=_PARTING_S)
 
-        concurrent.futures.wait([_in_thread(part, client) for client in clients])
+        return [_in_thread(part, client) for client in clients]
 
     def close(self) -> None:
         """Leave the group; servers that still run leave it too."""
         if not self._broken:
             self._broken = True
-            self._part(self._clients)
+            # All at once: a member of an NCCL group may wait for the others to leave as well.
+            parting = self._part(self._clients)
             dist.destroy_process_group(self._group)
+            concurrent.futures.wait(parting)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

@@ -291,6 +291,10 @@ def test_a_servers_environment_has_nothing_of_torchruns(
     assert on_gpu["CUDA_VISIBLE_DEVICES"] == "3"
     assert on_gpu["PYTHONPATH"] == "mine", "the stand-in must never shadow a GPU's kernels"
     assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in on_gpu
+    assert on_gpu["NCCL_CUMEM_ENABLE"] == "-2", "as in the ranks that the servers meet"
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "0")
+    asked = server_environment("cuda", "Qwen3ForCausalLM", tmp_path)
+    assert asked["NCCL_CUMEM_ENABLE"] == "0"
     on_cpu = server_environment("cpu", "Qwen3ForCausalLM", tmp_path)
     assert on_cpu["PYTHONPATH"].endswith(f"cpu_engine{os.pathsep}mine")
     assert on_cpu["MEGATRON_PREFIX_SERVED_MODEL"] == "sglang.srt.models.qwen3:Qwen3ForCausalLM"

@@ -1,0 +1,33 @@
+"""The process through which a save's writers tell their rank what they wrote.
+
+Megatron-Core 0.19.2 spawns one that has Python's own handlers: a signal to all of a job's processes
+ends it, and with it the save that the signal asked for; and it outlives a rank that is killed.
+"""
+
+import ctypes
+import multiprocessing
+import signal
+from multiprocessing.managers import SyncManager
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_TOLD_TO_RANKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def make_writers_queue() -> None:
+    """Before a rank's first save, in place of the one that Megatron would make then."""
+    if filesystem_async._results_queue is not None:
+        return
+    # A spawned process imports torch anew; a fork is safe where there is no CUDA.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    manager = SyncManager(ctx=multiprocessing.get_context(method))
+    manager.start(initializer=_live_with_rank)
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _live_with_rank() -> None:
+    for number in _TOLD_TO_RANKS:
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
