@@ -45,6 +45,34 @@ def test_a_heterogeneous_job_is_requeued_whole_and_ends_its_servers_with_its_tra
     assert "--host 10.77.0." in started, "on the address of its own node"
 
 
+def test_a_teachers_server_has_a_node_of_its_own_and_ends_with_the_trainer(
+    virtual_slurm: VirtualSlurm, job: Job
+) -> None:
+    """The rollouts are replayed: the only server is the teacher's."""
+    steps = 3
+    settings = {
+        "train.steps": steps,
+        "teacher.placement": "server",
+        "teacher.server.top_k": 16,
+        "teacher.server.start_timeout_s": 900,
+    }
+    number = virtual_slurm.sbatch(
+        f"--output={job.root.parent}/taught.out", "--nodes=2", MULTI_NODE, "gsm8k_bytes",
+        *job.settings("taught by a step"), *(f"{key}={value}" for key, value in settings.items()),
+        SERVER_NODES="0", TEACHER_SERVER_NODES="1",
+    )  # fmt: skip
+    assert virtual_slurm.wait_for_end(number, 900) == "COMPLETED", output_of(job, "taught")
+    records = job.records("taught by a step")
+    assert [record["step"] for record in records] == list(range(1, steps + 1))
+    assert all(record["flops"]["teacher"] > 0 and record["loss"] > 0 for record in records)
+    logs = job.folder("taught by a step") / "logs"
+    assert not (logs / f"job-{number}.0" / "servers.out").exists()
+    assert "error" not in (logs / f"job-{number}.0" / "teachers.out").read_text()
+    (started,) = logs.glob("teacher-servers-0/server-0.log")
+    assert "--host 10.77.0." in started.read_text()
+    assert list((job.folder("taught by a step") / "endpoints").iterdir()) == []
+
+
 def test_servers_do_not_hide_that_the_trainer_failed(virtual_slurm: VirtualSlurm, job: Job) -> None:
     # Fails in the ranks, once there are no more rollouts.
     recorded = job.root / "one step"
