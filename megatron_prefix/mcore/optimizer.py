@@ -118,6 +118,10 @@ def _scheduler(
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # The recipe's schedule, not the checkpoint's: it stretches where a resumed run has more
+        # steps. Whatever else it is made of identifies the run.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     # Megatron starts warm-up at 0: the first update would be thrown away.
     scheduler.step(increment=1)

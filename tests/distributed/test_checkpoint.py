@@ -66,6 +66,15 @@ def test_resume_is_bit_for_bit(name: str, case: Case, tmp_path: Path) -> None:
         assert resumed[rank] == whole[rank][3:]
 
 
+def test_a_resumed_runs_schedule_stretches_with_its_steps(case: Case, tmp_path: Path) -> None:
+    cosine = replace(ADAM, lr_decay_style="cosine", lr_warmup_steps=1)
+    short, long = (replace(case, optimizer=cosine, total_steps=steps) for steps in (3, 6))
+    run_ranks(1, steps_from, short, tmp_path / "run", 1, 3, (3,))
+    (resumed,) = run_ranks(1, steps_from, long, tmp_path / "run", 1, 6)
+    (whole,) = run_ranks(1, steps_from, long, tmp_path / "other", 1, 6)
+    assert [lr for *_, lr in resumed] == [lr for *_, lr in whole[3:]]
+
+
 @pytest.mark.parametrize("target", ["one rank", "pp2", "dp2"])
 def test_loads_into_another_layout(target: str, case: Case, tmp_path: Path) -> None:
     whole = run_ranks(2, steps_from, in_layout(case, 2, 1), tmp_path, 2, 5, (3,))

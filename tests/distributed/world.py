@@ -33,6 +33,7 @@ class Case:
     # eps far above any gradient makes Adam linear: updates compare as gradients do, where Adam
     # itself would blow rounding of tiny gradients up to whole steps.
     optimizer: OptimizerConfig = OptimizerConfig(lr=1.0, adam_eps=1.0, clip_grad=0.0)
+    total_steps: int = 100  # that the learning rate's schedule spans
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class World:
         groups, head = student.groups, None
         if groups.is_last_stage:
             head = load_teacher_head(student, teacher.hf, teacher.config.params_dtype, CPU)
-        trainable = make_trainable(student, case.optimizer, 100)
+        trainable = make_trainable(student, case.optimizer, case.total_steps)
         objective = Objective(LossConfig(), head)
         offload = case.teacher.offload
         scorer = ColocatedTeacher(teacher, groups.layout, CPU, offload=offload)
