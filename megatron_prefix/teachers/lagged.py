@@ -77,10 +77,11 @@ class LaggedTeacher:
 
     def _prune(self, step: int) -> None:
         """Keeps the last two, for a save that is under way, and what a checkpoint needs."""
-        saved = [_step_of(path) for path in self._folder.glob("checkpoints/step_*")]
-        needed = min([step - self._every, *(each // self._every * self._every for each in saved)])
+        every = self._every
+        saved = (_step_of(path) for path in self._folder.glob("checkpoints/step_*"))
+        needed = {step, step - every, *(each // every * every for each in saved)}
         for path in self._folder.glob("teacher/step_*"):
-            if _step_of(path) < needed:
+            if _step_of(path) not in needed:
                 shutil.rmtree(path)
 
 
