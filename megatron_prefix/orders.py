@@ -61,11 +61,13 @@ def microbatches(
 ) -> MicrobatchPlan:
     """The order's rollouts over microbatches, the same on every rank, the teacher's included.
 
-    ``replicas``: of the student, which take equally many.
+    ``replicas``: of the student, which take equally many: as many as a batch has, or fewer where
+    the order has fewer rollouts, a probe's for example. The others would be padding alone.
     """
+    needed = -(-len(order.rollouts) // (train.micro_batch_size * replicas)) * replicas
     return plan_microbatches(
         order.rollouts,
-        train.global_batch_size // train.micro_batch_size,
+        min(needed, train.global_batch_size // train.micro_batch_size),
         multiple=token_multiple,
         loss_start=order.loss_start,
         replicas=replicas,
