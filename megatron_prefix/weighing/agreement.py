@@ -28,12 +28,11 @@ def audit_gradients(
 ) -> Audit:
     """The gradient of the loss on the first ``prefix_length`` positions against the one on all.
 
-    Two passes forward and backward over the same rollouts, of at most ``length`` tokens. Weights,
-    optimizer state and random numbers stay as they are and no gradient is left; with delayed FP8
-    scaling, the amax histories see the passes. Takes host memory of one gradient of this rank.
-    Collective.
+    Two passes forward and backward over the same rollouts, of at most ``length`` tokens, in train
+    mode: Megatron recomputes activations in no other. Weights, optimizer state and, without
+    dropout, random numbers stay as they are and no gradient is left; with delayed FP8 scaling, the
+    amax histories see the passes. Takes host memory of one gradient of this rank. Collective.
     """
-    student.model.module.eval()  # no dropout, and so no random number
     try:
         sums = forward_backward(student, batches, targets, objective, length)
         whole = host_copy(student)
@@ -42,7 +41,6 @@ def audit_gradients(
         return Audit(sums, cosine(student, whole))
     finally:
         student.zero_grad()
-        student.model.module.train()
 
 
 def _before(batch: PrefixBatch, prefix_length: int) -> PrefixBatch:

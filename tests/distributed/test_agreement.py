@@ -1,6 +1,7 @@
 """Agreement of the gradients of prefix and full rollouts: against transformers, in every layout,
 and without a trace in the training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.world import (
     CPU,
     LONGEST_PREFIX,
+    MICROBATCHES,
     Case,
     World,
     model_config,
@@ -78,6 +80,25 @@ def test_agreement_is_the_whole_models_cosine_in_every_layout(
     assert 0.1 < expected < 0.99
     for seen in run_ranks(world_size, agreement, case, world_size):
         assert seen == pytest.approx(expected, abs=2e-5)
+
+
+def recomputed(case: Case) -> tuple[float, set[bool], int]:
+    """The agreement, whether each call of the first layer kept gradients, and calls a microbatch.
+
+    A layer that recomputes is called without them, and once more in its backward.
+    """
+    world, calls = World.build(case, 1), list[bool]()
+    layer = world.student.model.module.decoder.layers[0]
+    layer.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    return audit(world).agreement, set(calls), len(calls) // MICROBATCHES
+
+
+def test_an_audit_recomputes_activations_as_a_step_does(folders: tuple[Path, Path]) -> None:
+    plain = Case(*map(model_config, folders))
+    full = replace(plain, student=replace(plain.student, recompute_granularity="full"))
+    ((expected, kept, calls),) = run_ranks(1, recomputed, plain)
+    assert (kept, calls) == ({True}, 2)
+    assert run_ranks(1, recomputed, full) == [(expected, {False, True}, 4)]
 
 
 def token_kl(case: Case, world_size: int) -> tuple[list[np.ndarray], PrefixSums]:
