@@ -118,13 +118,14 @@ def weight_rule(recipe: Recipe, step: int) -> str:
     return "reward" if step < weights.explore * recipe.train.steps else weights.rule
 
 
-def more_passes(recipe: Recipe, step: int) -> tuple[int, int]:
-    """What token weights ask of step ``step``, if it has a teacher, besides its own passes: how
-    often the teacher's LM head is applied, and the student run forward. A server has named its
-    likeliest tokens already."""
+def more_passes(recipe: Recipe, step: int) -> tuple[frozenset[str], int]:
+    """What token weights ask of step ``step``, if it has a teacher, besides its own passes: the
+    domains whose teacher's LM head is applied once more, and how often the student is run forward.
+    A server has named its likeliest tokens already."""
     rule = weight_rule(recipe, step)
-    looks = rule not in ("uniform", "entropy") and recipe.teacher.placement != "server"
-    return int(looks), int(rule == "entropy")
+    asked = teachers_of(recipe).keys() - served_teachers(recipe).keys()
+    looks = rule not in ("uniform", "entropy")
+    return frozenset(asked if looks else ()), int(rule == "entropy")
 
 
 def probe_due(recipe: Recipe, finished: int) -> bool:

@@ -1,7 +1,7 @@
 """Tokens and FLOPs of a whole run, by its policy's lengths and its mode's steps."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from megatron_prefix.config import Recipe
@@ -65,7 +65,7 @@ class _Kind:
     start: int  # of the loss
     written: int  # rollouts
     supervised: bool
-    more_passes: tuple[int, int]  # of the teacher's LM head, of the student forward
+    more_passes: tuple[frozenset[str], int]  # as modes.more_passes
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,17 @@ class _Costs:
     """FLOPs of one rollout, in the mean over the domains."""
 
     student: ModelShape
-    teachers: tuple[tuple[ModelShape, float], ...]  # with their shares
+    teachers: tuple[tuple[str, ModelShape, float], ...]  # with their domains and shares
     prompt: int
     teacher_prompt: int
 
-    def rollout(self, length: int, start: int = 0, heads: int = 1) -> Flops:
-        """``heads``: how often the teacher's is applied."""
+    def rollout(self, length: int, start: int = 0, again: Collection[str] = ()) -> Flops:
+        """``again``: the domains whose teacher's LM head is applied twice."""
         total = Flops()
-        for teacher, share in self.teachers:
+        for domain, teacher, share in self.teachers:
             cost = rollout_flops(self.student, teacher, self.prompt, length, start)
             own = rollout_flops(self.student, teacher, self.teacher_prompt, length, start).teacher
-            own += (heads - 1) * head_flops(teacher, max(length - start, 0))
+            own += (domain in again) * head_flops(teacher, max(length - start, 0))
             total += _times(Flops(cost.rollout, own, cost.student), share)
         return total
 
@@ -138,7 +138,7 @@ def _costs(run: ValidRun, seen: Seen) -> _Costs:
     shares = seen.shares(list(teachers))
     return _Costs(
         student=model_shape(run.student.hf.config),
-        teachers=tuple((model_shape(t.hf.config), shares[name]) for name, t in teachers.items()),
+        teachers=tuple((n, model_shape(t.hf.config), shares[n]) for n, t in teachers.items()),
         prompt=prompt,
         teacher_prompt=_mean(seen.teacher_lengths, own),
     )
@@ -169,8 +169,8 @@ def _run_cost(recipe: Recipe, costs: _Costs, kinds: Counter[_Kind]) -> StepCost:
 def _step(recipe: Recipe, costs: _Costs, kind: _Kind) -> Flops:
     """As the ledger counts it: what was written costs no sampling, cross-entropy no teacher."""
     batch = recipe.train.global_batch_size
-    heads, forwards = kind.more_passes
-    one = costs.rollout(kind.length, kind.start, 1 + heads)
+    again, forwards = kind.more_passes
+    one = costs.rollout(kind.length, kind.start, again)
     passes = 1.0 if kind.supervised else 1.0 + forwards / BACKWARD
     return Flops(
         rollout=one.rollout * (batch - kind.written),
@@ -191,7 +191,7 @@ def _probe_flops(recipe: Recipe, costs: _Costs, policy: PrefixPolicy, finished: 
 def _answers_flops(recipe: Recipe, costs: _Costs, seen: Seen) -> float:
     """Of one evaluation: the sampler's part, every answer at its bound."""
     prompts = Counter(seen.evaluated) or Counter({costs.prompt: recipe.eval.samples})
-    models, longest = (costs.student, costs.teachers[0][0]), recipe.eval.max_new_tokens
+    models, longest = (costs.student, costs.teachers[0][1]), recipe.eval.max_new_tokens
     return sum(count * rollout_flops(*models, p, longest).rollout for p, count in prompts.items())
 
 

@@ -5,7 +5,7 @@ by itself keeps its length; one that the prefix length, a cut or an abort ended 
 ``max_length``. That is an upper bound, since it might have ended by itself on the way.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from megatron_prefix.prefix.flops import BACKWARD, ModelShape, head_flops, rollout_flops
@@ -63,40 +63,40 @@ class Ledger:
         *,
         supervised: bool = False,
         discarded: Iterable[tuple[int, int]] = (),
-        more_passes: tuple[int, int] = (0, 0),
+        more_passes: tuple[Collection[str], int] = ((), 0),
     ) -> StepCost:
         """The cost of these rollouts, scored from ``loss_start`` on; nothing entered.
 
         Written prefixes cost no sampling, a ``supervised`` step no teacher; tokens past a cut were
         sampled all the same, and so were ``discarded`` rollouts, given as (prompt, sampled) tokens.
-        ``more_passes``: how often the teacher's LM head, and the student forward, were run besides
-        the step's own passes. The counterfactual is full-length on-policy distillation, with none
-        of these.
+        ``more_passes``: the domains whose teacher's LM head was applied once more, and how often
+        the student was run forward, besides the step's own passes. The counterfactual is
+        full-length on-policy distillation, with none of these.
         """
-        passes = (
-            (0.0, 1.0) if supervised else (1.0 + more_passes[0], 1.0 + more_passes[1] / BACKWARD)
-        )
+        again, forwards = ((), 0) if supervised else more_passes
         known = dict[tuple[object, ...], StepCost]()
         total = StepCost(self.measure_answers(discarded))
         for rollout in rollouts:
             alike = _what_counts(rollout)
             if alike not in known:  # most rollouts of a short prefix cost the same
-                known[alike] = self._cost(rollout, loss_start, passes)
+                heads = 0 if supervised else 1 + (rollout.domain in again)
+                known[alike] = self._cost(rollout, loss_start, heads, 1.0 + forwards / BACKWARD)
             total += known[alike]
         return total
 
-    def _cost(self, rollout: Rollout, loss_start: int, passes: tuple[float, float]) -> StepCost:
-        """``passes``: of the teacher's LM head, with a trunk where it is not 0; of the student."""
+    def _cost(self, rollout: Rollout, loss_start: int, heads: int, passes: float) -> StepCost:
+        """``heads``: times that the teacher's is applied, behind a trunk where it is not 0;
+        ``passes``: of the student."""
         prefix = len(rollout.prefix_ids)
         by_itself = rollout.finish_reason == "stop"
         full = prefix if by_itself else max(prefix, self._max_length)
         cost = self._flops(rollout, prefix, loss_start)
-        heads = head_flops(self._teachers[rollout.domain], max(prefix - loss_start, 0))
+        head = head_flops(self._teachers[rollout.domain], max(prefix - loss_start, 0))
         sampled = self._flops(rollout, prefix + rollout.discarded, loss_start).rollout
         spent = Flops(
             rollout=0.0 if rollout.written else sampled,
-            teacher=cost.teacher + (passes[0] - 1.0) * heads if passes[0] else 0.0,
-            student=cost.student * passes[1],
+            teacher=cost.teacher + (heads - 1) * head if heads else 0.0,
+            student=cost.student * passes,
         )
         prompt = len(rollout.prompt_ids)
         return StepCost(spent, self._flops(rollout, full, 0), prompt, prefix, full)

@@ -91,7 +91,9 @@ def pruned(case: Case, folder: Path) -> list[list[int]]:
     return seen
 
 
-def test_the_last_two_copies_are_kept_and_what_a_checkpoint_needs(student: Path, tmp_path: Path) -> None:
+def test_the_last_two_copies_are_kept_and_what_a_checkpoint_needs(
+    student: Path, tmp_path: Path
+) -> None:
     case = Case(model_config(student), model_config(student))
     (seen,) = run_ranks(1, pruned, case, tmp_path)
     assert seen == [[2], [2, 4], [4, 6], [4, 6, 8], [4, 8, 10]]

@@ -258,14 +258,16 @@ def test_rollouts_that_were_thrown_away_cost_their_sampling() -> None:
 def test_a_forward_pass_before_the_step_is_a_third_of_the_students_part() -> None:
     rollouts = [rollout(14, 9, "length")]
     ledger = Ledger(STUDENT, TEACHER, 75)
-    before, after = (ledger.measure(rollouts, more_passes=(0, n)) for n in (0, 1))
+    before, after = (ledger.measure(rollouts, more_passes=((), n)) for n in (0, 1))
     assert after.flops.student == pytest.approx(before.flops.student * 4 / 3, rel=1e-12)
     assert after.flops.teacher == before.flops.teacher and after.flops_full == before.flops_full
     supervised = ledger.measure(rollouts, supervised=True).flops
     assert supervised.student == before.flops.student
-    again = ledger.measure(rollouts, more_passes=(1, 0)).flops
+    again = ledger.measure(rollouts, more_passes=([""], 0)).flops
     assert again.teacher == pytest.approx(before.flops.teacher + head_flops(TEACHER, 9))
     assert again.student == before.flops.student
+    other = ledger.measure(rollouts, more_passes=(["math"], 0)).flops
+    assert other == before.flops
 
 
 def test_a_teachers_own_prompt_costs_the_teacher_alone() -> None:

@@ -101,8 +101,10 @@ def test_tokens_are_weighed_by_reward_while_a_run_explores() -> None:
     ours = replace(recipe(), loss=weights)
     rules = [weight_rule(ours, step) for step in range(STEPS)]
     assert rules == ["reward"] * 5 + ["entropy"] * 15
-    assert {more_passes(ours, step) for step in range(5)} == {(1, 0)}
-    assert {more_passes(ours, step) for step in range(5, STEPS)} == {(0, 1)}
+    assert {more_passes(ours, step) for step in range(5)} == {(frozenset({""}), 0)}
+    assert {more_passes(ours, step) for step in range(5, STEPS)} == {(frozenset(), 1)}
     served = replace(ours, teacher=ModelConfig(placement="server"))
-    assert more_passes(served, 0) == (0, 0)
-    assert more_passes(recipe(), 0) == (0, 0) and weight_rule(recipe(), 0) == "uniform"
+    assert more_passes(served, 0) == (frozenset(), 0)
+    mixed = replace(served, teachers={"math": ModelConfig(), "code": served.teacher})
+    assert more_passes(mixed, 0) == (frozenset({"math"}), 0)
+    assert more_passes(recipe(), 0) == (frozenset(), 0) and weight_rule(recipe(), 0) == "uniform"

@@ -24,7 +24,13 @@ from megatron_prefix.config import (
 )
 from megatron_prefix.config.modes import TeacherPromptConfig
 from megatron_prefix.data.tokenizers import write_byte_tokenizer
-from megatron_prefix.modes import evaluation_due, is_supervised, probe_due, written_count
+from megatron_prefix.modes import (
+    evaluation_due,
+    is_supervised,
+    probe_due,
+    served_teachers,
+    written_count,
+)
 from megatron_prefix.plan import Plan, Seen, look_at_prompts, make_plan
 from megatron_prefix.plan.view import plan_json, print_plan
 from megatron_prefix.prefix import Ledger, StepCost, build_policy, loss_start, model_shape
@@ -140,7 +146,8 @@ def in_the_ledger(run: ValidRun, domains: Sequence[str], teacher_prompt: int = 0
     """What a run's own ledger holds at its end, every rollout as long as its step allows."""
     recipe = run.recipe
     rule = recipe.loss.weights.rule
-    passes = int(rule == "discrepancy"), int(rule == "entropy")
+    looked_at = {"", *run.more_teachers} - served_teachers(recipe).keys()
+    passes = looked_at if rule == "discrepancy" else [], int(rule == "entropy")
     shapes = {name: model_shape(model.hf.config) for name, model in run.more_teachers.items()}
     ledger = Ledger(*both(run), recipe.prefix.max_length, shapes)
     policy = build_policy(recipe.prefix, STEPS)
@@ -157,7 +164,7 @@ def in_the_ledger(run: ValidRun, domains: Sequence[str], teacher_prompt: int = 0
         supervised = is_supervised(recipe, step)
         start = loss_start(policy, step)
         explores = step < recipe.loss.weights.explore * STEPS
-        more = (1, 0) if explores else passes
+        more = (looked_at, 0) if explores else passes
         cost = ledger.measure(rollouts, start, supervised=supervised, more_passes=more)
         ledger.add(cost)
     return ledger.total
@@ -210,6 +217,14 @@ def test_each_domain_costs_its_own_teacher(recipe: Recipe) -> None:
     check_same(make_plan(run, seen).cost.run, in_the_ledger(run, ["math", "", "math", "math"]))
     unseen = Seen(lengths=(PROMPT,), teacher_lengths=(PROMPT,))
     check_same(make_plan(run, unseen).cost.run, in_the_ledger(run, ["math", ""]))
+
+
+def test_a_look_at_tokens_costs_teachers_that_no_server_runs(recipe: Recipe) -> None:
+    weights = LossConfig(weights=TokenWeightConfig(rule="discrepancy"))
+    teacher = replace(recipe.teacher, placement="server")
+    run = validate(with_math(replace(recipe, loss=weights, teacher=teacher)))
+    seen = look_at_prompts(run)
+    check_same(make_plan(run, seen).cost.run, in_the_ledger(run, ["math", "", "math", "math"]))
 
 
 def test_a_look_at_the_students_entropy_costs_the_student_a_pass(recipe: Recipe) -> None:
