@@ -1,7 +1,7 @@
 """Refuses a ``prefix`` section that cannot be, in one line, before anything starts."""
 
 from megatron_prefix.config import PrefixConfig, Recipe
-from megatron_prefix.modes import needs_teacher
+from megatron_prefix.modes import needs_teacher, probe_due
 from megatron_prefix.prefix import build_cut_off, build_policy, loss_start
 from megatron_prefix.prefix.recall import check as check_recall
 
@@ -12,6 +12,8 @@ def check_prefix(recipe: Recipe) -> None:
     for step in range(recipe.train.steps):
         policy.length(step)
         loss_start(policy, step)
+    if probe_due(recipe, recipe.train.steps):
+        policy.length(recipe.train.steps)  # where the last probe parts prefix and tail
     build_cut_off(recipe.prefix.cut_off, vocab_size=2)  # its settings need no model's
     check_recall(recipe.prefix.recall)
     _check_overlap(recipe)

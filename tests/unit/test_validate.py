@@ -198,6 +198,10 @@ def test_experts_are_spread_over_ranks_of_a_stage(
 def test_a_policy_that_will_leave_its_bounds_is_refused_now(recipe: Recipe) -> None:
     own = replace(recipe, prefix=PrefixConfig(f"{__name__}:LatelyTooLong", 9, 75))
     assert "answered 76 for step 6" in refusal(own)
+    six = replace(own, train=replace(own.train, steps=6))
+    assert validate(six).world_size == 2
+    probed = replace(six, log=replace(six.log, probe_interval=3))  # after the last step too
+    assert "answered 76 for step 6" in refusal(probed)
 
 
 def leaves(settings: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
