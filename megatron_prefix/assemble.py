@@ -200,7 +200,8 @@ def _conductor(
         model_shape(model_config(m)) for m in (recipe.student, *teachers.values())
     )
     recall = Recall(recipe.prefix.recall) if recipe.prefix.recall.threshold else None
-    more_teachers = dict(zip(list(teachers)[1:], others, strict=True))
+    shapes = dict(zip(teachers, (teacher, *others), strict=True))
+    more_teachers = {domain: shape for domain, shape in shapes.items() if domain}
     endpoints, fleet, discarded = shared.endpoints, shared.fleet, Discarded()
     conductor = Conductor(
         recipe,
@@ -211,6 +212,7 @@ def _conductor(
             ),
             recall=recall,
             discarded=discarded,
+            vocabularies={domain: shape.vocab for domain, shape in shapes.items()},
             ledger=Ledger(student, teacher, recipe.prefix.max_length, more_teachers),
             open_log=lambda step: RunLog(
                 folder, recipe.log, recipe.train.steps, console=get_console(), resume_step=step

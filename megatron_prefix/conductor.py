@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron_prefix.orders import Order
 from megatron_prefix.prefix import Ledger, PrefixObservation, PrefixPolicy, loss_start
 from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.probes import Prober, Probes
-from megatron_prefix.rollout.discarded import Discarded, sampled_lengths
+from megatron_prefix.rollout.discarded import Discarded, sampled_lengths, unreadable
 from megatron_prefix.rollout.pool import FAULTS
 from megatron_prefix.rollout.protocol import NoRollouts
 from megatron_prefix.run_files.kl_grid import mean_kl
@@ -48,6 +48,7 @@ class Staff:
     stop_requested: Callable[[], bool]
     recall: Recall | None = None  # caps for prompts that come again; the source's too
     discarded: Discarded = field(default_factory=Discarded)  # what the source's servers threw away
+    vocabularies: Mapping[str, int] = field(default_factory=dict)  # of teachers, by domain
     fleet: ServerFleet | None = None  # None: nobody is asked for rollouts
     evaluation_fleet: ServerFleet | None = None  # None: evaluations share the other
 
@@ -61,7 +62,7 @@ class Conductor:
         self._aside: SideEvaluations | None = None
         self._probes: Probes | None = None
         if staff.probe is not None:
-            self._probes = Probes(recipe, staff.policy, staff.ledger, staff.probe)
+            self._probes = Probes(recipe, staff.policy, staff.ledger, self._probe)
         if staff.evaluate is not None and staff.evaluation_fleet is not None:
             self._aside = SideEvaluations(staff.evaluate, staff.evaluation_fleet, self)
 
@@ -162,7 +163,10 @@ class Conductor:
         aborted by somebody, others."""
         for _ in range(self._recipe.train.max_skipped_steps):
             try:
-                rollouts = self._staff.source.sample(step, length, policy_version)
+                sampled = self._staff.source.sample(step, length, policy_version)
+                gone = unreadable(sampled, self._staff.vocabularies)
+                self._staff.discarded.add(sampled_lengths(gone))
+                rollouts = self._without(gone, sampled)
                 if count_loss_tokens(rollouts, start) or self._staff.stop_requested():
                     return rollouts
                 why = nothing_to_train_on(rollouts, start)
@@ -174,6 +178,18 @@ class Conductor:
             f"{why}, and so {self._recipe.train.max_skipped_steps} times in a row; does the "
             "student end at once, do the written answers, or does prefix.window begin too late?"
         )
+
+    def _without(self, gone: Sequence[Rollout], rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """``rollouts`` but those that their teacher cannot read, of which an event tells."""
+        if gone:
+            self.log.event(
+                "alarm",
+                f"{len(gone)} of {len(rollouts)} rollouts are thrown away: token "
+                f"{max(gone[0].prefix_ids)} is none of the teacher's, the student sampled one of "
+                "its padding",
+                level=logging.WARNING,
+            )
+        return [rollout for rollout in rollouts if rollout not in gone]
 
     def record(self, metrics: StepMetrics, order: Order, phases: Phases) -> StepMetrics:
         """Account for and log a finished step; returns its metrics with FLOPs and seconds."""
@@ -245,6 +261,11 @@ class Conductor:
         assert self._probes is not None
         probe = functools.partial(self._probes.order, step, policy_version, self.log)
         return self._with_servers(policy_version, probe)
+
+    def _probe(self, policy_version: int) -> list[Rollout]:
+        assert self._staff.probe is not None
+        rollouts = self._staff.probe(policy_version)
+        return self._without(unreadable(rollouts, self._staff.vocabularies), rollouts)
 
     def record_probe(
         self,

@@ -1,6 +1,6 @@
 """What servers sampled for a step and nobody trains on: for the ledger."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_prefix.types import Rollout
 
@@ -12,9 +12,21 @@ def sampled_lengths(rollouts: Iterable[Rollout]) -> list[Lengths]:
     return [(len(r.prompt_ids), len(r.prefix_ids) + r.discarded) for r in rollouts if not r.written]
 
 
+def unreadable(rollouts: Sequence[Rollout], vocabularies: Mapping[str, int]) -> list[Rollout]:
+    """Those with a token that their teacher does not have, by the ids of each domain's: a student
+    whose vocabulary is padded further may sample its padding. No teacher can be fed that, nor say
+    how likely it was."""
+    return [
+        rollout
+        for rollout in rollouts
+        if rollout.domain in vocabularies
+        and max(rollout.prefix_ids, default=0) >= vocabularies[rollout.domain]
+    ]
+
+
 class Discarded:
-    """Stragglers of ``over_sample``, rollouts beyond the wanted ones, and those of a step that held
-    nothing to train on. Whoever throws them away adds; the conductor takes."""
+    """Stragglers of ``over_sample``, rollouts beyond the wanted ones, those that the teacher cannot
+    read, and those of a step that held nothing to train on. Whoever throws them away adds; the conductor takes."""
 
     def __init__(self) -> None:
         self._lengths: list[Lengths] = []

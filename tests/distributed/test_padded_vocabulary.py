@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_prefix.rollout.records import save_rollouts
+from megatron_prefix.tokenizers import write_byte_tokenizer
 from tests.distributed.ranks import run_ranks
-from tests.distributed.world import Case, Run, model_config, train
+from tests.distributed.test_separate_teacher import a_recipe, trained
+from tests.distributed.world import Case, Run, model_config, rollouts, train
 from tests.tiny_models import write_tiny_qwen3
 
 TOKENS, PADDED = 62, 80
@@ -25,6 +29,25 @@ def unpadded(folder: Path, target: Path) -> Path:
         tensors[name] = tensors[name][:TOKENS].contiguous()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def test_a_rollout_with_a_sampled_padding_id_is_left_out_alone(tmp_path: Path) -> None:
+    """Its embedding is none of the teacher's, whose forward would fail on it."""
+    for name, vocab_size in (("student", 272), ("teacher", 264)):
+        write_tiny_qwen3(tmp_path / name, vocab_size=vocab_size, **SIZES)
+        write_byte_tokenizer(tmp_path / name)
+    sampled = rollouts(vocab=264)
+    padding = replace(sampled[5], prefix_ids=(7, 264, *sampled[5].prefix_ids[2:]))
+    save_rollouts(tmp_path / "with", 0, [*sampled[:5], padding, *sampled[6:]])
+    save_rollouts(tmp_path / "without", 0, [*sampled[:5], *sampled[6:]])
+
+    def losses(recording: str) -> list[float]:
+        recipe = a_recipe(tmp_path, recording, (1, 1), (1, 1))
+        replayed = replace(recipe.rollout, replay=str(tmp_path / recording))
+        train = replace(recipe.train, steps=1)
+        return trained(replace(recipe, rollout=replayed, train=train), steps=1).losses
+
+    assert losses("with") == losses("without")
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -85,6 +85,7 @@ def conductor(
         stop_requested=lambda: False,
         recall=recall,
         discarded=discarded or Discarded(),
+        vocabularies={"": SHAPE.vocab},
     )
     return Conductor(recipe, staff)
 
