@@ -58,9 +58,10 @@ def plan_microbatches(
     """Spread ``rollouts`` over ``count`` microbatches, longest first onto the emptiest.
 
     Every microbatch has the same T, a multiple of ``multiple``, so that pipeline stages exchange
-    one shape. The loss counts prefix positions from ``loss_start`` on. Where rollouts are of
-    several domains, each microbatch holds those of one, and there are more than ``count`` if that
-    takes more, a multiple of ``replicas``. ValueError where there is nothing to train on.
+    one shape. The loss counts prefix positions from ``loss_start`` on; rollouts that end before are
+    in no microbatch. Where rollouts are of several domains, each microbatch holds those of one,
+    and there are more than ``count`` if that takes more, a multiple of ``replicas``. ValueError
+    where there is nothing to train on.
     """
     lengths = [sequence_length(rollout) for rollout in rollouts]
     loss_tokens = count_loss_tokens(rollouts, loss_start)
@@ -68,8 +69,9 @@ def plan_microbatches(
         raise ValueError(nothing_to_train_on(rollouts, loss_start))
     members: list[list[int]] = []
     domains: list[str] = []
-    for domain, share in _shares(rollouts, count, replicas).items():
-        own = [index for index, rollout in enumerate(rollouts) if rollout.domain == domain]
+    scored = with_loss_tokens(rollouts, loss_start)
+    for domain, share in _shares([rollouts[i] for i in scored], count, replicas).items():
+        own = [index for index in scored if rollouts[index].domain == domain]
         members += _spread(own, lengths, share)
         domains += [domain] * share
     filled = max(sum(lengths[index] for index in chosen) for chosen in members)
@@ -153,6 +155,11 @@ def count_loss_tokens(rollouts: Sequence[Rollout], loss_start: int) -> int:
     return sum(max(len(rollout.prefix_ids) - loss_start, 0) for rollout in rollouts)
 
 
+def with_loss_tokens(rollouts: Sequence[Rollout], loss_start: int) -> list[int]:
+    """Indices of the rollouts that have a token in the loss."""
+    return [i for i, rollout in enumerate(rollouts) if len(rollout.prefix_ids) > loss_start]
+
+
 def nothing_to_train_on(rollouts: Sequence[Rollout], loss_start: int) -> str:
     """An error's words for rollouts without a token in the loss."""
     longest = max((len(rollout.prefix_ids) for rollout in rollouts), default=0)
@@ -183,7 +190,7 @@ def pack(
         ids[start : start + len(sequence)] = sequence
         first = start + len(rollout.prompt_ids) - 1
         positions.append(np.arange(first + skipped, first + len(rollout.prefix_ids)))
-        if rollout.finish_reason == "stop" and len(positions[-1]):
+        if rollout.finish_reason == "stop":
             ends.append(sum(map(len, positions)) - 1)
     prefix_positions = _joined(positions, np.int64)
     weight = np.full(len(prefix_positions), 1.0 / plan.loss_tokens, np.float32)
@@ -213,13 +220,11 @@ def pack(
 def passages_of(
     rollouts: Sequence[Rollout], plan: MicrobatchPlan, microbatch: int
 ) -> list[Passage]:
-    """What of a microbatch is scored, in the order of its prefix positions; a rollout that the
-    loss counts nothing of is not."""
+    """What of a microbatch is scored, in the order of its prefix positions."""
     chosen = (rollouts[index] for index in plan.members[microbatch])
     return [
         Passage((*each.prompt_ids, *each.prefix_ids), len(each.prompt_ids) + plan.loss_start)
         for each in chosen
-        if len(each.prefix_ids) > plan.loss_start
     ]
 
 

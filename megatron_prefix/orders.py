@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch.distributed as dist
 
-from megatron_prefix.batch import MicrobatchPlan, plan_microbatches
+from megatron_prefix.batch import MicrobatchPlan, plan_microbatches, with_loss_tokens
 from megatron_prefix.config import TrainConfig
 from megatron_prefix.rollout.discarded import Lengths
 from megatron_prefix.types import FinishReason, Rollout
@@ -62,9 +62,10 @@ def microbatches(
     """The order's rollouts over microbatches, the same on every rank, the teacher's included.
 
     ``replicas``: of the student, which take equally many: as many as a batch has, or fewer where
-    the order has fewer rollouts, a probe's for example. The others would be padding alone.
+    the order has fewer rollouts to score, a probe's for example. The others would be padding alone.
     """
-    needed = -(-len(order.rollouts) // (train.micro_batch_size * replicas)) * replicas
+    scored = len(with_loss_tokens(order.rollouts, order.loss_start))
+    needed = -(-scored // (train.micro_batch_size * replicas)) * replicas
     return plan_microbatches(
         order.rollouts,
         min(needed, train.global_batch_size // train.micro_batch_size),

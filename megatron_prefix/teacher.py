@@ -306,7 +306,7 @@ class TeacherRank:
             _finish(outgoing.popleft())
 
     def _send(self, way: Route, hidden: Tensor) -> list[tuple[dist.Work, Tensor]]:
-        if not len(hidden):  # a window of the loss may leave nothing to score
+        if not len(hidden):  # a microbatch of padding alone
             return []
         rank, sent = dist.get_rank(), []
         for sender, receiver in way.pairs:

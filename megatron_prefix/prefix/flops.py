@@ -144,14 +144,14 @@ def rollout_flops(
     The sampler prefills the prompt and decodes with a cache, one row of logits a sampled token; a
     prompt that several samples share is counted for each. The teacher goes forward once. The
     student goes forward and backward; both LM heads are applied at the prefix positions alone,
-    from ``loss_start`` on.
+    from ``loss_start`` on, and where there are none, neither model is run.
     """
     tokens = prompt_tokens + max(prefix_tokens - 1, 0)
     trunk = trunk_flops(student, tokens)
     sampled = trunk + head_flops(student, prefix_tokens)
-    if prefix_tokens == 0:  # prefilled and stopped: nothing to score or to learn from
+    scored = prefix_tokens - loss_start
+    if scored <= 0:
         return Flops(rollout=sampled)
-    scored = max(prefix_tokens - loss_start, 0)
     return Flops(
         rollout=sampled,
         teacher=trunk_flops(teacher, tokens) + head_flops(teacher, scored),

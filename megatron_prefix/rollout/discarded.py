@@ -26,7 +26,8 @@ def unreadable(rollouts: Sequence[Rollout], vocabularies: Mapping[str, int]) -> 
 
 class Discarded:
     """Stragglers of ``over_sample``, rollouts beyond the wanted ones, those that the teacher cannot
-    read, and those of a step that held nothing to train on. Whoever throws them away adds; the conductor takes."""
+    read, and those of a step that held nothing to train on. Whoever throws them away adds; the
+    conductor takes."""
 
     def __init__(self) -> None:
         self._lengths: list[Lengths] = []

@@ -29,7 +29,8 @@ def test_every_token_in_the_loss_is_predicted_once_from_the_token_before_it(
     rollouts = [rollout(*pair, index) for index, pair in enumerate(pairs)]
     start = min(start, max(prefix for _, prefix in pairs) - 1)
     plan = plan_microbatches(rollouts, count, multiple=multiple, loss_start=start)
-    assert sorted(i for members in plan.members for i in members) == list(range(len(rollouts)))
+    scored = [index for index, (_, prefix) in enumerate(pairs) if prefix > start]
+    assert sorted(i for members in plan.members for i in members) == scored
     weight, seen = 0.0, 0
     for microbatch in range(count):
         batch = pack(rollouts, plan, microbatch, CPU)
@@ -77,13 +78,14 @@ def test_nothing_to_train_on_is_an_error() -> None:
         plan_microbatches([rollout(3, 5), rollout(4, 1)], 2, loss_start=5)
 
 
-def test_a_window_feeds_what_it_does_not_score() -> None:
-    rollouts = [rollout(3, 5), rollout(4, 2)]
-    whole, window = (plan_microbatches(rollouts, 1, loss_start=start) for start in (0, 2))
-    fed, scored = pack(rollouts, whole, 0, CPU), pack(rollouts, window, 0, CPU)
+def test_a_window_feeds_the_tokens_before_it_of_what_it_scores() -> None:
+    alone = [rollout(3, 5)]
+    rollouts = [rollout(4, 2), *alone]  # the first ends before the window
+    whole, window = plan_microbatches(alone, 1), plan_microbatches(rollouts, 1, loss_start=2)
+    fed, scored = pack(alone, whole, 0, CPU), pack(rollouts, window, 0, CPU)
     assert torch.equal(fed.input_ids, scored.input_ids)
     assert torch.equal(fed.cu_seqlens, scored.cu_seqlens)
-    # Of the second rollout nothing is left; of the first the tokens 6, 7, 8 at places 2, 3, 4.
+    # The tokens 6, 7, 8 at places 2, 3, 4.
     assert scored.labels.tolist() == [6, 7, 8]
     assert scored.prefix_positions.tolist() == [4, 5, 6]
     assert scored.prefix_offsets.tolist() == [2, 3, 4]

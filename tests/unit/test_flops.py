@@ -179,13 +179,12 @@ def test_step_is_the_sum_of_its_rollouts() -> None:
     assert step_flops(STUDENT, TEACHER, []) == Flops()
 
 
-def test_a_window_spares_heads_alone() -> None:
+def test_a_window_spares_heads_alone_until_there_is_nothing_to_score() -> None:
     whole, window = (rollout_flops(STUDENT, TEACHER, 14, 20, start) for start in (0, 15))
     assert window.rollout == whole.rollout
     assert whole.teacher - window.teacher == pytest.approx(head_flops(TEACHER, 15))
     assert whole.student - window.student == pytest.approx(3 * head_flops(STUDENT, 15))
-    past = rollout_flops(STUDENT, TEACHER, 14, 20, 30)
-    assert past.student == pytest.approx(3 * trunk_flops(STUDENT, 33))
+    assert rollout_flops(STUDENT, TEACHER, 14, 20, 20) == Flops(rollout=whole.rollout)
 
 
 def test_a_windows_counterfactual_scores_everything() -> None:
@@ -231,6 +230,16 @@ def test_rollouts_that_are_measured_together_cost_what_each_costs_by_itself() ->
     single = [ledger.measure([each]) for each in every]
     assert all(cost != single[0] for cost in single[1:-1])
     assert ledger.measure(every) == sum(single, StepCost())
+
+
+def test_a_rollout_that_ended_before_the_window_cost_its_sampling_alone() -> None:
+    ledger = Ledger(STUDENT, TEACHER, max_length=75)
+    ended = [rollout(14, 6, "stop")]
+    outside = ledger.measure(ended, 6, more_passes=([""], 1))
+    whole = ledger.measure(ended)
+    assert outside.flops == Flops(rollout=whole.flops.rollout)
+    assert outside.flops_full == whole.flops_full
+    assert ledger.measure(ended, 5).flops.teacher > 0
 
 
 def test_tokens_past_a_cut_were_sampled_and_nothing_else() -> None:

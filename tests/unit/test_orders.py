@@ -42,6 +42,12 @@ def test_a_probes_rollouts_fill_the_least_microbatches_on_all_replicas(
     assert len(plan) > replicas or sum(map(any, shares)) == min(count, replicas)
 
 
+def test_rollouts_that_end_before_the_window_take_no_microbatch() -> None:
+    order = Order("train", 7, rollouts(64), loss_start=6)  # every seventh is longer
+    plan = microbatches(order, TRAIN, 8, 2)
+    assert len(plan) == 4 and sum(map(len, plan.members)) == plan.loss_tokens == 9
+
+
 def test_a_probe_of_several_teachers_takes_equally_many_on_every_replica() -> None:
     domains = ("", "math", "math", "code", "math")
     probed = tuple(replace(r, domain=d) for r, d in zip(rollouts(5), domains, strict=True))
