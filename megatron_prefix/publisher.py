@@ -16,7 +16,7 @@ from megatron_prefix.config import RolloutConfig
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.model import DTYPES, MegatronModel
-from megatron_prefix.mcore.weights import hf_buckets
+from megatron_prefix.mcore.weights import WeightGatherer
 from megatron_prefix.rollout.cards import has_gpu
 from megatron_prefix.rollout.checksum import (
     ServedLayout,
@@ -77,6 +77,7 @@ class ServerPublisher:
     ) -> None:
         self._model, self._rollout, self._fleet = model, rollout, fleet
         self._device, self._folder = device, folder
+        self._gatherer = WeightGatherer(model)
         self._group: WeightGroup | None = None
         self._joined: list[Endpoint] = []
         self._published = 0
@@ -105,7 +106,7 @@ class ServerPublisher:
         if self._rollout.weight_sync == "disk":
             export_hf(self._model, self._folder, self._dtype)
         size = int(self._rollout.bucket_mib * 2**20)
-        buckets = hf_buckets(self._model, size, self._dtype)
+        buckets = self._gatherer.buckets(size, self._dtype)
         if self._fleet is not None and self._fleet.members:
             with self._judged():
                 self._to_all(self._fleet, version, buckets)

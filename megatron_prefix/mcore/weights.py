@@ -1,8 +1,9 @@
 """Moves weights between Hugging Face tensors and a model's tensor- and pipeline-parallel shards."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -111,20 +112,43 @@ def head_shard(hf: HfModel, rows: int, rank: int, vocab_size: int, dtype: torch.
     return weight.to(dtype)
 
 
-@torch.no_grad()
 def hf_buckets(
     model: MegatronModel, max_bytes: int, dtype: torch.dtype
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """The whole model as Hugging Face tensors on global rank 0, bucket by bucket.
+    """:meth:`WeightGatherer.buckets` of a model that is gathered once."""
+    return WeightGatherer(model).buckets(max_bytes, dtype)
 
-    Collective: every rank iterates; other ranks get empty lists. Replica 0 alone sends. A bucket
-    holds units of one stage and at most ``max_bytes`` (or one unit, or one expert of each
-    expert-parallel rank, or all experts where Hugging Face has them in one tensor, and beyond that
-    a unit that SGLang joins to the one before), so no rank holds more.
-    """
-    for bucket in _bucket_plan(model, max_bytes, dtype):
-        in_fp32 = bucket.units[0].fp32_buffer
-        yield _gather_bucket(model, bucket, torch.float32 if in_fp32 else dtype)
+
+class WeightGatherer:
+    """Gathers a model's weights as often as they are wanted. Which tensor is whose shard, and which
+    units travel together, is worked out once: a model with many experts has tens of thousands, and
+    training changes their values alone."""
+
+    def __init__(self, model: MegatronModel) -> None:
+        self._model = model
+        self._plans: dict[tuple[int, torch.dtype], list[_Bucket]] = {}
+
+    @cached_property
+    def _local(self) -> dict[str, Tensor]:
+        """This rank's parameters and buffers by their units' names."""
+        return {unit.megatron_name: tensor for unit, tensor in named_units(self._model)}
+
+    @torch.no_grad()
+    def buckets(self, max_bytes: int, dtype: torch.dtype) -> Iterator[list[tuple[str, Tensor]]]:
+        """The whole model as Hugging Face tensors on global rank 0, bucket by bucket.
+
+        Collective: every rank iterates; other ranks get empty lists. Replica 0 alone sends. A
+        bucket holds units of one stage and at most ``max_bytes`` (or one unit, or one expert of
+        each expert-parallel rank, or all experts where Hugging Face has them in one tensor, and
+        beyond that a unit that SGLang joins to the one before), so no rank holds more.
+        """
+        key = (max_bytes, dtype)
+        if key not in self._plans:
+            self._plans[key] = _bucket_plan(self._model, max_bytes, dtype)
+        for bucket in self._plans[key]:
+            in_fp32 = bucket.units[0].fp32_buffer
+            sent_in = torch.float32 if in_fp32 else dtype
+            yield _gather_bucket(self._model, self._local, bucket, sent_in)
 
 
 @dataclass(frozen=True)
@@ -202,14 +226,14 @@ def stage_of(unit: Unit, layers: tuple[int, ...]) -> int:
 
 
 def _gather_bucket(
-    model: MegatronModel, bucket: _Bucket, dtype: torch.dtype
+    model: MegatronModel, local: Mapping[str, Tensor], bucket: _Bucket, dtype: torch.dtype
 ) -> list[tuple[str, Tensor]]:
     groups, rank = model.groups, dist.get_rank()
     replica = groups.expert_dp_rank if bucket.of_experts else groups.replica_rank
     if replica != 0:
         return []
     source = groups.layout.rank(0, 0, bucket.stage)
-    tensors = _unshard_all(model, bucket, dtype) if groups.pp_rank == bucket.stage else []
+    tensors = _unshard_all(model, local, bucket, dtype) if groups.pp_rank == bucket.stage else []
     if rank == source and rank != 0:
         dist.send(torch.cat([t.reshape(-1) for t in tensors]), 0)
     if rank != 0:
@@ -226,9 +250,10 @@ def _gather_bucket(
     return list(joined((unit, name, tensor) for (unit, name), tensor in parts))
 
 
-def _unshard_all(model: MegatronModel, bucket: _Bucket, dtype: torch.dtype) -> list[Tensor]:
+def _unshard_all(
+    model: MegatronModel, local: Mapping[str, Tensor], bucket: _Bucket, dtype: torch.dtype
+) -> list[Tensor]:
     """Hugging Face tensors of a bucket from one all-gather of this stage's flat shards."""
-    local = {unit.megatron_name: param for unit, param in named_units(model)}
     shards = [
         next(local[unit.megatron_name] for unit in parcel if unit.megatron_name in local)
         .detach()

@@ -1,6 +1,7 @@
 """Logits and gradients against transformers, and the way back to Hugging Face bit for bit."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from safetensors.torch import load_file
 from megatron_prefix.batch import pack, plan_microbatches
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.layout import model_layout
+from megatron_prefix.mcore import weights
 from megatron_prefix.mcore.export import export_hf
 from megatron_prefix.mcore.groups import initialize_megatron
 from megatron_prefix.mcore.schedule import run_schedule
+from megatron_prefix.mcore.weights import WeightGatherer
 from tests.distributed.dense import Dense
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import CPU, Case, World, build, model_config, rollouts
@@ -179,6 +182,37 @@ def test_export_is_bit_for_bit(name: str, world_size: int, settings: dict, tmp_p
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert reloaded.config.vocab_size == 61
     assert not (tmp_path / "out.partial").exists()
+
+
+def gathered_twice(config: ModelConfig, world_size: int) -> tuple[int, list[int], bool]:
+    """Buckets of a gathering; walks over all parameters after one and after two; whether the second
+    brought what the parameters were then."""
+    initialize_megatron(1)
+    model = build(config, world_size, owner="student")
+    with patch.object(weights, "named_units", wraps=weights.named_units) as walk:
+        gatherer = WeightGatherer(model)
+        first = [dict(bucket) for bucket in gatherer.buckets(1 << 12, torch.float32)]
+        walks = [walk.call_count]
+        with torch.no_grad():
+            for param in model.module.parameters():
+                param.mul_(2.0)
+        second = [dict(bucket) for bucket in gatherer.buckets(1 << 12, torch.float32)]
+        walks.append(walk.call_count)
+    doubled = all(
+        torch.equal(2.0 * before[name], after[name])
+        for before, after in zip(first, second, strict=True)
+        for name in before
+    )
+    return len(first), walks, doubled
+
+
+@pytest.mark.parametrize("settings", [{}, {"expert_model_parallel_size": 2}])
+def test_parameters_are_named_once_for_all_buckets(settings: dict, tmp_path: Path) -> None:
+    config = model_config(folder_of("mixtral", tmp_path), **settings)
+    for buckets, walks, doubled in run_ranks(2, gathered_twice, config, 2):
+        assert buckets > 8
+        assert walks == [1, 1]
+        assert doubled
 
 
 def first_step_gradients(case: Case) -> dict[str, torch.Tensor]:
