@@ -6,7 +6,6 @@ groups. The same parts make up its gradient norm.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ _BLOCK = 1 << 24  # elements that are in fp64 at a time
 def owned_gradient(student: TrainableStudent) -> Gradient:
     """After a backward pass, reduced; views that the next ``zero_grad`` ends."""
     student.optimizer.prepare_grads()
-    return [list(inner.get_grads_for_grad_norm()) for inner in _inner(student)]
+    return [list(inner.get_grads_for_grad_norm()) for inner in student.inner_optimizers]
 
 
 def host_copy(student: TrainableStudent) -> Gradient:
@@ -37,7 +36,7 @@ def cosine(student: TrainableStudent, other: Gradient) -> float:
     Sums in fp64. Collective; the same on all ranks.
     """
     total = torch.zeros(3, dtype=torch.float64)
-    parts = zip(_inner(student), owned_gradient(student), other, strict=True)
+    parts = zip(student.inner_optimizers, owned_gradient(student), other, strict=True)
     for inner, mine, theirs in parts:
         products = _products(mine, theirs)
         dist.all_reduce(products, group=inner.get_grad_stats_parallel_group())
@@ -56,7 +55,3 @@ def _products(mine: list[Tensor], theirs: list[Tensor]) -> Tensor:
         for x, y in ((left.double(), right.to(left.device).double()) for left, right in flat):
             sums += torch.stack([x @ y, x @ x, y @ y])
     return sums
-
-
-def _inner(student: TrainableStudent) -> list[Any]:
-    return list(getattr(student.optimizer, "chained_optimizers", [student.optimizer]))

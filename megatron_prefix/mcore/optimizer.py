@@ -12,6 +12,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -39,18 +40,35 @@ class TrainableStudent:
         self.optimizer.zero_grad()
 
     def update(self) -> UpdateResult:
-        """Clip, step and advance the schedule; nothing but the schedule moves on a bad gradient."""
+        """Clip, step and advance the schedule; nothing but the schedule moves on a bad gradient.
+
+        The parts of Megatron's ``step``, which would move the weights whatever the norm is.
+        """
         self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        finite = math.isfinite(norm)
-        if finite:
-            finite = bool(self.optimizer.step()[0])
+        given = self.optimizer.get_grad_norm()
+        norm = float(given)
+        updated = math.isfinite(norm)
+        if updated:
+            self._clip(given)
+            updated = bool(self.optimizer.step_with_ready_grads())
         self.scheduler.step(increment=1)
-        return UpdateResult(norm, finite)
+        return UpdateResult(norm, updated)
+
+    def _clip(self, norm: float | torch.Tensor) -> None:
+        """``norm``: of all gradients together, as Megatron gives it: on a GPU a tensor."""
+        for inner in self.inner_optimizers:
+            parameters, limit = inner.get_parameters(), inner.config.clip_grad
+            if parameters and limit > 0.0:
+                clip_grad_by_total_norm_fp32(parameters, limit, norm)
 
     def skip(self) -> None:
         """Advance the schedule alone: the loss was not finite."""
         self.scheduler.step(increment=1)
+
+    @property
+    def inner_optimizers(self) -> list[MegatronOptimizer]:
+        """One for dense parameters and one for experts, where Megatron chains two."""
+        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
     @property
     def lr(self) -> float:
