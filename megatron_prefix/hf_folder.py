@@ -1,15 +1,15 @@
 """A Hugging Face model folder as it lies on disk, read without loading one weight.
 
-Sizes come from the safetensors headers (8 bytes of length, JSON, data), so that a missing shard, a
-truncated download or a tensor of another shape is found before any server or rank starts.
+A missing shard, a truncated download or a tensor of another shape is found before any server or
+rank starts (``safetensors_files.py``).
 """
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_prefix.safetensors_files import TensorEntry, read_json, tensor_table
 
 DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "MXFP4")
 SCALE = "_scale_inv"  # behind the name of an FP8 weight: its scales, one a block of 128 x 128
@@ -17,8 +17,6 @@ BLOCK = 128
 # Behind the name of a weight in MXFP4: values and scales (mcore/mxfp4.py).
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
 MXFP4_BYTES = 16  # of a block of 32 values
-_INDEX = "model.safetensors.index.json"
-_LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 _SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -29,16 +27,6 @@ _SIZES = (
 )
 # Written by older exporters beside the weights: derived from the config, or tied to another.
 REDUNDANT = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a folder, by its file's header."""
-
-    dtype: str  # safetensors' name, like BF16; MXFP4 for a weight of two tensors
-    shape: tuple[int, ...]
-    file: Path
-    start: int  # of its bytes in the file
 
 
 @dataclass(frozen=True)
@@ -69,10 +57,7 @@ def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
             f"`hf download {name} --local-dir {folder}`"
         )
     config = _read_config(path, where, owner)
-    tensors: dict[str, TensorEntry] = {}
-    for file in _weight_files(path, where):
-        tensors |= read_header(file)
-    tensors = _join_mxfp4(tensors, where)
+    tensors = _join_mxfp4(tensor_table(path, where), where)
     for name, entry in tensors.items():
         if entry.dtype not in DTYPES:
             raise ValueError(
@@ -81,35 +66,6 @@ def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
             )
     _check_scales(tensors, where)
     return HfFolder(path, config, tensors)
-
-
-def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The tensor table of one safetensors file; ValueError where the file is not whole."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        start = opened.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LONGEST_HEADER + 1
-        if length > _LONGEST_HEADER:
-            raise ValueError(f"{file} is no safetensors file ({size} bytes); fetch it again")
-        text = opened.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {
-            name: TensorEntry(
-                entry["dtype"], tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0]
-            )
-            for name, entry in header.items()
-        }
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} has a broken or truncated header; fetch it again") from error
-    if size != 8 + length + end:
-        raise ValueError(
-            f"{file} has {size} bytes and its header speaks of {8 + length + end}: truncated or "
-            "damaged; fetch it again"
-        )
-    return entries
 
 
 def check_tensors(
@@ -188,7 +144,7 @@ def _join_mxfp4(tensors: Mapping[str, TensorEntry], where: str) -> dict[str, Ten
 
 
 def _read_config(path: Path, where: str, owner: str) -> dict[str, Any]:
-    config = _read_json(path / "config.json", where)
+    config = read_json(path / "config.json", where)
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures):
         raise ValueError(f"{where}: config.json names no architecture; add `architectures`")
@@ -232,34 +188,3 @@ def check_sizes(folder: HfFolder, owner: str) -> None:
         )
     if (act := config.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"{where}: hidden_act={act!r} is not supported; supported: silu")
-
-
-def _read_json(file: Path, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{where} has no {file.name}; give a Hugging Face model folder") from error
-    except ValueError as error:
-        raise ValueError(f"{where}: {file.name} is no JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: {file.name} must hold an object; fetch it again")
-    return content
-
-
-def _weight_files(path: Path, where: str) -> list[Path]:
-    """Every safetensors file of the folder, none of the index's missing."""
-    files = sorted(path.glob("*.safetensors"))
-    if (path / _INDEX).exists():
-        index = _read_json(path / _INDEX, where)
-        for shard in sorted(set(index.get("weight_map", {}).values())):
-            if not (path / shard).is_file():
-                raise ValueError(f"{where}: shard {shard} of {_INDEX} is missing; fetch it again")
-    if files:
-        return files
-    if pickled := sorted(path.glob("*.bin")) + sorted(path.glob("*.pt*")):
-        raise ValueError(
-            f"{where} holds only pickled weights ({pickled[0].name}), which can run code when they "
-            "are read; convert them with transformers: "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)"
-        )
-    raise ValueError(f"{where} has no weights (*.safetensors); fetch the whole checkpoint")

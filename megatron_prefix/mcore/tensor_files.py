@@ -16,13 +16,12 @@ from megatron_prefix.hf_folder import (
     MXFP4_BLOCKS,
     MXFP4_SCALES,
     SCALE,
-    TensorEntry,
-    read_header,
 )
 from megatron_prefix.mcore.checked_files import Behind, CheckedFile, Scratch, read_into
 from megatron_prefix.mcore.fp8_blocks import dequantize_blocks
 from megatron_prefix.mcore.hf_map.units import Unit
 from megatron_prefix.mcore.mxfp4 import dequantize_mxfp4
+from megatron_prefix.safetensors_files import TensorEntry, tensor_table
 
 TORCH_DTYPES = {
     "F32": torch.float32,
@@ -36,15 +35,10 @@ NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 class HfReader:
     """Tensors of a safetensors folder by name, one at a time; those in FP8 and MXFP4 come
-    dequantised, in fp32.
-
-    The files themselves say where a tensor is: an index may be stale.
-    """
+    dequantised, in fp32."""
 
     def __init__(self, path: Path) -> None:
-        self._entries: dict[str, TensorEntry] = {}
-        for file in sorted(path.glob("*.safetensors")):
-            self._entries |= read_header(file)
+        self._entries = tensor_table(path, str(path))
 
     def tensor(self, name: str) -> Tensor:
         entry = self._entries[name]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.hf_folder import read_header
 from megatron_prefix.modes import needs_teacher, section_of
 from megatron_prefix.plan.activations import DTYPE_BYTES
 from megatron_prefix.plan.stages import whole_parameters
+from megatron_prefix.safetensors_files import read_header, weight_files
 from megatron_prefix.validate import ValidModel, ValidRun
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _cache_values(hf: "HfModel") -> tuple[int, int]:
 
 def weight_bytes(hf: "HfModel", itemsize: int) -> int:
     """Of the folder's tensors; where only its config.json is here, of the family's name map."""
-    files = hf.path.glob("*.safetensors")
+    files = weight_files(hf.path, str(hf.path))
     if stored := sum(_held(file, hf.skipped, itemsize) for file in files):
         return stored
     if not hf.units:

@@ -19,6 +19,7 @@ from megatron_prefix.rollout.client import Endpoint, SglangClient
 from megatron_prefix.rollout.protocol import SglangError
 from megatron_prefix.rollout.scorer import Scorer
 from megatron_prefix.rollout.scoring import Vocabulary
+from megatron_prefix.safetensors_files import tensor_table
 from megatron_prefix.teacher import TeacherLost
 from megatron_prefix.teachers.served import read_served, server_settings
 from megatron_prefix.teachers.server import ServerTeacher
@@ -104,9 +105,10 @@ def _verify_weights(client: SglangClient, config: ModelConfig, hf: HfModel) -> N
             f"{family}, whose checksums are then others than the folder's; set it false"
         )
     hasher = WeightHasher(served_layout(hf, DTYPES[config.params_dtype], info))
-    for file in sorted(hf.path.glob("*.safetensors")):
+    table = tensor_table(hf.path, str(hf.path))
+    for file in sorted({entry.file for entry in table.values()}):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
-                if not name.startswith(hf.skipped):
+                if table[name].file == file and not name.startswith(hf.skipped):
                     hasher.add(name, tensors.get_tensor(name))
     verify(client, hasher.checksums())

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_prefix.hf_folder import read_header, read_hf_folder
+from megatron_prefix.hf_folder import read_hf_folder
+from megatron_prefix.mcore.tensor_files import HfReader
+from megatron_prefix.safetensors_files import INDEX, read_header
 from megatron_prefix.validate import read_model
 from tests.refused import refusal_of
 from tests.tiny_models import write_tiny_llama, write_tiny_qwen3
@@ -59,8 +61,7 @@ def split_in_two(folder: Path) -> None:
         save_file({name: tensors[name] for name in members}, folder / shard)
     (folder / WEIGHTS).unlink()
     weight_map = {name: shard for shard, members in shards.items() for name in members}
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_shards_are_read_together(folder: Path) -> None:
@@ -73,7 +74,49 @@ def test_shards_are_read_together(folder: Path) -> None:
 def test_a_missing_shard_is_named(folder: Path) -> None:
     split_in_two(folder)
     (folder / "b.safetensors").unlink()
-    assert "shard b.safetensors" in refusal(folder)
+    assert "names files that are missing: b.safetensors" in refusal(folder)
+
+
+def test_a_file_that_the_index_does_not_name_is_left_alone(folder: Path) -> None:
+    name = "model.norm.weight"
+    before = load_file(folder / WEIGHTS)
+    split_in_two(folder)
+    other = {name: 7 * before[name], "model.extra": torch.zeros(1)}
+    save_file(other, folder / "consolidated.safetensors")
+    read_model(str(folder), "student")
+    assert torch.equal(HfReader(folder).tensor(name), before[name])
+
+
+def test_of_a_tensor_in_two_files_the_indexs_counts(folder: Path) -> None:
+    before = load_file(folder / WEIGHTS)
+    split_in_two(folder)
+    in_b = load_file(folder / "b.safetensors")
+    files = json.loads((folder / INDEX).read_text())["weight_map"]
+    name = next(tensor for tensor, file in files.items() if file == "a.safetensors")
+    save_file(in_b | {name: 7 * before[name]}, folder / "b.safetensors")
+    read_model(str(folder), "student")
+    assert torch.equal(HfReader(folder).tensor(name), before[name])
+
+
+def test_a_tensor_in_two_files_of_which_no_index_says_is_named_with_both(folder: Path) -> None:
+    name = "model.norm.weight"
+    save_file({name: load_file(folder / WEIGHTS)[name]}, folder / "zz.safetensors")
+    said = f"tensor {name} is in {WEIGHTS} and in zz.safetensors, and no {INDEX}"
+    assert said in refusal(folder)
+    assert said in refusal_of(HfReader, folder)
+
+
+def test_what_an_index_names_and_no_file_holds_is_named(folder: Path) -> None:
+    split_in_two(folder)
+    index = json.loads((folder / INDEX).read_text())
+    moved = next(name for name, file in index["weight_map"].items() if file == "a.safetensors")
+    index["weight_map"] |= {"model.gone": "a.safetensors", moved: "b.safetensors"}
+    (folder / INDEX).write_text(json.dumps(index))
+    told = refusal(folder)
+    assert f"{moved} in b.safetensors, model.gone in a.safetensors; fetch" in told
+    assert told.removeprefix(f"student.hf_path={folder}") in refusal_of(HfReader, folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": ["a.safetensors"]}))
+    assert "has no weight_map of files by tensor" in refusal(folder)
 
 
 def test_a_truncated_file_is_named_with_both_sizes(folder: Path) -> None:

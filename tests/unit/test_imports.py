@@ -25,7 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "types", "exit_codes", "modes", "users_code")
     + ("commands.command", "run_files.whole_file"),
     # Pure parts and thin edges: no Megatron, no knowledge of the loop.
-    ("recipe", "jobs", "layout", "hf_folder", "tasks", "secret_keys", "placement")
+    ("recipe", "jobs", "layout", "hf_folder", "safetensors_files", "tasks")
+    + ("secret_keys", "placement")
     + ("data", "prefix", "rollout", "batch", "loss", "orders", "context_shares", "advice", "report")
     + ("commands.advise_arguments", "commands.report_arguments")
     + ("run_files.account", "run_files.jsonl", "run_files.kl_grid", "run_files.progress")
