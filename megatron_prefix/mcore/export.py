@@ -1,5 +1,6 @@
 """Writes a model's shards as a Hugging Face folder, bucket by bucket."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_prefix.mcore.folders import PARTIAL, finish_folder, start_folder
+from megatron_prefix.mcore.folders import PARTIAL, new_folder
 from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.weights import hf_buckets
 
@@ -51,18 +52,17 @@ def export_hf(
     shard of at most 4 GiB (or one bucket) at a time. ``on_bytes`` is told on rank 0 of each shard's
     size. With ``verify`` the files are read back and compared with the model before the renaming.
     """
-    if dist.get_rank() == 0:
-        partial = start_folder(folder)
-        writer = _Writer(partial, on_bytes)
-    for bucket in hf_buckets(model, SHARD_BYTES, dtype):
-        if bucket:
-            writer.write({key: tensor.cpu() for key, tensor in bucket})
-    if dist.get_rank() == 0:
-        writer.finish(model, dtype)
-    if verify:
-        verify_export(model, folder.with_name(folder.name + PARTIAL), dtype)
-    if dist.get_rank() == 0:
-        finish_folder(folder)
+    with contextlib.ExitStack() as stack:
+        if dist.get_rank() == 0:
+            partial = stack.enter_context(new_folder(folder))
+            writer = _Writer(partial, on_bytes)
+        for bucket in hf_buckets(model, SHARD_BYTES, dtype):
+            if bucket:
+                writer.write({key: tensor.cpu() for key, tensor in bucket})
+        if dist.get_rank() == 0:
+            writer.finish(model, dtype)
+        if verify:
+            verify_export(model, folder.with_name(folder.name + PARTIAL), dtype)
     dist.barrier()
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.mcore.checked_files import CheckedFile
 from megatron_prefix.mcore.dist_files import DistFile
-from megatron_prefix.mcore.folders import finish_folder, start_folder
+from megatron_prefix.mcore.folders import LOCK, new_folder
 from megatron_prefix.mcore.forks import run_forked
 from megatron_prefix.mcore.tool import check_room
 from tests.distributed.test_convert import check_refused, run_tool, to_hf, to_megatron
@@ -135,12 +136,48 @@ def test_a_kill_half_way_leaves_the_old_output(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "model", "out"]
 
 
+def test_a_second_writer_of_a_folder_is_refused(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    with new_folder(output) as partial:
+        (partial / "first").touch()
+        check_refused(
+            capfd, to_megatron(model, output), f"is being written by process {os.getpid()}"
+        )
+        with pytest.raises(ValueError, match="wait for its end or name another"):
+            with new_folder(output):
+                pass
+        (partial / "last").touch()
+    assert sorted(path.name for path in output.iterdir()) == ["first", "last"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_a_lock_ends_with_its_process_and_not_with_one_that_it_forked(tmp_path: Path) -> None:
+    def writer() -> int:
+        with new_folder(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    assert in_a_fork(writer) == -signal.SIGKILL
+    assert (tmp_path / f"out{LOCK}").exists()
+    with new_folder(tmp_path / "out"):
+        other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        other.start()
+    try:
+        with new_folder(tmp_path / "out"):
+            pass
+    finally:
+        other.kill()
+        other.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_folder_moved_aside_is_put_back(tmp_path: Path) -> None:
     """A kill between the two renames leaves the old folder under its other name."""
     (tmp_path / "out.old").mkdir()
     (tmp_path / "out.old" / "old").touch()
-    partial = start_folder(tmp_path / "out")
-    assert (tmp_path / "out" / "old").exists()
-    (partial / "new").touch()
-    finish_folder(tmp_path / "out")
+    with new_folder(tmp_path / "out") as partial:
+        assert (tmp_path / "out" / "old").exists()
+        (partial / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
