@@ -104,7 +104,8 @@ class ServerPublisher:
         """Collective. On rank 0, servers that did not take the weights, or hold others than the
         trainer, are lost or doubted; raises SglangError where no server ever took any."""
         if self._rollout.weight_sync == "disk":
-            export_hf(self._model, self._folder, self._dtype)
+            # Servers read it now; after a power failure it is written anew.
+            export_hf(self._model, self._folder, self._dtype, durable=False)
         size = int(self._rollout.bucket_mib * 2**20)
         buckets = self._gatherer.buckets(size, self._dtype)
         if self._fleet is not None and self._fleet.members:

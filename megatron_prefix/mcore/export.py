@@ -45,16 +45,18 @@ def export_hf(
     *,
     on_bytes: OnBytes | None = None,
     verify: bool = False,
+    durable: bool = True,
 ) -> None:
     """Write ``model`` to ``folder`` as safetensors in ``dtype``. Collective; rank 0 writes.
 
     Written beside it and renamed when whole: ``folder`` is never half a model. Rank 0 holds one
     shard of at most 4 GiB (or one bucket) at a time. ``on_bytes`` is told on rank 0 of each shard's
     size. With ``verify`` the files are read back and compared with the model before the renaming.
+    ``durable`` as of ``new_folder``.
     """
     with contextlib.ExitStack() as stack:
         if dist.get_rank() == 0:
-            partial = stack.enter_context(new_folder(folder))
+            partial = stack.enter_context(new_folder(folder, durable=durable))
             writer = _Writer(partial, on_bytes)
         for bucket in hf_buckets(model, SHARD_BYTES, dtype):
             if bucket:

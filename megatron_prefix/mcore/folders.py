@@ -16,9 +16,12 @@ PARTIAL, OLD, LOCK = ".partial", ".old", ".lock"
 
 
 @contextlib.contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
+def new_folder(final: Path, *, durable: bool = True) -> Iterator[Path]:
     """Gives an empty folder beside ``final`` to write into, which takes ``final``'s place at the
     end. After an error it is removed, which gives a full disk back.
+
+    With ``durable`` all of it is on the disk before the old ``final`` goes: a machine may lose its
+    power at any moment.
 
     What an earlier writer that was killed left is cleared: a half-written folder is removed, and an
     old ``final`` that had been moved aside and not replaced is put back. ValueError where another
@@ -28,7 +31,12 @@ def new_folder(final: Path) -> Iterator[Path]:
         partial = _start_folder(final)
         try:
             yield partial
+            if durable:
+                for path in (*partial.rglob("*"), partial):
+                    to_disk(path)
             put_in_place(partial, final, _beside(final, OLD))
+            if durable:
+                to_disk(final.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -52,6 +60,15 @@ def put_in_place(partial: Path, final: Path, old: Path) -> None:
         final.rename(old)
     partial.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def to_disk(path: Path) -> None:
+    """A file's content, or a folder's names, whoever wrote them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def leftovers(final: Path) -> list[str]:

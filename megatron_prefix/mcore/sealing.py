@@ -5,10 +5,10 @@ They run beside the training loop: for its sums a checkpoint is read once more, 
 
 import concurrent.futures
 import logging
-import os
 from pathlib import Path
 
 from megatron_prefix.config import CheckpointConfig
+from megatron_prefix.mcore.folders import to_disk
 from megatron_prefix.mcore.step_folders import (
     MANIFEST,
     RUN_STATE,
@@ -48,11 +48,11 @@ def seal(partial: Path, final: Path, config: CheckpointConfig) -> str:
     try:
         if config.verify_integrity:
             write_manifest(partial)
-            _to_disk(partial / MANIFEST)
-        _to_disk(partial / RUN_STATE)
-        _to_disk(partial)
+            to_disk(partial / MANIFEST)
+        to_disk(partial / RUN_STATE)
+        to_disk(partial)
         put_in_place(partial, final)
-        _to_disk(final.parent)
+        to_disk(final.parent)
         logger.info("checkpoint %s is whole", final.name)
         retain(final, config)
     except OSError as error:
@@ -66,12 +66,3 @@ def retain(newest: Path, config: CheckpointConfig) -> None:
     steps = [step_of(saved) for saved in saved_steps(folder)]
     for step in steps_to_drop(steps, step_of(newest), config.keep_last, config.keep_every):
         drop(step_folder(folder, step))
-
-
-def _to_disk(path: Path) -> None:
-    """A file's content, or a folder's names; Megatron's writers do so for theirs."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

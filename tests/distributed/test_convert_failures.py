@@ -136,6 +136,29 @@ def test_a_kill_half_way_leaves_the_old_output(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "model", "out"]
 
 
+def test_all_is_on_the_disk_before_the_old_folder_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, bool]] = []  # path below tmp_path, whether the old folder was there
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        told.append((str(path.relative_to(tmp_path)), (tmp_path / "out" / "old").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "step").mkdir()
+        (partial / "step" / "file").touch()
+    names = ("out.partial", "out.partial/step", "out.partial/step/file")
+    assert sorted(told) == [(".", False), *((name, True) for name in names)]
+    told.clear()
+    with new_folder(tmp_path / "out", durable=False):
+        pass
+    assert not told
+
+
 def test_a_second_writer_of_a_folder_is_refused(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
