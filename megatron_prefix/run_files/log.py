@@ -305,6 +305,6 @@ def _shown(value: float, form: str) -> str:
 
 
 def spent_words(spent: Account) -> str:
-    """FLOPs of all that was done so far, and training's as a share of full length."""
-    factor, prefix = unit_of(spent.total)
-    return f"{spent.total / factor:.3g} {prefix}FLOP {spent.ratio:.2f}x"
+    """Training's FLOPs so far, and those as a share of full length."""
+    factor, prefix = unit_of(spent.flops.total)
+    return f"{spent.flops.total / factor:.3g} {prefix}FLOP {spent.ratio:.2f}x"

@@ -126,11 +126,13 @@ class Bar:
 
 
 def describe(metrics: StepMetrics, pace: Pace, *notes: str) -> str:
-    """Loss, KL, prefix length, notes, tokens/s and the time left, for the bar and a plain line."""
-    kl = mean_kl(metrics.kl_by_position, metrics.tokens_by_position)
+    """Loss, prefix length, notes, tokens/s and the time left, for the bar and a plain line; the KL
+    too where it reads otherwise than the loss."""
+    loss = f"{metrics.loss:.4f}"
+    kl = f"{mean_kl(metrics.kl_by_position, metrics.tokens_by_position):.4f}"
     said = "".join(f"{note} " for note in notes if note)
     return (
-        f"loss {metrics.loss:.4f} kl {kl:.4f} L {metrics.prefix_length} {said}"
+        f"loss {loss} {'' if kl == loss else f'kl {kl} '}L {metrics.prefix_length} {said}"
         f"tok/s {pace.tokens_per_second:.0f} eta {duration(pace.seconds_left)}"
         + (" SKIPPED: not finite" if metrics.skipped else "")
     )

@@ -61,9 +61,14 @@ def test_what_was_not_counted_is_no_zero() -> None:
     assert record["evaluation"] is None and record["total"] == 3.0 and record["ratio"] is None
 
 
-def test_the_console_tells_what_was_spent() -> None:
-    spent = Account(flops=Flops(1e12, 2e12, 3e12), flops_full=Flops(1e12, 2e12, 9e12), probes=2e12)
-    assert spent_words(spent) == "8 TFLOP 0.50x"
+def test_the_console_tells_what_training_spent_beside_the_share_that_is_of_it() -> None:
+    spent = Account(
+        flops=Flops(1e12, 2e12, 3e12),
+        flops_full=Flops(1e12, 2e12, 9e12),
+        probes=2e12,
+        evaluation=5e12,
+    )
+    assert spent_words(spent) == "6 TFLOP 0.50x"
 
 
 def test_an_answer_costs_the_sampler_alone() -> None:

@@ -16,7 +16,7 @@ from megatron_prefix.config import LogConfig
 from megatron_prefix.run_files import jsonl
 from megatron_prefix.run_files.kl_grid import mean_kl
 from megatron_prefix.run_files.log import PACKAGE, RunLog, setup_logging
-from megatron_prefix.run_files.progress import Pace, duration
+from megatron_prefix.run_files.progress import Pace, describe, duration
 from megatron_prefix.run_files.tb_writer import flops_ratio, kl_heat_map
 from megatron_prefix.types import Flops, StepMetrics
 
@@ -196,6 +196,14 @@ def test_plain_lines_at_the_log_interval_and_at_the_end(tmp_path: Path) -> None:
     assert lines[1].startswith(
         "step 4/10 loss 0.2500 kl 0.3667 L 4 24 MFLOP 0.25x tok/s 25 eta 0:02"
     )
+
+
+def test_a_kl_that_reads_as_the_loss_does_is_not_said_twice() -> None:
+    def said(loss: float) -> str:
+        return describe(replace(metrics(4), loss=loss), Pace(10))
+
+    assert said(0.36666).startswith("loss 0.3667 L 4 ")
+    assert said(0.3668).startswith("loss 0.3668 kl 0.3667 L 4 ")
 
 
 def test_a_terminal_gets_a_bar_from_the_resumed_step_on(tmp_path: Path) -> None:
