@@ -8,8 +8,10 @@ import numpy as np
 from megatron_prefix.evaluation.pass_at_k import wilson_interval
 from megatron_prefix.report import picture
 from megatron_prefix.report.figure import step_axis, unit_of
-from megatron_prefix.report.picture import INK, Picture
+from megatron_prefix.report.mean_kl import ANCHOR_WORDS, anchors, draw_mean_kl, one_width
+from megatron_prefix.report.picture import INK, MUTED, Picture
 from megatron_prefix.report.story import RunStory
+from megatron_prefix.report.tables import si
 from megatron_prefix.run_files.account import PARTS, Account
 from megatron_prefix.run_files.history import RunHistory
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _KL_LEAST = 1e-6  # below it a logarithmic axis shows noise
+_WORDS_WIDE = 0.16  # of the longest bar: what the words beside one take
 
 
 def accuracy_picture(stories: Sequence[RunStory]) -> Picture:
@@ -84,12 +87,14 @@ def time_unit(seconds: float) -> tuple[float, str]:
 def learning_picture(stories: Sequence[RunStory]) -> Picture:
     """Mean KL and prefix length by step."""
 
+    width = one_width([story.history for story in stories])
+
     def paint(figure: "Figure") -> None:
         left, right = figure.subplots(1, 2)
-        _draw_kl(left, stories)
+        _draw_kl(left, stories, width)
         for index, story in enumerate(stories):
             history = story.history
-            style = {**picture.run_style(index), "ls": "-", "marker": _marker(history)}
+            style = {**picture.run_style(index), "marker": _marker(history)}
             right.plot(history.step, history.prefix_length, ds="steps-mid", lw=1.3, **style)
         right.set_ylim(0)
         step_axis(right)
@@ -102,17 +107,23 @@ def learning_picture(stories: Sequence[RunStory]) -> Picture:
         paint,
         (11, 4.1),
         words="mean KL a token and prefix length of each run by step",
-        caption="The KL is the mean over the tokens in the loss, smoothed over a fiftieth of the"
-        " run; a longer prefix is another mean, so a jump may be no change of the student.",
+        caption=f"The KL is the mean over the tokens in the loss{_smoothed(width)}; a longer prefix"
+        " is another mean, so a jump may be no change of the student. Points: the longest steps of"
+        " a run where its other steps are shorter.",
     )
 
 
-def _draw_kl(axes: "Axes", stories: Sequence[RunStory]) -> None:
+def _smoothed(width: int) -> str:
+    return f", smoothed over {width} steps of every run" if width > 1 else ""
+
+
+def _draw_kl(axes: "Axes", stories: Sequence[RunStory], width: int) -> None:
     seen = []
     for index, story in enumerate(stories):
-        kl = smooth(story.history.kl, max(len(story.history.kl) // 50, 1))
-        style = {**picture.run_style(index), "marker": _marker(story.history)}
-        axes.plot(story.history.step, kl, lw=1.5, **style)
+        style = picture.run_style(index)
+        line = {**style, "lw": 1.5, "marker": _marker(story.history)}
+        points = {"color": style["color"], "marker": style["marker"]}
+        kl = draw_mean_kl(axes, story.history, width, line=line, points=points)
         seen.append(kl[np.isfinite(kl) & (kl > _KL_LEAST)])
     values = np.concatenate(seen)
     if len(values):
@@ -120,19 +131,15 @@ def _draw_kl(axes: "Axes", stories: Sequence[RunStory]) -> None:
     step_axis(axes)
     axes.set_ylabel("nats a token")
     axes.set_title("Mean KL")
+    if any(anchors(story.history).any() for story in stories):
+        axes.plot([], [], color=MUTED, lw=1.5, label="other steps")
+        axes.plot([], [], color=MUTED, marker="o", ms=3.5, ls="", label=ANCHOR_WORDS)
+        picture.legend_beside_title(axes)
 
 
 def _marker(history: RunHistory) -> str:
     """A single step is a point, for a line of it cannot be seen."""
     return "" if len(history.step) > 1 else "o"
-
-
-def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Means over ``width`` neighbours, fewer at the ends; NaN left out."""
-    kernel, known = np.ones(width), np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0.0), kernel, "same")
-    count = np.convolve(known.astype(float), kernel, "same")
-    return np.where(count > 0.5, total / np.maximum(count, 1), np.nan)
 
 
 def cost_picture(stories: Sequence[RunStory]) -> Picture:
@@ -144,10 +151,10 @@ def cost_picture(stories: Sequence[RunStory]) -> Picture:
         top = max(max(account.total, account.flops_full.total) for account in accounts)
         factor, prefix = unit_of(top)
         for row, account in enumerate(accounts):
-            _draw_account(axes, row, account, factor)
+            _draw_account(axes, row, account, top)
         axes.set_yticks(range(len(stories)), [picture.shown_label(s.label, 28) for s in stories])
         axes.set_ylim(len(stories) - 0.45, -0.55)
-        axes.set_xlim(0, 1.12 * top / factor)
+        axes.set_xlim(0, (1 + _WORDS_WIDE) * top / factor)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(f"{prefix}FLOP")
@@ -161,14 +168,16 @@ def cost_picture(stories: Sequence[RunStory]) -> Picture:
         "cost",
         paint,
         (11, 1.35 + 0.52 * len(stories)),
-        words="FLOPs of each run by part, beside what its training had cost at full length",
-        caption="Beside each bar: training's FLOPs as a share of what the same steps had cost with"
-        " full-length rollouts, an upper bound. Probes and evaluations are no part of that share.",
+        words="FLOPs of each run by part, beside what its training would have cost at full length",
+        caption="Beside each bar: training's FLOPs as a share of what the same steps would have"
+        " cost with full-length rollouts, an upper bound. Probes and evaluations are no part of"
+        " that share.",
     )
 
 
-def _draw_account(axes: "Axes", row: int, account: Account, factor: float) -> None:
-    left = 0.0
+def _draw_account(axes: "Axes", row: int, account: Account, top: float) -> None:
+    """``top``: FLOPs of the longest bar or mark of all runs."""
+    left, factor = 0.0, unit_of(top)[0]
     for part in PARTS:
         value = account.by_part[part] / factor
         if np.isfinite(value) and value:
@@ -176,14 +185,14 @@ def _draw_account(axes: "Axes", row: int, account: Account, factor: float) -> No
             left += value
     full = account.flops_full.total / factor
     axes.plot([full, full], [row - 0.36, row + 0.36], color=INK, lw=2)
-    axes.annotate(
-        f"{account.ratio:.2f}\u00d7", (max(left, full), row), (7, 0), textcoords="offset points",
-        va="center", color=INK,
-    )  # fmt: skip
+    # At its bar, whose share it is, unless the mark stands in its way.
+    at = full if left <= full < left + _WORDS_WIDE * top / factor else left
+    words = f"{account.ratio:.2f}\u00d7 of {si(account.flops_full.total)}"
+    axes.annotate(words, (at, row), (7, 0), textcoords="offset points", va="center", color=INK)
 
 
 def time_picture(stories: Sequence[RunStory]) -> Picture:
-    """Median seconds of a step by phase, a bar a run."""
+    """Mean seconds of a step by phase, a bar a run."""
     phases = list(dict.fromkeys(phase for s in stories for phase in s.history.seconds))
 
     def paint(figure: "Figure") -> None:
@@ -191,7 +200,7 @@ def time_picture(stories: Sequence[RunStory]) -> Picture:
         for row, story in enumerate(stories):
             left = 0.0
             for number, phase in enumerate(phases):
-                seconds = float(np.median(story.history.seconds.get(phase, np.zeros(1))))
+                seconds = float(np.mean(story.history.seconds.get(phase, np.zeros(1))))
                 colour = picture.part_colour(phase, number)
                 axes.barh(row, seconds, left=left, height=0.56, color=colour)
                 left += seconds
@@ -203,7 +212,7 @@ def time_picture(stories: Sequence[RunStory]) -> Picture:
         axes.margins(x=0.1)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("seconds a step")
+        axes.set_xlabel("seconds a step, mean of all steps")
         axes.legend(
             handles=[_patch(picture.part_colour(p, i), p) for i, p in enumerate(phases)], ncols=8,
             loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2, handlelength=1.3,
@@ -214,9 +223,9 @@ def time_picture(stories: Sequence[RunStory]) -> Picture:
         "time",
         paint,
         (11, 1.35 + 0.52 * len(stories)),
-        words="median seconds of each run's steps by phase",
-        caption="The median of each phase over the run's steps. Where servers sample beside the"
-        " step, only the time that the step waited for them is rollout.",
+        words="mean seconds of each run's steps by phase",
+        caption="The mean of each phase over all of the run's steps, short and long. Where servers"
+        " sample beside the step, only the time that the step waited for them is rollout.",
     )
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_prefix.report.mean_kl import anchors, draw_mean_kl
 from megatron_prefix.run_files.history import FLOPS_PARTS, RunHistory, load_run
 from megatron_prefix.run_files.kl_grid import KL_CEILING, KL_FLOOR, shrink, stack_rows
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 INK = "#22303c"
 FAINT = "#8a97a3"
 KL_COLOUR = "#0b6e99"
+ANCHOR_COLOUR = "#9c2c5a"
 LENGTH_COLOUR = "#f3a361"
 ACCURACY_COLOUR = "#2a9d6f"
 PART_COLOURS = ("#f3a361", "#5b8fb9", "#0b6e99")  # by FLOPS_PARTS
@@ -59,17 +61,27 @@ def quickstart_figure(run_folder: Path, png_path: Path) -> None:
 
 
 def draw_kl(axes: "Axes", history: RunHistory) -> None:
-    """The KL on a logarithmic scale, before a filled step curve of the prefix length."""
+    """The KL on a logarithmic scale, that of full steps between short ones as points of their own,
+    before a filled step curve of the prefix length."""
     lengths = axes.twinx()
     lengths.fill_between(
         history.step, history.prefix_length, step="mid", color=LENGTH_COLOUR, alpha=0.35, lw=0
     )
-    lengths.set_ylim(0, 1.08 * history.prefix_length.max())
+    apart, longest = anchors(history).any(), history.prefix_length.max()
+    lengths.set_ylim(0, (1.3 if apart else 1.08) * longest)  # the legend stands above
     lengths.set_ylabel("prefix length, tokens", color="#b8651b")
     lengths.spines["right"].set_visible(True)
     axes.set_zorder(lengths.get_zorder() + 1)
     axes.patch.set_visible(False)
-    axes.plot(history.step, history.kl, color=KL_COLOUR, lw=1.5)
+    draw_mean_kl(
+        axes, history, 1, line={"color": KL_COLOUR, "lw": 1.5, "label": "KL of the short steps"},
+        points={
+            "color": ANCHOR_COLOUR, "marker": "o",
+            "label": f"KL of the steps of {longest} tokens",
+        },
+    )  # fmt: skip
+    if apart:
+        axes.legend(loc="upper right", fontsize=8.5)
     if np.any(history.kl > 0):
         axes.set_yscale("log")
     axes.set_ylabel("mean KL a token, nats", color=KL_COLOUR)

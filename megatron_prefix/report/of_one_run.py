@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _COLOURS = "viridis"  # even in lightness, and the same to a colour-blind eye
 _ON_THE_MAP = "#111111"  # the map has its colours in light and in dark, and so has what is on it
-_BINS = 120  # of the seconds' stack: medians over more steps than that are taken together
+_BINS = 120  # of the seconds' stack: more steps than that are taken together
 _LINES_OF_PROBES = 3
 
 
@@ -186,8 +186,8 @@ def growth_picture(story: RunStory, number: int) -> Picture:
         paint,
         (11, 3.9),
         words=f"cumulative FLOPs of {story.label} by part, and seconds a step by phase",
-        caption="Dashed: what the same steps had cost with full-length rollouts."
-        " Seconds are medians over neighbouring steps.",
+        caption="Dashed: what the same steps would have cost with full-length rollouts."
+        f"{_grouped(story)}",
     )
 
 
@@ -216,20 +216,43 @@ def _from_zero(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def _draw_seconds(axes: "Axes", story: RunStory) -> None:
     history = story.history
-    group = -(-len(history.step) // _BINS)
+    group = _group(story)
     steps = history.step[::group].astype(float)
-    rows = [_medians(values, group) for values in history.seconds.values()]
+    rows = [_means(values, group) for values in history.seconds.values()]
     colours = [picture.part_colour(phase, i) for i, phase in enumerate(history.seconds)]
     if len(steps) == 1:
         steps, rows = np.array([steps[0] - 0.5, steps[0] + 0.5]), [row.repeat(2) for row in rows]
     axes.stackplot(steps, rows, labels=list(history.seconds), colors=colours, lw=0)
-    total = np.sum(rows, axis=0)
-    axes.set_ylim(0, 1.15 * np.quantile(total, 0.98))  # one slow step must not flatten the others
+    _limit_seconds(axes, np.sum(rows, axis=0))
     axes.set_xlim(steps[0], steps[-1])
     step_axis(axes)
-    axes.set_ylabel("seconds a step")
-    picture.legend_beside_title(axes)
+    axes.set_ylabel("seconds")
+    axes.set_title("Seconds a step, by phase")
+    picture.legend_below(axes)
 
 
-def _medians(values: np.ndarray, group: int) -> np.ndarray:
-    return np.array([np.median(values[i : i + group]) for i in range(0, len(values), group)])
+def _limit_seconds(axes: "Axes", total: np.ndarray) -> None:
+    """One slow step must not flatten the others: what is cut off is told in words."""
+    limit = 1.15 * float(np.quantile(total, 0.98))
+    axes.set_ylim(0, limit)
+    beyond = total[total > limit]
+    if not len(beyond):
+        return
+    words = f"{len(beyond)} of {len(total)} cut off, up to {beyond.max():.3g} s"
+    axes.text(
+        0.99, 0.98, words, ha="right", va="top", transform=axes.transAxes, fontsize=8.5, color=INK,
+        bbox={"fc": "white", "ec": "none", "pad": 1.5, "alpha": 0.8},
+    )  # fmt: skip
+
+
+def _group(story: RunStory) -> int:
+    return -(-len(story.history.step) // _BINS)
+
+
+def _grouped(story: RunStory) -> str:
+    group = _group(story)
+    return f" Seconds are means over {group} neighbouring steps." if group > 1 else ""
+
+
+def _means(values: np.ndarray, group: int) -> np.ndarray:
+    return np.array([np.mean(values[i : i + group]) for i in range(0, len(values), group)])

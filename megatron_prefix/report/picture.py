@@ -173,6 +173,15 @@ def legend_beside_title(axes: "Axes") -> None:
     )  # fmt: skip
 
 
+def legend_below(axes: "Axes") -> None:
+    """In a line under the axis' label, where the title leaves no room beside it."""
+    handles, _ = axes.get_legend_handles_labels()
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=len(handles), handlelength=1.2,
+        columnspacing=1.0, handletextpad=0.5, fontsize=8.5,
+    )  # fmt: skip
+
+
 def say(axes: "Axes", words: str) -> None:
     """Words in the place of a drawing that has nothing to show."""
     axes.axis("off")

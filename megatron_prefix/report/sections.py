@@ -6,8 +6,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-
 from megatron_prefix.config import Recipe
 from megatron_prefix.evaluation.pass_at_k import wilson_interval
 from megatron_prefix.report.comparison import training_seconds
@@ -31,7 +29,7 @@ def run_name(index: int, story: RunStory, several: bool) -> Html:
 def tiles(story: RunStory) -> Html:
     """A single run in five figures."""
     history, account = story.history, story.account
-    full = f"that had cost {si(account.flops_full.total)}FLOP"
+    full = f"that would have cost {si(account.flops_full.total)}FLOP"
     evaluated = [e for e in history.evaluations if math.isfinite(e.accuracy)]
     shown = []
     if evaluated:
@@ -141,18 +139,18 @@ def _spent(flops: float, tokens: int | None) -> Html:
 
 
 def phase_rows(stories: Sequence[RunStory]) -> Html:
-    """Median seconds of a step, and each phase's share of all seconds."""
+    """Mean seconds of a step by phase, and each phase's share of all seconds."""
     phases = list(dict.fromkeys(phase for s in stories for phase in s.history.seconds))
     rows = []
     for index, story in enumerate(stories):
         seconds = story.history.seconds
         total = sum(float(values.sum()) for values in seconds.values()) or float("nan")
         cells = [
-            f"{np.median(seconds[p]):.3f} s, {seconds[p].sum() / total:.0%}" if p in seconds else ""
+            f"{seconds[p].mean():.3f} s, {seconds[p].sum() / total:.0%}" if p in seconds else ""
             for p in phases
         ]
         rows.append([run_name(index, story, len(stories) > 1), *cells])
-    return table(("run", *phases), rows, "lr")
+    return table(("run", *(f"{phase}: mean s, share" for phase in phases)), rows, "lr")
 
 
 def recipe_table(stories: Sequence[RunStory]) -> Html:

@@ -1,6 +1,5 @@
 """Tables of a run for a console."""
 
-import numpy as np
 from rich.table import Table
 
 from megatron_prefix.report.figure import unit_of
@@ -29,12 +28,12 @@ def phase_table(history: RunHistory) -> Table:
     """Where the steps' time went."""
     table = Table(title="Seconds by phase")
     table.add_column("phase", style="bold")
-    for heading in ("sum", "median step", "share"):
+    for heading in ("sum", "mean a step", "share"):
         table.add_column(heading, justify="right")
     total = sum(float(values.sum()) for values in history.seconds.values()) or float("nan")
     for phase, values in sorted(history.seconds.items(), key=lambda item: -item[1].sum()):
         share = values.sum() / total
-        table.add_row(phase, f"{values.sum():.1f}", f"{np.median(values):.3f}", f"{share:.1%}")
+        table.add_row(phase, f"{values.sum():.1f}", f"{values.mean():.3f}", f"{share:.1%}")
     return table
 
 

@@ -8,7 +8,7 @@ from megatron_prefix.report.story import Answers, RunStory
 
 _LIMIT = 2400  # characters of a text that are shown
 _PROBLEMS = 8
-# Of each kind (right before, right after), how many are shown first: what training changed.
+# Of each kind (right before, right after), how many are shown, in this order.
 _WANTED = (((False, True), 4), ((True, False), 2), ((False, False), 1), ((True, True), 1))
 
 
@@ -24,7 +24,8 @@ def answers_section(stories: Sequence[RunStory]) -> Html:
     words = f"{len(rows)} of {len(last.by_row)} held-out problems of {told[0].label}"
     if first is not last:
         words += f", answered before (step {first.step}) and after (step {last.step})"
-        words += ": first those that training changed"
+        right, wrong = _WANTED[0][1], _WANTED[1][1]
+        words += f": up to {right} that became right, up to {wrong} that became wrong, then others"
     return join([element("p", words + ".", class_="lead"), *cards])
 
 

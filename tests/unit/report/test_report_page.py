@@ -5,12 +5,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from megatron_prefix.cli import main
-from megatron_prefix.report import comparison, markup, sections, texts
+from megatron_prefix.report import markup, sections, texts
 from megatron_prefix.report.page import write_report
 from megatron_prefix.report.story import load_stories
 from megatron_prefix.run_files.jsonl import read_records
@@ -148,9 +147,13 @@ def test_a_single_run_shows_what_it_set_and_two_what_they_differ_in(tmp_path: Pa
     assert "run.name" not in both
 
 
-def test_problems_that_training_changed_come_first(tmp_path: Path) -> None:
+def test_problems_that_became_right_come_first_and_the_page_says_in_which_order(
+    tmp_path: Path,
+) -> None:
     (story,) = load_stories([write_whole_run(tmp_path / "run")])
     assert texts.choose_rows(story.answers) == [1, 3, 5, 7, 0, 2, 4, 6]
+    words = "up to 4 that became right, up to 2 that became wrong, then others."
+    assert words in texts.answers_section([story])
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,12 +176,6 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_runs_of_one_name_keep_theirs_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name / "run", {}) for name in ("a", "b")]
     assert [story.label for story in load_stories(runs)] == ["a/run", "b/run"]
-
-
-def test_smoothing_leaves_nans_out() -> None:
-    values = np.array([1.0, np.nan, 3.0, 5.0])
-    np.testing.assert_allclose(comparison.smooth(values, 3), [1.0, 2.0, 4.0, 4.0])
-    np.testing.assert_array_equal(comparison.smooth(values, 1), values)
 
 
 def test_markup_escapes_all_but_markup() -> None:
