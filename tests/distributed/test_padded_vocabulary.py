@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.rollout.records import save_rollouts
-from megatron_prefix.tokenizers import write_byte_tokenizer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_separate_teacher import a_recipe, trained
 from tests.distributed.world import Case, Run, model_config, rollouts, train

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_prefix.config import PrefixConfig
-from megatron_prefix.jsonl import read_records
 from megatron_prefix.rollout.discarded import Discarded, unreadable
+from megatron_prefix.run_files.jsonl import read_records
 from megatron_prefix.types import Rollout
 from tests.unit.test_conductor import SHAPE, Listed, conductor, rollouts
 
