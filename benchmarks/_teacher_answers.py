@@ -43,7 +43,7 @@ def write_answers(recipe: Recipe, cache: Path, count: int) -> None:
         Collector([server.endpoint for server in servers], recipe.rollout, stops) as collector,
     ):
         length = sort_chain.RESPONSE_LENGTH
-        written = collector.collect(prompts, max_new_tokens=length, policy_version=0).rollouts
+        written = collector.collect(prompts, max_new_tokens=length, policy_version=0)
     fresh = target.with_suffix(".new")
     lines = [
         json.dumps({"prompt": row["prompt"], "answer": list(rollout.prefix_ids)})

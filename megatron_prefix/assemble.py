@@ -247,7 +247,7 @@ def _evaluator(
             with asked as collector:
                 return collector.collect(
                     prompts, max_new_tokens=max_new_tokens, policy_version=policy_version
-                ).rollouts
+                )
 
         result = evaluate(recipe.eval, tokenizer, answers, recipe.data)
         write_samples(folder / EVALUATION_FOLDER / f"step_{step:08d}.jsonl", result.samples)
@@ -274,8 +274,6 @@ def _prober(
 
     def run(policy_version: int) -> list[Rollout]:
         length = recipe.prefix.max_length
-        return collector.collect(
-            prompts, max_new_tokens=length, policy_version=policy_version
-        ).rollouts
+        return collector.collect(prompts, max_new_tokens=length, policy_version=policy_version)
 
     return run

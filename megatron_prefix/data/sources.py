@@ -54,14 +54,13 @@ class ServerSource:
         # Over-sampled requests beyond the wanted ones are aborted as stragglers.
         started = count * max(self._rollout.over_sample, 1.0)
         prompts = math.ceil(started / self._rollout.samples_per_prompt)
-        collected = self._collector.collect(
+        return self._collector.collect(
             self._prompts.take(prompts),
             max_new_tokens=prefix_length,
             policy_version=policy_version,
             wanted=count,
             cap=self._recall.cap if self._recall else None,
         )
-        return collected.rollouts
 
     def state_dict(self) -> dict[str, Any]:
         return self._prompts.state_dict()

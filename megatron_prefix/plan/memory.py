@@ -81,11 +81,6 @@ class RankPlan:
     teacher_hidden: int  # teachers' hidden states of a step's prefix positions
 
     @property
-    def teacher_at(self) -> Place:
-        """Of the recipe's section ``teacher``."""
-        return next((part.at for part in self.teachers if not part.domain), ())
-
-    @property
     def teacher_weights(self) -> int:
         return sum(part.weights for part in self.teachers)
 

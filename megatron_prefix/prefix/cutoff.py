@@ -9,7 +9,7 @@ server names, V the vocabulary.
 import difflib
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -108,14 +108,6 @@ class CutOffRule:
     start: Callable[[], CutOff]
     top_k: int  # top_logprobs of every SampledToken
     check_every: int  # tokens between two looks at a rollout
-
-
-def cut_length(cut_off: CutOff, tokens: Sequence[SampledToken]) -> int:
-    """Tokens that ``cut_off`` keeps of a rollout: all of them where it never says stop."""
-    for count, token in enumerate(tokens, start=1):
-        if cut_off.feed(token):
-            return count
-    return len(tokens)
 
 
 def build_cut_off(config: CutOffConfig, vocab_size: int) -> CutOffRule | None:

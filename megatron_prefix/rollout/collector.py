@@ -6,7 +6,6 @@ Legend: W rollouts wanted, L the prefix length (``max_new_tokens``).
 import asyncio
 import itertools
 import secrets
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -21,26 +20,6 @@ from megatron_prefix.rollout.protocol import Generation, NoRollouts, Sampling
 from megatron_prefix.types import Prompt, Rollout
 
 _ABORT_AGAIN_S = 1.0  # a request that the server had not read yet misses an abort
-
-
-@dataclass(frozen=True)
-class CollectStats:
-    """What a step's sampling cost and gave; counts of rollouts, but for the tokens."""
-
-    started: int
-    aborted: int  # as stragglers, kept or not
-    dropped: int  # aborted with too few tokens, or without any
-    surplus: int  # usable beyond what was wanted
-    tokens: int  # sampled tokens of the rollouts that were returned
-    tokens_sampled: int  # of all: what generation cost
-    seconds: float
-    cut: int = 0  # of those returned, by a per-rollout rule
-
-
-@dataclass(frozen=True)
-class Collected:
-    rollouts: list[Rollout]  # by prompt, then by sample
-    stats: CollectStats
 
 
 @dataclass(frozen=True)
@@ -105,8 +84,9 @@ class Collector:
         policy_version: int,
         wanted: int = 0,
         cap: Callable[[Sequence[int], int], int] | None = None,
-    ) -> Collected:
-        """Sample ``rollout.samples_per_prompt`` prefixes of each prompt, of at most L tokens.
+    ) -> list[Rollout]:
+        """``rollout.samples_per_prompt`` prefixes of each prompt, of at most L tokens, by prompt,
+        then by sample.
 
         With ``wanted`` (0: all) below that many, the rest is aborted when W have finished, and
         the first W usable ones in prompt order are returned: those that finished, and aborted
@@ -121,7 +101,6 @@ class Collector:
         Raises NoRollouts where no rollout is usable, RequestRefused at once, and the last server's
         ServerUnavailable or UnexpectedAnswer where none is left.
         """
-        started_at = time.monotonic()
         sampling = Sampling(max_new_tokens, self._rollout.temperature, self._stop_token_ids)
         jobs = self._assign(prompts, max_new_tokens, cap)
         wanted = wanted or len(jobs)
@@ -143,9 +122,7 @@ class Collector:
                 f"none of {len(jobs)} rollouts is usable: all were aborted or empty; does another "
                 "job abort requests on these servers?"
             )
-        rollouts = [_rollout(jobs[n], generations[n], max_new_tokens) for n in kept]
-        seconds = time.monotonic() - started_at
-        return Collected(rollouts, _statistics(generations, rollouts, len(usable), seconds))
+        return [_rollout(jobs[n], generations[n], max_new_tokens) for n in kept]
 
     def _assign(
         self,
@@ -267,18 +244,3 @@ def _rollout(job: _Job, generation: Generation, length: int) -> Rollout:
 
 def _met_its_cap(job: _Job, generation: Generation, length: int) -> bool:
     return generation.finish_reason == "length" and job.cap < length
-
-
-def _statistics(
-    generations: Sequence[Generation], rollouts: Sequence[Rollout], usable: int, seconds: float
-) -> CollectStats:
-    return CollectStats(
-        started=len(generations),
-        aborted=sum(generation.finish_reason == "abort" for generation in generations),
-        dropped=len(generations) - usable,
-        surplus=usable - len(rollouts),
-        tokens=sum(len(rollout.prefix_ids) for rollout in rollouts),
-        tokens_sampled=sum(generation.sampled for generation in generations),
-        cut=sum(rollout.finish_reason == "cut" for rollout in rollouts),
-        seconds=seconds,
-    )

@@ -11,7 +11,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,15 +37,6 @@ class WeightSyncFailed(SglangError):
     """
 
     silent: Mapping[str, float] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class PublishStats:
-    policy_version: int
-    buckets: int
-    tensors: int
-    bytes: int
-    seconds: float
 
 
 class WeightGroup:
@@ -134,7 +124,7 @@ class WeightGroup:
         opening, self._opening = self._opening, []
         _first_failure(opening, self._timeout_s, "begin a weight update")
 
-    def publish(self, buckets: Iterable[Bucket], policy_version: int) -> PublishStats:
+    def publish(self, buckets: Iterable[Bucket], policy_version: int) -> None:
         """Send a whole model, bucket by bucket, and name it ``policy_version``.
 
         Two buckets are held at a time: the servers take the new name with the last one, so which
@@ -145,20 +135,17 @@ class WeightGroup:
         """
         if self._broken:
             raise WeightSyncFailed("this weight group failed before; join a new one")
-        started_at = time.monotonic()
-        count = tensors = size = 0
+        sent = False
         with self._abandoned_if_it_fails():
             self._begun()
             for bucket, last in _marking_last(buckets):
-                size += self._send(bucket, policy_version if last else None)
-                count, tensors = count + 1, tensors + len(bucket)
+                self._send(bucket, policy_version if last else None)
+                sent = True
             self._end_on_all()
-        assert count, "no weights to publish"
-        seconds = time.monotonic() - started_at
-        return PublishStats(policy_version, count, tensors, size, seconds)
+        assert sent, "no weights to publish"
 
-    def _send(self, bucket: Bucket, policy_version: int | None) -> int:
-        """Broadcast one bucket; returns its bytes. ``None``: more are to come."""
+    def _send(self, bucket: Bucket, policy_version: int | None) -> None:
+        """Broadcast one bucket. ``None``: more are to come."""
         # Wide types first: the servers view each tensor at its offset, which must be aligned.
         ordered = sorted(bucket, key=lambda named: -named[1].element_size())
         flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in ordered])
@@ -180,7 +167,6 @@ class WeightGroup:
         # In a thread too: without the servers it does not return, and one may have refused.
         sending = _in_thread(_broadcast, flat, self._group)
         _first_failure([*posts, sending], self._timeout_s, "receive weights")
-        return flat.numel()
 
     def _end_on_all(self) -> None:
         futures = self._ask(lambda client: client.end_weight_update(timeout_s=self._timeout_s))

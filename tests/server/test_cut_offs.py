@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 
 from megatron_prefix.config import CutOffConfig, RolloutConfig
 from megatron_prefix.prefix import SampledToken, build_cut_off
-from megatron_prefix.prefix.cutoff import cut_length, entropy_bound
+from megatron_prefix.prefix.cutoff import entropy_bound
 from megatron_prefix.rollout.client import SglangClient
-from megatron_prefix.rollout.collector import Collected, Collector
+from megatron_prefix.rollout.collector import Collector
+from megatron_prefix.rollout.discarded import Discarded
 from megatron_prefix.rollout.protocol import Generation, Sampling
 from megatron_prefix.rollout.server import Server
-from megatron_prefix.types import Prompt
+from megatron_prefix.types import Prompt, Rollout
+from tests.cut_offs import cut_length
 from tests.server.conftest import VOCABULARY
 
 LENGTH = 300
@@ -57,7 +59,7 @@ def sampled(client: SglangClient) -> Callable[[], int]:
     return count
 
 
-def collect(server: Server, config: CutOffConfig) -> Collected:
+def collect(server: Server, config: CutOffConfig) -> list[Rollout]:
     rule = build_cut_off(config, VOCABULARY)
     with Collector([server.endpoint], GREEDY, (), rule) as collector:
         return collector.collect(PROMPTS, max_new_tokens=LENGTH, policy_version=NEWEST)
@@ -78,15 +80,14 @@ def test_a_cut_off_really_shortens_what_the_server_samples(
         cut_length(rule.start(), [SampledToken(logprob) for logprob in one.logprobs])
         for one in whole
     ]
-    assert [len(rollout.prefix_ids) for rollout in collected.rollouts] == kept
-    for rollout, one, count in zip(collected.rollouts, whole, kept, strict=True):
+    assert [len(rollout.prefix_ids) for rollout in collected] == kept
+    for rollout, one, count in zip(collected, whole, kept, strict=True):
         assert rollout.prefix_ids == one.token_ids[:count]
         assert rollout.finish_reason == ("cut" if count < len(one.token_ids) else one.finish_reason)
-    assert collected.stats.cut == sum(r.finish_reason == "cut" for r in collected.rollouts) > 0
+    assert any(rollout.finish_reason == "cut" for rollout in collected)
     uncut = sum(len(one.token_ids) for one in whole)
-    assert sum(kept) <= collected.stats.tokens_sampled < 0.75 * uncut
-    assert spent == collected.stats.tokens_sampled
-    assert spent == sum(len(r.prefix_ids) + r.discarded for r in collected.rollouts)
+    assert sum(kept) <= spent < 0.75 * uncut
+    assert spent == sum(len(r.prefix_ids) + r.discarded for r in collected)
 
 
 def test_the_entropy_rule_knows_the_entropy_from_above(
@@ -105,7 +106,7 @@ def test_the_entropy_rule_knows_the_entropy_from_above(
     means = torch.cat([entropy.unfold(0, 8, 1).mean(-1)[40:] for entropy in entropies])
     config = CutOffConfig("entropy", float(means.median()), 8, 10, VOCABULARY, 4)
     collected = collect(server, config)
-    for rollout, entropy, logprobs in zip(collected.rollouts, entropies, all_logprobs, strict=True):
+    for rollout, entropy, logprobs in zip(collected, entropies, all_logprobs, strict=True):
         moving = entropy.unfold(0, 8, 1).mean(-1)  # of tokens i to i + 7
         place = len(rollout.prefix_ids) - 8
         if rollout.finish_reason == "cut":
@@ -113,7 +114,7 @@ def test_the_entropy_rule_knows_the_entropy_from_above(
         assert (moving[2:place] > config.threshold - 1e-4).all()
         few = SampledToken(0.0, tuple(logprobs[0].sort(descending=True)[0][:20].tolist()))
         assert entropy_bound(few, VOCABULARY) >= float(entropy[0]) - 1e-5
-    assert collected.stats.cut > 0
+    assert any(rollout.finish_reason == "cut" for rollout in collected)
 
 
 def test_a_prompts_own_cap_is_met_exactly_and_told_as_a_cut(
@@ -130,21 +131,21 @@ def test_a_prompts_own_cap_is_met_exactly_and_told_as_a_cut(
         collected = collector.collect(
             PROMPTS, max_new_tokens=LENGTH, policy_version=NEWEST, cap=cap
         )
-    for rollout, one, most in zip(collected.rollouts, whole, caps, strict=True):
+    for rollout, one, most in zip(collected, whole, caps, strict=True):
         assert rollout.prefix_ids == one.token_ids[:most]
         cut = most < len(one.token_ids)
         assert rollout.finish_reason == ("cut" if cut else one.finish_reason)
-    assert collected.stats.cut == 4
-    assert sampled() - before == sum(len(rollout.prefix_ids) for rollout in collected.rollouts)
+    assert sum(rollout.finish_reason == "cut" for rollout in collected) == 4
+    assert sampled() - before == sum(len(rollout.prefix_ids) for rollout in collected)
 
 
 def test_stragglers_and_cuts_go_together(server: Server, settled: CutOffConfig) -> None:
     rule = build_cut_off(settled, VOCABULARY)
-    config = RolloutConfig(temperature=0.0, over_sample=2.0)
-    with Collector([server.endpoint], config, (), rule) as collector:
+    config, discarded = RolloutConfig(temperature=0.0, over_sample=2.0), Discarded()
+    with Collector([server.endpoint], config, (), rule, discarded=discarded) as collector:
         collected = collector.collect(
             PROMPTS, max_new_tokens=LENGTH, policy_version=NEWEST, wanted=3
         )
-    assert len(collected.rollouts) == 3
-    assert all(rollout.finish_reason != "abort" for rollout in collected.rollouts)
-    assert collected.stats.started == 6
+    assert len(collected) == 3
+    assert all(rollout.finish_reason != "abort" for rollout in collected)
+    assert len(discarded.take()) == 3

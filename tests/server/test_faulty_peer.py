@@ -8,6 +8,7 @@ import pytest
 from megatron_prefix.config import RolloutConfig
 from megatron_prefix.rollout.client import Endpoint, SglangClient
 from megatron_prefix.rollout.collector import Collector
+from megatron_prefix.rollout.discarded import Discarded
 from megatron_prefix.rollout.protocol import (
     NoRollouts,
     RequestRefused,
@@ -40,7 +41,7 @@ def endpoint(peer: FaultyPeer, **changes: Any) -> Endpoint:
 
 def collect(peer: FaultyPeer, **changes: Any) -> Any:
     with Collector([endpoint(peer, **changes)], RolloutConfig(), ()) as collector:
-        return collector.collect([PROMPT], max_new_tokens=2, policy_version=3).rollouts
+        return collector.collect([PROMPT], max_new_tokens=2, policy_version=3)
 
 
 def generate(peer: FaultyPeer, **changes: Any) -> Any:
@@ -170,17 +171,17 @@ def test_everything_aborted_is_an_error() -> None:
 def test_each_attempt_has_a_request_id_of_its_own() -> None:
     """A server refuses an id that it still works on, and aborts all that begin with one."""
     prompts = [Prompt(place, place, (4, 5)) for place in range(2)]
-    answers = [(500, "")] + [(200, json.dumps([GOOD]))] * 3
+    answers, surplus = [(500, "")] + [(200, json.dumps([GOOD]))] * 3, Discarded()
     with (
         faulty_peer(answers) as peer,
-        Collector([endpoint(peer)], RolloutConfig(), ()) as collector,
+        Collector([endpoint(peer)], RolloutConfig(), (), discarded=surplus) as collector,
     ):
-        collected = collector.collect(prompts, max_new_tokens=2, policy_version=3, wanted=1)
+        rollouts = collector.collect(prompts, max_new_tokens=2, policy_version=3, wanted=1)
     ids = [body["rid"][0] for path, body in peer.requests if path == "/generate"]
     assert len(ids) == len(set(ids)) == 3
     assert len({len(identifier) for identifier in ids}) == 1
-    assert [rollout.prompt_index for rollout in collected.rollouts] == [0]
-    assert collected.stats.surplus == 1
+    assert [rollout.prompt_index for rollout in rollouts] == [0]
+    assert surplus.take() == ((2, 2),)
 
 
 @pytest.mark.parametrize("wanted", [0, 1])

@@ -137,17 +137,14 @@ def test_rollouts_come_by_prompt_and_sample(
     with Collector([server.endpoint] * 2, config, stop_token_ids=()) as collector:
         collected = collector.collect(prompts, max_new_tokens=24, policy_version=NEWEST)
     version = int(client.model_info()["weight_version"].removeprefix("v"))
-    for place, rollout in enumerate(collected.rollouts):
+    for place, rollout in enumerate(collected):
         prompt = prompts[place // 2]
         assert rollout.prompt_index == prompt.index
         assert rollout.prompt_ids == prompt.input_ids
         assert rollout.prefix_ids == greedy[place // 2].token_ids
         assert rollout.policy_version == version
         assert len(rollout.rollout_logprobs) == len(rollout.prefix_ids)
-    stats = collected.stats
-    assert (stats.started, stats.aborted, stats.dropped, stats.surplus) == (10, 0, 0, 0)
-    tokens = 2 * sum(len(generation.token_ids) for generation in greedy)
-    assert stats.tokens == stats.tokens_sampled == tokens
+    assert len(collected) == 10
 
 
 def test_weights_newer_than_the_trainers_are_an_error(server: Server) -> None:
@@ -181,14 +178,11 @@ def test_stragglers_are_aborted_at_the_quorum(
     config, discarded = RolloutConfig(temperature=0.0, over_sample=2.0), Discarded()
     with Collector([server.endpoint], config, stop, discarded=discarded) as collector:
         collected = collector.collect(prompts, max_new_tokens=1500, policy_version=NEWEST, wanted=4)
-    assert [rollout.prompt_index for rollout in collected.rollouts] == [4, 5, 6, 7]
-    assert {rollout.finish_reason for rollout in collected.rollouts} == {"stop"}
-    stats = collected.stats
-    assert (stats.started, stats.aborted, stats.dropped, stats.surplus) == (8, 4, 4, 0)
-    assert stats.tokens < stats.tokens_sampled < 8 * 1500
+    assert [rollout.prompt_index for rollout in collected] == [4, 5, 6, 7]
+    assert {rollout.finish_reason for rollout in collected} == {"stop"}
     thrown_away = discarded.take()
     assert [prompt for prompt, _ in thrown_away] == [3] * 4
-    assert sum(tokens for _, tokens in thrown_away) == stats.tokens_sampled - stats.tokens
+    assert all(0 < tokens < 1500 for _, tokens in thrown_away)
 
 
 def test_abort_ends_running_generations(
@@ -212,15 +206,16 @@ def test_long_enough_stragglers_are_kept(
 ) -> None:
     prompts, stop = race
     config = RolloutConfig(temperature=0.0, over_sample=2.0, keep_aborted_above=1 / 1500)
-    with Collector([server.endpoint], config, stop) as collector:
+    surplus = Discarded()
+    with Collector([server.endpoint], config, stop, discarded=surplus) as collector:
         collected = collector.collect(prompts, max_new_tokens=1500, policy_version=NEWEST, wanted=4)
-    assert [rollout.prompt_index for rollout in collected.rollouts] == [0, 1, 2, 3]
-    for rollout in collected.rollouts:
+    assert [rollout.prompt_index for rollout in collected] == [0, 1, 2, 3]
+    for rollout in collected:
         assert rollout.finish_reason == "abort"
         assert 1 <= len(rollout.prefix_ids) == len(rollout.rollout_logprobs) < 1500
         best = logprobs(reference, list(rollout.prompt_ids), rollout.prefix_ids).argmax(-1)
         assert rollout.prefix_ids == tuple(best.tolist())
-    assert (collected.stats.aborted, collected.stats.dropped, collected.stats.surplus) == (4, 0, 4)
+    assert len(surplus.take()) == 4
 
 
 def test_rollouts_that_never_left_the_queue_are_dropped(
@@ -231,6 +226,5 @@ def test_rollouts_that_never_left_the_queue_are_dropped(
     config = RolloutConfig(over_sample=3.0)
     with Collector([server.endpoint], config, stop_token_ids=()) as collector:
         collected = collector.collect(prompts, max_new_tokens=100, policy_version=NEWEST, wanted=8)
-    assert len(collected.rollouts) == 8
-    assert all(rollout.finish_reason != "abort" for rollout in collected.rollouts)
-    assert collected.stats.dropped == collected.stats.aborted >= 8
+    assert len(collected) == 8
+    assert all(rollout.finish_reason != "abort" and rollout.prefix_ids for rollout in collected)

@@ -68,8 +68,7 @@ def asked(peer: FaultyPeer) -> list[list[int]]:
 def collect(fleet: Fleet, peers: list[FaultyPeer], wanted: int = 0) -> list[Rollout]:
     endpoints = [endpoint(peer) for peer in peers]
     with Collector(endpoints, CONFIG, (), roster=fleet) as collector:
-        collected = collector.collect(PROMPTS, max_new_tokens=2, policy_version=3, wanted=wanted)
-    return collected.rollouts
+        return collector.collect(PROMPTS, max_new_tokens=2, policy_version=3, wanted=wanted)
 
 
 FAULTS = {

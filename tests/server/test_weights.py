@@ -71,14 +71,12 @@ def test_a_sync_changes_what_is_sampled_and_the_checksum_agrees(
 ) -> None:
     before = client.generate(PROMPTS, GREEDY)
     version, hasher = next(versions), WeightHasher(LAYOUT)
-    stats = group.publish(hasher.passing(in_buckets(scaled(weights), count)), version)
+    group.publish(hasher.passing(in_buckets(scaled(weights), count)), version)
     after = client.generate(PROMPTS, GREEDY)
     verify(client, hasher.checksums())
     assert [g.token_ids for g in before] != [g.token_ids for g in after]
     assert {g.policy_version for g in after} == {version}
     assert client.model_info()["weight_version"] == f"v{version}"
-    assert (stats.policy_version, stats.tensors, stats.buckets) == (version, len(weights), count)
-    assert stats.bytes == sum(tensor.nbytes for tensor in weights.values())
 
 
 def test_a_group_publishes_again_and_again(

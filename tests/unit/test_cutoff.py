@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from megatron_prefix.config import CutOffConfig
 from megatron_prefix.prefix import SampledToken, build_cut_off
-from megatron_prefix.prefix.cutoff import CutOffRule, cut_length, entropy_bound
+from megatron_prefix.prefix.cutoff import CutOffRule, entropy_bound
 from megatron_prefix.rollout.protocol import UnexpectedAnswer
 from megatron_prefix.rollout.streaming import EventReader, StreamedGeneration
+from tests.cut_offs import cut_length
 from tests.refused import refusal_of
 
 SIGNALS = st.lists(st.floats(0.0, 2.0), min_size=1, max_size=60)

@@ -238,7 +238,8 @@ def test_a_separate_teacher_is_a_kind_of_rank_of_its_own(recipe: Recipe) -> None
     together = make_plan(laid_out(recipe, (2, 1), (1, 2))).ranks
     assert len(ranks) == 4
     assert [rank.student_at for rank in ranks] == [(0, 0, 0), (1, 0, 0), (), ()]
-    assert [rank.teacher_at for rank in ranks] == [(), (), (0, 0, 0), (0, 0, 1)]
+    places = [[part.at for part in rank.teachers] for rank in ranks]
+    assert places == [[], [], [(0, 0, 0)], [(0, 0, 1)]]
     for alone, shared in zip(ranks[:2], together, strict=True):
         assert alone.student_weights == shared.student_weights
         assert alone.teacher_head == shared.teacher_head

@@ -56,7 +56,7 @@ def test_it_takes_no_rank_and_no_bytes_but_its_top_k(recipe: Recipe) -> None:
     assert (rank.teachers, rank.teacher_weights, rank.teacher_head) == ((), 0, 0)
     assert rank.teacher_hidden == 4 * 32 * 64 * 12  # one microbatch of the default top_k
     two = validate(replace(recipe, run=replace(recipe.run, world_size=2)))
-    assert [rank.teacher_at for rank in make_plan(two).ranks] == [(), ()]
+    assert [rank.teachers for rank in make_plan(two).ranks] == [(), ()]
 
 
 def test_the_ledger_counts_its_forward_as_any_teachers(recipe: Recipe) -> None:
