@@ -28,6 +28,7 @@ from megatron_prefix.mcore.model import MegatronModel
 from megatron_prefix.mcore.offload import Offload
 from megatron_prefix.mcore.optimizer import make_trainable
 from megatron_prefix.modes import evaluates_aside, needs_shared_servers, teachers_of
+from megatron_prefix.orders import share_words
 from megatron_prefix.prefix import Ledger, build_policy, model_shape
 from megatron_prefix.prefix.recall import Recall
 from megatron_prefix.probes import Prober
@@ -40,7 +41,7 @@ from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.rollout.collector import Collector
 from megatron_prefix.rollout.discarded import Discarded
 from megatron_prefix.rollout.fleet import Fleet
-from megatron_prefix.rollout.pool import Roster
+from megatron_prefix.rollout.pool import Everyone, Roster
 from megatron_prefix.run_files.jsonl import EVALUATION_FOLDER
 from megatron_prefix.run_files.log import RunLog
 from megatron_prefix.student import Objective
@@ -95,26 +96,38 @@ def assemble(
         patience_s = patience(recipe.run.distributed_timeout_s)
         watchdog = stack.enter_context(Watchdog(folder, dist.get_rank(), patience_s))
         if world.student is None:
-            yield teacher_loop(recipe, world, watchdog.beat)
+            yield teacher_loop(recipe, world, watchdog)
             return
+
+        def ask_rank_0(act: Callable[[], str]) -> str:
+            with watchdog.waits_for_rank_0():
+                return share_words(act, world.host_group)
+
         stack.enter_context(world_of(world.student))
         student = load_model(recipe.student, "student", world.student, recipe.checkpoint.load)
         trainable = make_trainable(student, recipe.optimizer, recipe.train.steps)
-        shared, own = _servers(recipe, endpoints, stack)
+        shared, own = _servers(recipe, endpoints, watchdog, stack)
         teacher = build_teacher(recipe, world, student, teacher_servers, stack)
         objective = build_objective(recipe, student, world.device)
+        ask_rank_0(lambda: _meet(shared, own))
         yield Trainer(
             recipe,
             Parts(
                 student=trainable,
                 teacher=teacher,
                 objective=objective,
-                lagged=_lagged(recipe, student, teacher, objective, folder),
+                lagged=_lagged(recipe, student, teacher, objective, folder, watchdog),
                 publisher=_publisher(recipe, student, shared, folder / "sync", stack),
                 evaluation_publisher=_publisher(
                     recipe, student, own, folder / "sync_evaluation", stack
                 ),
-                checkpointer=Checkpointer(folder / "checkpoints", trainable, recipe.checkpoint),
+                checkpointer=Checkpointer(
+                    folder / "checkpoints",
+                    trainable,
+                    recipe.checkpoint,
+                    ask_rank_0,
+                    watchdog.goes_on,
+                ),
                 conductor=_conductor(recipe, folder, shared, own, stop_requested, stack),
                 host_group=world.host_group,
                 device=world.device,
@@ -132,12 +145,13 @@ def _lagged(
     teacher: Teacher | None,
     objective: Objective,
     folder: Path,
+    watchdog: Watchdog,
 ) -> LaggedTeacher | None:
     every = recipe.mode.refresh_teacher_every
     if not every:
         return None
     assert isinstance(teacher, ColocatedTeacher), "validate refuses others"
-    return LaggedTeacher(student, teacher, objective.teacher_head, folder, every)
+    return LaggedTeacher(student, teacher, objective.teacher_head, folder, every, watchdog.goes_on)
 
 
 def _publisher(
@@ -149,33 +163,42 @@ def _publisher(
 ) -> Publisher:
     if not servers.wanted:
         return NoPublisher()
-    fleet = servers.fleet
-    if fleet is not None:
-        logger.info("waiting for %d SGLang server(s)", len(fleet.members))
-        fleet.meet()
-    publisher = ServerPublisher(student, recipe.rollout, fleet, this_device(), folder)
+    publisher = ServerPublisher(student, recipe.rollout, servers.fleet, this_device(), folder)
     stack.callback(publisher.close)
     return publisher
 
 
+def _meet(*servers: _Servers) -> str:
+    """Wait until they answer; nothing to tell."""
+    for each in servers:
+        if each.fleet is not None:
+            logger.info("waiting for %d SGLang server(s)", len(each.fleet.members))
+            each.fleet.meet()
+    return ""
+
+
 def _servers(
-    recipe: Recipe, endpoints: Sequence[Endpoint], stack: contextlib.ExitStack
+    recipe: Recipe, endpoints: Sequence[Endpoint], watchdog: Watchdog, stack: contextlib.ExitStack
 ) -> tuple[_Servers, _Servers]:
     """Those that get the weights of every step, and those that evaluations have for themselves."""
     aside = evaluates_aside(recipe)
     shared = len(endpoints) - aside * recipe.eval.own_servers
     return (
-        _with_fleet(recipe, needs_shared_servers(recipe), endpoints[:shared], stack),
-        _with_fleet(recipe, aside, endpoints[shared:], stack),
+        _with_fleet(recipe, needs_shared_servers(recipe), endpoints[:shared], watchdog, stack),
+        _with_fleet(recipe, aside, endpoints[shared:], watchdog, stack),
     )
 
 
 def _with_fleet(
-    recipe: Recipe, wanted: bool, endpoints: Sequence[Endpoint], stack: contextlib.ExitStack
+    recipe: Recipe,
+    wanted: bool,
+    endpoints: Sequence[Endpoint],
+    watchdog: Watchdog,
+    stack: contextlib.ExitStack,
 ) -> _Servers:
     if not wanted or not endpoints:
         return _Servers(wanted, (), None)
-    fleet = Fleet(endpoints, recipe.rollout)
+    fleet = Fleet(endpoints, recipe.rollout, waiting=watchdog.goes_on)
     stack.callback(fleet.close)
     return _Servers(wanted, endpoints, fleet)
 
@@ -239,17 +262,19 @@ def _evaluator(
     if not recipe.eval.path or not servers.endpoints:
         return None
     greedy = replace(recipe.rollout, temperature=0.0, samples_per_prompt=1, over_sample=1.0)
+    everyone = servers.fleet or Everyone(servers.endpoints)
 
     def run(step: int, policy_version: int, roster: Roster | None) -> EvalResult:
+        asked = roster or everyone
+
         def answers(prompts: Sequence[Prompt], max_new_tokens: int) -> list[Rollout]:
             # Of its own each time: its event loop belongs to the thread that asks.
-            asked = Collector(servers.endpoints, greedy, stops, roster=roster or servers.fleet)
-            with asked as collector:
+            with Collector(servers.endpoints, greedy, stops, roster=asked) as collector:
                 return collector.collect(
                     prompts, max_new_tokens=max_new_tokens, policy_version=policy_version
                 )
 
-        result = evaluate(recipe.eval, tokenizer, answers, recipe.data)
+        result = evaluate(recipe.eval, tokenizer, answers, recipe.data, asked.waiting)
         write_samples(folder / EVALUATION_FOLDER / f"step_{step:08d}.jsonl", result.samples)
         return result
 

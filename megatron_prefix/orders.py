@@ -3,15 +3,20 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Literal
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_prefix.batch import MicrobatchPlan, plan_microbatches, with_loss_tokens
 from megatron_prefix.config import TrainConfig
 from megatron_prefix.rollout.discarded import Lengths
 from megatron_prefix.types import FinishReason, Rollout
+
+# Longer than anything that rank 0 may be about while the others wait: watchdogs judge that.
+_LONGEST_ORDER = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Order:
     ]
     prefix_length: int = 0
     rollouts: tuple[Rollout, ...] = ()
-    message: str = ""
+    message: str = ""  # of an error, or what rank 0 found
     loss_start: int = 0  # the first prefix position that the loss counts
     supervised: bool = False  # cross-entropy to the prefixes' own tokens; no teacher
     audit_length: int = 0  # of a probe: the prefix whose gradient is compared; 0: none is
@@ -73,6 +78,22 @@ def microbatches(
         loss_start=order.loss_start,
         replicas=replicas,
     )
+
+
+def order_group(timeout: timedelta) -> dist.ProcessGroup:
+    """A gloo group of the world, made within ``timeout``, in which rank 0 may take its time: a wait
+    for it ends with its process, or by the watchdogs. Collective over the world."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    # torch 2.11 has no public name for it.
+    group._get_backend(torch.device("cpu"))._set_default_timeout(_LONGEST_ORDER)
+    return group
+
+
+def share_words(act: Callable[[], str], group: dist.ProcessGroup) -> str:
+    """What ``act()`` says on rank 0, on every rank, as an order that asks for nothing: whoever only
+    waits for the next one, as a separate teacher's ranks do, goes on waiting."""
+    return share_order(lambda: Order("nothing", message=act()), group).message
 
 
 def share_order(decide: Callable[[], Order], group: dist.ProcessGroup) -> Order:

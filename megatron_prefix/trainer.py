@@ -101,11 +101,9 @@ class Trainer:
             self._after_step()
         self._save(wait=True)
         if self._recipe.checkpoint.export_hf:
-            self._begins("export")
-            model = self._parts.student.model
-            export_hf(model, self._parts.export_folder, model.config.params_dtype)
+            self._export()
         self._agree(self._finish_evaluations)
-        share_order(lambda: Order("done"), self._parts.host_group)  # a teacher elsewhere waits
+        self._agree(lambda: Order("done"))  # a teacher elsewhere waits
         return True
 
     def _begins(self, what: str) -> None:
@@ -286,10 +284,13 @@ class Trainer:
         """What rank 0 decides, once servers are there that hold the current weights."""
         while True:
             self._begins("order")
-            order = share_order(decide, self._parts.host_group)
+            with self._parts.watchdog.waits_for_rank_0():
+                order = share_order(decide, self._parts.host_group)
             if order.kind == "sync":
+                self._begins("sync")
                 self._publish()
             elif order.kind == "sync_evaluation":
+                self._begins("sync")
                 self._parts.evaluation_publisher.publish(self._policy_version)
             elif order.kind != "wait":
                 return order
@@ -298,6 +299,12 @@ class Trainer:
         if self._step:  # before the first, nothing is trained, and Adam's moments are not there yet
             self._begins("save")
             self._saves.save(self._step, self._policy_version, wait=wait)
+
+    def _export(self) -> None:
+        self._begins("export")
+        model, goes_on = self._parts.student.model, self._parts.watchdog.goes_on
+        folder = self._parts.export_folder
+        export_hf(model, folder, model.config.params_dtype, on_bucket=goes_on)
 
     def _restore(self) -> None:
         restored = self._saves.restore()

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_prefix.config import ModelConfig, Recipe
 from megatron_prefix.data.stop_tokens import teacher_mapping
+from megatron_prefix.health.watchdog import Watchdog
 from megatron_prefix.mcore import fp8
 from megatron_prefix.mcore.groups import ModelGroups, create_groups
 from megatron_prefix.mcore.hf_map import read_hf_model
@@ -19,6 +20,7 @@ from megatron_prefix.mcore.saved_weights import load_saved_weights
 from megatron_prefix.mcore.stop_map import exchange_rows
 from megatron_prefix.mcore.weights import load_hf_weights
 from megatron_prefix.modes import needs_teacher, section_of, teachers_of
+from megatron_prefix.orders import order_group
 from megatron_prefix.placement import WorldLayout, world_layout
 from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.student import Objective
@@ -57,8 +59,7 @@ def join(recipe: Recipe) -> World:
     layout = world_layout(recipe, dist.get_world_size())
     timeout = collective_timeout(recipe)
     student = create_groups(layout.student, timeout)
-    host_group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(host_group, dist.ProcessGroup)  # every rank is a member
+    host_group = order_group(timeout)
     teachers, links = {}, {}
     for domain, teacher in teachers_of(recipe).items():
         if layout.served(domain):
@@ -77,17 +78,18 @@ def join(recipe: Recipe) -> World:
 
 
 def collective_timeout(recipe: Recipe) -> timedelta:
-    """How long a rank waits for the others in any group but that with the servers."""
+    """How long a rank waits for the others in any group but that of the orders, in which rank 0 may
+    take its time, and that with the servers."""
     return timedelta(seconds=recipe.run.distributed_timeout_s)
 
 
-def teacher_loop(recipe: Recipe, world: World, beat: Callable[[str], None]) -> TeacherLoop:
+def teacher_loop(recipe: Recipe, world: World, watchdog: Watchdog) -> TeacherLoop:
     """Of the one teacher that has this rank to itself. Collective over that teacher's ranks."""
     ((domain, groups),) = world.teachers.items()
     model = load_model(teachers_of(recipe)[domain], section_of(domain), groups)
     teacher = TeacherRank(model, world.links[domain])
     packing = token_multiple(recipe), world.layout.student.dp
-    return TeacherLoop(teacher, world.host_group, recipe.train, *packing, beat)
+    return TeacherLoop(teacher, world.host_group, recipe.train, *packing, watchdog)
 
 
 def build_teacher(

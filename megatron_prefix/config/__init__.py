@@ -102,7 +102,7 @@ class RolloutConfig:
     max_total_tokens: int = 0  # of the servers' cache; 0: SGLang decides (60000 on a CPU)
     server_args: tuple[str, ...] = ()  # more arguments for sglang.launch_server
     start_timeout_s: float = 300.0
-    request_timeout_s: float = 600.0
+    request_timeout_s: float = 600.0  # without a byte of an answer, and a server is given up
     hang_timeout_s: float = 120.0  # without a passed health check, and a server is given up
     server_restarts: int = 5  # of one server, each within ten minutes of the last
     retries: int = 4  # of a request, with exponential backoff
@@ -246,7 +246,8 @@ class RunConfig:
     output_dir: str = "runs"  # the run folder is output_dir/name
     # Ranks in all, a separate teacher's included; 0: the least that the layouts need.
     world_size: int = 0
-    distributed_timeout_s: float = 600.0  # of all ranks' collectives; a hang is found a bit earlier
+    # Of all ranks' collectives; a hang is found a bit earlier. What gets on may take longer.
+    distributed_timeout_s: float = 600.0
     # Of one card, for `plan`, `train` and `launch` to check; 0: what the machine that trains has.
     gpu_memory_gib: float = 0.0
     # Of it, for the CUDA context, NCCL's buffers and the allocator's fragments.

@@ -78,6 +78,9 @@ class Pinned:
     def lose(self, url: str, why: SglangError) -> None:
         self.lost[url] = why
 
+    def waiting(self) -> None:
+        """Training does not wait for it."""
+
 
 @dataclass(frozen=True)
 class _Running:

@@ -105,10 +105,12 @@ def evaluate(
     tokenizer: "PreTrainedTokenizerBase",
     collect_fn: CollectFn,
     data: DataConfig | None = None,
+    scored: Callable[[], object] = lambda: None,
 ) -> EvalResult:
     """Asks for a greedy answer to each problem and scores it with ``eval.scorer``.
 
-    ``data`` (default: ``DataConfig()``) says how prompts are written. Raises ValueError as
+    ``data`` (default: ``DataConfig()``) says how prompts are written; ``scored`` is called after
+    each score. Raises ValueError as
     :func:`load_eval_set` and :func:`~megatron_prefix.evaluation.scorers.load_scorer` do,
     NoRollouts where answers are missing.
     """
@@ -121,12 +123,10 @@ def evaluate(
             f"{len(problems.prompts)} answers were asked for and {len(rollouts)} came; "
             "does another job abort requests on these servers?"
         )
-    samples = tuple(
-        score_answer(tokenizer, scorer, prompt, answer, rollout)
-        for prompt, answer, rollout in zip(
-            problems.prompts, problems.answers, rollouts, strict=True
-        )
-    )
+    samples = []
+    for asked in zip(problems.prompts, problems.answers, rollouts, strict=True):
+        samples.append(score_answer(tokenizer, scorer, *asked))
+        scored()
     correct = sum(sample.correct for sample in samples)
     return EvalResult(
         accuracy=correct / len(samples),
@@ -137,7 +137,7 @@ def evaluate(
         dropped=problems.dropped,
         tokens=sum(sample.tokens for sample in samples),
         seconds=time.monotonic() - start,
-        samples=samples,
+        samples=tuple(samples),
         lengths=tuple((len(r.prompt_ids), len(r.prefix_ids)) for r in rollouts),
     )
 

@@ -1,12 +1,17 @@
 """Finds a run that makes no progress: each rank says what it begins, and one that has said nothing
 for too long writes the stacks of all its threads, has the other ranks write theirs, and ends.
 
+What takes long and gets on says so meanwhile. A rank that waits for rank 0 leaves it to that one
+to judge how long it may be about something, and only sees to it that its process runs: rank 0's
+watchdog touches a file of the run folder, its pulse.
+
 Stacks are in ``logs/stacks/rank_N.txt`` of the run folder. A rank that is stopped, or inside a call
 that holds the interpreter, writes none by itself: in the second case the C library's timer writes
 them a little later; in the first it does so once somebody lets it go on, as the launcher of one
 machine does.
 """
 
+import contextlib
 import faulthandler
 import itertools
 import logging
@@ -16,6 +21,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prefix.exit_codes import HUNG
@@ -28,7 +34,9 @@ _SHARE = 0.9  # of the collectives' timeout
 _LONGEST_WAIT = 0.95  # of the watchdog's patience
 _BACKUP_S = 30.0  # after which the C timer takes over
 _REARM_S = 1.0  # the timer is a thread, made anew each time: not for each of a short step's phases
-_MARK = "hang"
+_MARK, _PULSE = "hang", "pulse"
+_PULSES = 8  # of rank 0 within the watchdog's patience
+_LOOK_AFTER = 0.25  # of the patience: whoever waits for rank 0 looks for its pulse no earlier
 _QUEUE = Path("/proc/self/schedstat")  # of the main thread; nanoseconds
 
 
@@ -47,7 +55,7 @@ def longest_wait(collective_timeout_s: float) -> float:
 
 class Watchdog:
     """One a rank. ``timeout_s`` has to exceed the longest that a rank may be about one thing, or
-    wait for another that is."""
+    wait for another that is, without a word that it gets on."""
 
     def __init__(self, folder: Path, rank: int, timeout_s: float) -> None:
         self._run_folder, self._folder = folder, stacks_folder(folder)
@@ -59,15 +67,19 @@ class Watchdog:
         self._started_at = time.time()
         self._armed_at = -math.inf
         self._stood_still, self._queued = 0.0, _seconds_queued()
+        self._pulse, self._waits = self._folder / _PULSE, False
+        self._pulsed_at, self._seen_pulse = -math.inf, 0
         self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
         self.beat("start")
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
+        self._thread.join()  # it may be about to set the timer once more
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
 
@@ -78,6 +90,21 @@ class Watchdog:
             self._armed_at = self._since
             later = self._timeout_s + _BACKUP_S
             faulthandler.dump_traceback_later(later, exit=True, file=self._file)
+
+    def goes_on(self) -> None:
+        """What was begun is not done, and gets on."""
+        self.beat(self._doing)
+
+    @contextlib.contextmanager
+    def waits_for_rank_0(self) -> Iterator[None]:
+        """Within, rank 0 may be about something for as long as its own watchdog lets it. On rank 0
+        itself this changes nothing."""
+        self._waits = self._rank != 0
+        try:
+            yield
+        finally:
+            self._waits = False
+            self.goes_on()
 
     def stood_still(self) -> float:
         """Seconds since the last call in which this process was not let run: stopped, or its main
@@ -97,6 +124,22 @@ class Watchdog:
                 self._since += late
             elif now - self._since > self._timeout_s or self._found_by_another():
                 self._end()
+            elif self._rank == 0:
+                self._give_pulse(now)
+            elif self._waits and now - self._since > _LOOK_AFTER * self._timeout_s:
+                self._look_for_pulse()
+
+    def _give_pulse(self, now: float) -> None:
+        if now - self._pulsed_at >= self._timeout_s / _PULSES:
+            self._pulsed_at = now
+            with contextlib.suppress(OSError):  # a disk that fails costs a pulse, not the watchdog
+                self._pulse.touch()
+
+    def _look_for_pulse(self) -> None:
+        pulse = self._pulse.stat().st_mtime_ns if self._pulse.exists() else 0
+        if pulse != self._seen_pulse:  # the clocks of two machines are not compared
+            self._seen_pulse = pulse
+            self.goes_on()
 
     def _found_by_another(self) -> bool:
         return hang_found(self._run_folder, self._started_at)
@@ -118,6 +161,12 @@ class NoWatchdog:
 
     def beat(self, doing: str) -> None:
         pass
+
+    def goes_on(self) -> None:
+        pass
+
+    def waits_for_rank_0(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def stood_still(self) -> float:
         return 0.0

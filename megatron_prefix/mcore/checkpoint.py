@@ -32,16 +32,20 @@ from megatron_prefix.mcore.sealing import Sealing
 from megatron_prefix.mcore.step_folders import (
     PARTIAL,
     RUN_STATE,
+    Tell,
     clear_unfinished,
     damage,
     saved_steps,
     set_aside,
     step_folder,
 )
+from megatron_prefix.mcore.writers import await_writers
 from megatron_prefix.mcore.writers_queue import make_writers_queue
 
 logger = logging.getLogger(__name__)
 _ROOM, _ROOM_BYTES = "room", 16 * 2**20  # for metadata and manifest, beside the tensors
+# Has rank 0 find out something, and tells every rank its words. Collective.
+AskRank0 = Callable[[Callable[[], str]], str]
 
 
 class SaveFailed(RuntimeError):
@@ -66,12 +70,31 @@ class Restored:
     run_state: dict[str, Any]
 
 
-class Checkpointer:
-    """Saves and restores one run's student under ``folder``. Its calls are collective."""
+def _broadcast(act: Callable[[], str]) -> str:
+    box = [act() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
-    def __init__(self, folder: Path, student: TrainableStudent, config: CheckpointConfig) -> None:
+
+class Checkpointer:
+    """Saves and restores one run's student under ``folder``. Its calls are collective.
+
+    ``ask_rank_0`` is for what takes as long as reading a checkpoint does, and ``goes_on`` is told
+    wherever one is waited for, as long as bytes are written or read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        student: TrainableStudent,
+        config: CheckpointConfig,
+        ask_rank_0: AskRank0 = _broadcast,
+        goes_on: Tell = lambda: None,
+    ) -> None:
         self._folder, self._student, self._config = folder, student, config
+        self._ask_rank_0, self._goes_on = ask_rank_0, goes_on
         self._queue = AsyncCallsQueue()
+        self._writing = folder  # what was begun last
         self._written: _Written | None = None
         self._problem = ""
 
@@ -107,21 +130,28 @@ class Checkpointer:
         )
         finish = functools.partial(self._finish, request.finalize_fns, partial, final, run_state)
         self._queue.schedule_async_request(request._replace(finalize_fns=[finish]))
+        self._writing = partial
 
     def finalize(self, *, wait: bool = False) -> None:
         """Complete a save whose writers are done; cheap where none is in flight."""
-        self._queue.maybe_finalize_async_calls(blocking=wait)
+        if wait:
+            await_writers(self._queue, self._writing, self._goes_on)
+        self._queue.maybe_finalize_async_calls()
         written = self._written
         if written is None:
             return
-        verdict: list[Any] = [None]  # of rank 0: the problem, None while it is at work
-        if written.sealing and (wait or written.sealing.done()):
-            verdict = [written.sealing.problem()]
-        dist.broadcast_object_list(verdict, src=0)
-        if verdict[0] is not None:
+        problem = self._sealed(written.sealing) if wait else _problem_so_far(written.sealing)
+        if problem is not None:
             self._written = None
-        if verdict[0]:
-            self._give_up(written.partial, written.final, verdict[0])
+        if problem:
+            self._give_up(written.partial, written.final, problem)
+
+    def _sealed(self, sealing: Sealing | None) -> str:
+        def end() -> str:
+            assert sealing is not None, "rank 0's"
+            return sealing.problem(self._goes_on)
+
+        return self._ask_rank_0(end)
 
     def take_problem(self) -> str:
         """Why a save came to nothing since the last call; empty where none did."""
@@ -187,7 +217,7 @@ class Checkpointer:
     def _verifies(self, folder: Path) -> bool:
         if not self._config.verify_integrity:
             return True
-        problem = self._share(damage(folder) if dist.get_rank() == 0 else "")
+        problem = self._ask_rank_0(lambda: damage(folder, self._goes_on))
         if problem:
             logger.warning("checkpoint %s is damaged and is not used: %s", folder, problem)
         return not problem
@@ -250,6 +280,16 @@ class Checkpointer:
             (groups.pp_rank, groups.tp_rank),
             replica_id=groups.replica_rank,
         )
+
+
+def _problem_so_far(sealing: Sealing | None) -> str | None:
+    """Rank 0's on every rank; None while it is at work."""
+    verdict: list[Any] = [None]
+    if sealing and sealing.done():
+        verdict = [sealing.problem()]
+    dist.broadcast_object_list(verdict, src=0)
+    problem: str | None = verdict[0]
+    return problem
 
 
 def _load_rng(state: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ def export_hf(
     dtype: torch.dtype,
     *,
     on_bytes: OnBytes | None = None,
+    on_bucket: Callable[[], object] = lambda: None,
     verify: bool = False,
     durable: bool = True,
 ) -> None:
@@ -51,8 +52,8 @@ def export_hf(
 
     Written beside it and renamed when whole: ``folder`` is never half a model. Rank 0 holds one
     shard of at most 4 GiB (or one bucket) at a time. ``on_bytes`` is told on rank 0 of each shard's
-    size. With ``verify`` the files are read back and compared with the model before the renaming.
-    ``durable`` as of ``new_folder``.
+    size, and ``on_bucket`` on every rank that one is done. With ``verify`` the files are read back
+    and compared with the model before the renaming. ``durable`` as of ``new_folder``.
     """
     with contextlib.ExitStack() as stack:
         if dist.get_rank() == 0:
@@ -61,6 +62,7 @@ def export_hf(
         for bucket in hf_buckets(model, SHARD_BYTES, dtype):
             if bucket:
                 writer.write({key: tensor.cpu() for key, tensor in bucket})
+            on_bucket()
         if dist.get_rank() == 0:
             writer.finish(model, dtype)
         if verify:

@@ -31,6 +31,7 @@ NOBODY: Mapping[str, float] = MappingProxyType({})
 STEADY_S = 600.0  # faults of a server that are further apart are none in a row
 _KNOCK_S = 2.0  # for a server that may be there
 _POLL_S = 0.2
+_TELL_S = 1.0  # between two words that answers are out
 
 
 @dataclass
@@ -47,16 +48,18 @@ class Member:
 
 
 class Fleet:
-    """All servers of a run. ``tell`` is told of each loss and each return, in a line."""
+    """All servers of a run. ``tell`` is told of each loss and each return, in a line. ``waiting``
+    is called again and again while servers are waited for, which their own timeouts end."""
 
     def __init__(
         self,
         endpoints: Sequence[Endpoint],
         rollout: RolloutConfig,
         tell: Callable[[str], None] = logger.warning,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self._members = [Member(endpoint, SglangClient(endpoint)) for endpoint in endpoints]
-        self._rollout, self._tell = rollout, tell
+        self._rollout, self._tell, self.waiting = rollout, tell, waiting
         self._threads = concurrent.futures.ThreadPoolExecutor(max_workers=max(len(endpoints), 1))
         self._alone_since = 0.0
 
@@ -92,6 +95,7 @@ class Fleet:
                     late = ServerUnavailable(f"{words}={limit_s:g}")
                     self.lose(member.endpoint.url, late)
                     break
+                self.waiting()
                 time.sleep(_POLL_S)
         if not self.members:
             raise late
@@ -118,8 +122,7 @@ class Fleet:
             left_s = self._rollout.hang_timeout_s - silent.get(member.endpoint.url, 0.0)
             return left_s > 0 and member.client.healthy(left_s)
 
-        well = self._threads.map(is_well, self.members)
-        for member, stays in zip(self.members, list(well), strict=True):
+        for member, stays in zip(self.members, self._of_each(is_well, self.members), strict=True):
             member.version = UNKNOWN
             if not stays:
                 self.lose(member.endpoint.url, why)
@@ -138,8 +141,7 @@ class Fleet:
         """Whether every server that answers holds ``version``, and one does at least. False: send
         the weights, or wait for :meth:`expect`."""
         asked = self.members
-        labels = self._threads.map(self._label, asked)
-        for member, label in zip(asked, list(labels), strict=True):
+        for member, label in zip(asked, self._of_each(self._label, asked), strict=True):
             if isinstance(label, SglangError):
                 self.lose(member.endpoint.url, label)
             elif label == version_label(member.version):  # as it was given, if not the newest
@@ -179,13 +181,19 @@ class Fleet:
     def _welcome(self) -> None:
         """Those that are back, looked at side by side: one that hangs keeps no other away."""
         lost = [member for member in self._members if member.lost and self._may_return(member)]
-        found = list(self._threads.map(self._if_back, lost))
-        for member, endpoint in zip(lost, found, strict=True):
+        for member, endpoint in zip(lost, self._of_each(self._if_back, lost), strict=True):
             if endpoint is not None:
                 member.endpoint, member.lost = endpoint, ""
                 self._tell(f"the SGLang server at {endpoint.url} is back")
         if self.members:
             self._alone_since = 0.0
+
+    def _of_each[T](self, ask: Callable[[Member], T], members: Sequence[Member]) -> list[T]:
+        """Side by side; each answer comes, or is missed, within the settings of the servers."""
+        asked = [self._threads.submit(ask, member) for member in members]
+        while concurrent.futures.wait(asked, _TELL_S).not_done:
+            self.waiting()
+        return [future.result() for future in asked]
 
     def _if_back(self, member: Member) -> Endpoint | None:
         """Its endpoint now; None while it does not answer after a new start."""

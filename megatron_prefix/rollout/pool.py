@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # Faults of one server, that another may not have. A refusal (4xx) is none: all would refuse.
 FAULTS = (ServerUnavailable, UnexpectedAnswer)
 _LOOKS = 4  # health checks within the time after which a server counts as hanging
+_TELL_S = 1.0  # between two words to the roster that answers are out
 # Has a server answer jobs, one generation each.
 type Ask[T] = Callable[[AsyncGenerator, Sequence[T]], Coroutine[None, None, list[Generation]]]
 
@@ -36,6 +37,10 @@ class Roster(Protocol):
 
     def lose(self, url: str, why: SglangError) -> None:
         """Ask it no more until it is well again."""
+
+    def waiting(self) -> None:
+        """Called again and again while answers are out: that comes to an end by the servers' own
+        timeouts."""
 
 
 class Everyone:
@@ -56,6 +61,9 @@ class Everyone:
 
     def lose(self, url: str, why: SglangError) -> None:
         self._lost.add(url)
+
+    def waiting(self) -> None:
+        """Nobody has to know."""
 
 
 class Pool:
@@ -86,10 +94,17 @@ class Pool:
         """While requests run: finds servers that hang. ``policy_version`` is the trainer's."""
         self._newest = policy_version
         watchers = [asyncio.create_task(self._watch(place)) for place in range(len(self._servers))]
+        watchers.append(asyncio.create_task(self._tell()))
         try:
             yield
         finally:
             await cancel(watchers)
+
+    async def _tell(self) -> None:
+        """Not while something keeps the event loop from going on, as a rule of the user's may."""
+        while True:
+            await asyncio.sleep(_TELL_S)
+            self._roster.waiting()
 
     async def _watch(self, place: int) -> None:
         server, hung = self._servers[place], self._hung[place]

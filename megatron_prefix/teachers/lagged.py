@@ -6,6 +6,7 @@ weights' dtype, for any two layouts, and there again when the run resumes.
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,15 +35,17 @@ class LaggedTeacher:
         head: TeacherHead | None,
         folder: Path,
         every: int,
+        goes_on: Callable[[], object] = lambda: None,  # told on every rank while it writes
     ) -> None:
         self._student, self._teacher, self._head = student, teacher, head
-        self._folder, self._every = folder, every
+        self._folder, self._every, self._goes_on = folder, every, goes_on
 
     def refresh(self, step: int) -> None:
         """After ``step`` steps, where one is due. Collective over the world."""
         if step % self._every:
             return
-        export_hf(self._student, self._at(step), self._student.config.params_dtype)
+        dtype = self._student.config.params_dtype
+        export_hf(self._student, self._at(step), dtype, on_bucket=self._goes_on)
         self._load(step)
         if dist.get_rank() == 0:
             self._prune(step)

@@ -1,11 +1,10 @@
 """What a rank of a separate teacher does all run long: it follows rank 0's orders."""
 
-from collections.abc import Callable
-
 import torch.distributed as dist
 
 from megatron_prefix.batch import as_teacher_reads
 from megatron_prefix.config import TrainConfig
+from megatron_prefix.health.watchdog import NoWatchdog, Watchdog
 from megatron_prefix.orders import Order, microbatches, share_order
 from megatron_prefix.teacher import TeacherRank
 
@@ -21,25 +20,28 @@ class TeacherLoop:
         train: TrainConfig,
         token_multiple: int,
         student_replicas: int,
-        beat: Callable[[str], None] = lambda doing: None,  # told what begins
+        watchdog: Watchdog | NoWatchdog,
     ) -> None:
         self._teacher, self._host_group, self._train = teacher, host_group, train
-        self._packing, self._beat = (token_multiple, student_replicas), beat
+        self._packing, self._watchdog = (token_multiple, student_replicas), watchdog
 
     def train(self) -> bool:
         """Score what each order holds; True where the run is done, False where a signal ended it.
+        From one order to the next the student's ranks may save, evaluate and sample: how long each
+        of these takes is for their watchdogs to judge.
 
         RuntimeError with rank 0's words where that one failed.
         """
         while True:
-            self._beat("waiting for an order")
-            order = share_order(_not_here, self._host_group)
+            self._watchdog.beat("waiting for an order")
+            with self._watchdog.waits_for_rank_0():
+                order = share_order(_not_here, self._host_group)
             if order.kind == "done":
                 return True
             if order.kind == "save_and_stop":
                 return False
             if order.rollouts and not order.supervised:
-                self._beat("teacher")
+                self._watchdog.beat("teacher")
                 plan = microbatches(order, self._train, *self._packing)
                 self._teacher.score(*as_teacher_reads(order.rollouts, plan))
 

@@ -161,16 +161,21 @@ def test_logits_equal_transformers(
         assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
-def exported(config: ModelConfig, output: Path, world_size: int) -> None:
+def exported(config: ModelConfig, output: Path, world_size: int) -> int:
+    """How many buckets the rank heard of."""
     initialize_megatron(1)
-    export_hf(build(config, world_size, owner="student"), output, torch.float32)
+    heard: list[int] = []
+    student = build(config, world_size, owner="student")
+    export_hf(student, output, torch.float32, on_bucket=lambda: heard.append(1))
+    return len(heard)
 
 
 @pytest.mark.parametrize(("name", "world_size", "settings"), CASES)
 def test_export_is_bit_for_bit(name: str, world_size: int, settings: dict, tmp_path: Path) -> None:
     folder = folder_of(name, tmp_path)
     config = model_config(folder, **settings)
-    run_ranks(world_size, exported, config, tmp_path / "out", world_size)
+    (heard,) = set(run_ranks(world_size, exported, config, tmp_path / "out", world_size))
+    assert heard == len(list((tmp_path / "out").glob("*.safetensors")))
     before = load_file(folder / "model.safetensors")
     after = {
         key: tensor

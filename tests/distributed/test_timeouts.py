@@ -1,4 +1,5 @@
-"""Every process group of a run waits as long as the recipe says, whoever made it."""
+"""Every process group of a run waits as long as the recipe says, whoever made it, but for that of
+the orders."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -30,7 +31,7 @@ def timeouts(recipe: Recipe) -> list[float]:
     return [backend.options._timeout.total_seconds() for backend in backends]
 
 
-def test_every_group_has_the_recipes_timeout(root: Path) -> None:
+def test_every_group_but_that_of_orders_has_the_recipes_timeout(root: Path) -> None:
     """Two ranks of the student, in two stages that share tied embeddings, and two of a teacher
     with experts."""
     experts = {"taught_by": "moe", "placement": "separate", "expert_model_parallel_size": 2}
@@ -44,4 +45,5 @@ def test_every_group_has_the_recipes_timeout(root: Path) -> None:
     assert world_size == 4
     for seconds in run_ranks(world_size, timeouts, recipe):
         assert len(seconds) > 20
-        assert set(seconds) == {TIMEOUT_S}
+        (longer,) = [each for each in seconds if each != TIMEOUT_S]
+        assert longer > 24 * 3600  # watchdogs judge how long an order may take

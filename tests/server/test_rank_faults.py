@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,6 +186,19 @@ def test_prometheus_finds_and_reads_trainer_and_server(run: Run) -> None:
     assert 'megatron_prefix_servers{run="faults"} 1.0' in page
     assert re.search(r'megatron_prefix_rank_work_seconds\{rank="1",run="faults"\} \d', page)
     assert "sglang:prompt_tokens_total" in scrape(servers["targets"][0])
+
+
+def test_rollouts_that_take_longer_than_a_collective_may_are_waited_for(run: Run) -> None:
+    answered = threading.Event()
+
+    def slow() -> None:
+        time.sleep(HANG_S + 10.0)
+        answered.set()
+
+    run.between.before["/generate"] = slow
+    run.waits_for(answered.is_set)
+    run.after_steps(2)
+    assert "no progress: " not in run.said()
 
 
 def test_a_rank_that_stops_ends_the_run_with_the_stacks_of_all(run: Run) -> None:

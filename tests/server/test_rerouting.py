@@ -2,6 +2,7 @@
 which servers the fleet lets be asked."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,9 +122,11 @@ def test_a_server_that_hangs_is_found_by_its_health_and_its_late_answer_is_not_t
 def test_a_slow_server_that_is_well_is_waited_for() -> None:
     with faulty_peer([(200, json.dumps([generation(3)] * 4))], delay_s=1.5) as slow:
         slow.fixed["/health"] = (200, "")
-        fleet = Fleet([endpoint(slow)], CONFIG)
+        told: list[float] = []
+        fleet = Fleet([endpoint(slow)], CONFIG, waiting=lambda: told.append(time.monotonic()))
         assert len(collect(fleet, [slow])) == 4
         assert fleet.usable() == [slow.url]
+        assert told, "that an answer is out"
         fleet.close()
 
 

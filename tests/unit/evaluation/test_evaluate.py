@@ -62,8 +62,10 @@ def test_answers_are_counted_right_truncated_and_unparsable(
         scorer="math",
     )
     table = ["it is 0", "it is 7", "no idea", "x" * 20, "4"]
-    result = evaluate(config, tokenizer, answer_from(table), BARE)
+    scored: list[int] = []
+    result = evaluate(config, tokenizer, answer_from(table), BARE, lambda: scored.append(1))
     assert (result.n, result.accuracy, result.truncated, result.unparsable) == (5, 0.4, 1, 2)
+    assert len(scored) == 5
     assert result.tokens == 8 + 8 + 8 + 16 + 2
     assert result.interval == wilson_interval(2, 5) and result.seconds > 0
     first, truncated = result.samples[0], result.samples[3]
