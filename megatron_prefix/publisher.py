@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.config import RolloutConfig
-from megatron_prefix.mcore.export import export_hf
+from megatron_prefix.mcore.export import exported_buckets
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.model import DTYPES, MegatronModel
 from megatron_prefix.mcore.weights import WeightGatherer
@@ -103,16 +103,19 @@ class ServerPublisher:
     def publish(self, version: int) -> None:
         """Collective. On rank 0, servers that did not take the weights, or hold others than the
         trainer, are lost or doubted; raises SglangError where no server ever took any."""
-        if self._rollout.weight_sync == "disk":
-            # Servers read it now; after a power failure it is written anew.
-            export_hf(self._model, self._folder, self._dtype, durable=False)
-        size = int(self._rollout.bucket_mib * 2**20)
-        buckets = self._gatherer.buckets(size, self._dtype)
+        buckets = self._buckets()
         if self._fleet is not None and self._fleet.members:
             with self._judged():
                 self._to_all(self._fleet, version, buckets)
         for _ in buckets:  # all ranks give their shards, whatever became of the servers
             pass
+
+    def _buckets(self) -> Iterator[Bucket]:
+        """The weights on their way to the servers: the shared folder is whole after the last."""
+        if self._rollout.weight_sync == "disk":
+            # Servers read it now; after a power failure it is written anew.
+            return exported_buckets(self._model, self._folder, self._dtype, durable=False)
+        return self._gatherer.buckets(int(self._rollout.bucket_mib * 2**20), self._dtype)
 
     def _to_all(self, fleet: Fleet, version: int, buckets: Iterator[Bucket]) -> None:
         members = fleet.members
@@ -120,9 +123,9 @@ class ServerPublisher:
         passing = hasher.passing(buckets) if hasher is not None else buckets
         clients = [member.client for member in members]
         if self._rollout.weight_sync == "disk":
-            publish_from_disk(clients, self._folder, version)
             for _ in passing:
                 pass
+            publish_from_disk(clients, self._folder, version)
         else:
             self._join(fleet).publish(passing, version)
         if hasher is not None:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ COMPANIONS = (
 )
 INDEX = "model.safetensors.index.json"
 OnBytes = Callable[[int], object]
+Bucket = list[tuple[str, Tensor]]
 
 
 def export_hf(
@@ -46,14 +47,32 @@ def export_hf(
     on_bytes: OnBytes | None = None,
     on_bucket: Callable[[], object] = lambda: None,
     verify: bool = False,
-    durable: bool = True,
 ) -> None:
     """Write ``model`` to ``folder`` as safetensors in ``dtype``. Collective; rank 0 writes.
 
+    See :func:`exported_buckets`: this is for whoever wants the folder alone. ``on_bucket`` is told
+    on every rank that one more is done.
+    """
+    for _ in exported_buckets(model, folder, dtype, on_bytes=on_bytes, verify=verify):
+        on_bucket()
+
+
+def exported_buckets(
+    model: MegatronModel,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    on_bytes: OnBytes | None = None,
+    verify: bool = False,
+    durable: bool = True,
+) -> Iterator[Bucket]:
+    """The buckets of ``model``, as :func:`hf_buckets` gives them, each written to ``folder`` before
+    it passes on; the folder is there when the last one has been taken. Collective.
+
     Written beside it and renamed when whole: ``folder`` is never half a model. Rank 0 holds one
     shard of at most 4 GiB (or one bucket) at a time. ``on_bytes`` is told on rank 0 of each shard's
-    size, and ``on_bucket`` on every rank that one is done. With ``verify`` the files are read back
-    and compared with the model before the renaming. ``durable`` as of ``new_folder``.
+    size. With ``verify`` the files are read back and compared with the model before the renaming.
+    ``durable`` as of ``new_folder``.
     """
     with contextlib.ExitStack() as stack:
         if dist.get_rank() == 0:
@@ -62,7 +81,7 @@ def export_hf(
         for bucket in hf_buckets(model, SHARD_BYTES, dtype):
             if bucket:
                 writer.write({key: tensor.cpu() for key, tensor in bucket})
-            on_bucket()
+            yield bucket
         if dist.get_rank() == 0:
             writer.finish(model, dtype)
         if verify:
