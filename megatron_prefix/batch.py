@@ -186,7 +186,7 @@ def pack(
     ids = np.zeros(plan.tokens, np.int64)
     positions, ends, skipped = [], [], plan.loss_start
     for rollout, start in zip(chosen, starts[: len(chosen)], strict=True):
-        sequence = (*rollout.prompt_ids, *rollout.prefix_ids)[:-1]
+        sequence = _joined((rollout.prompt_ids, rollout.prefix_ids), np.int64)[:-1]
         ids[start : start + len(sequence)] = sequence
         first = start + len(rollout.prompt_ids) - 1
         positions.append(np.arange(first + skipped, first + len(rollout.prefix_ids)))

@@ -143,23 +143,23 @@ def _pack(rollouts: Sequence[Rollout]) -> _Packed:
 
 
 def _unpack(packed: _Packed) -> tuple[Rollout, ...]:
+    ids, logprobs = memoryview(packed.ids), memoryview(packed.logprobs)
     rollouts, at, scored = [], 0, 0
     for index, (prompt, prefix, teacher) in enumerate(packed.lengths.tolist()):
-        length = prompt + prefix + teacher
-        ids = packed.ids[at : at + length].tolist()
+        sampled, end = at + prompt, at + prompt + prefix
         rollouts.append(
             Rollout(
-                prompt_ids=tuple(ids[:prompt]),
-                prefix_ids=tuple(ids[prompt : prompt + prefix]),
-                rollout_logprobs=tuple(packed.logprobs[scored : scored + prefix].tolist()),
+                prompt_ids=ids[at:sampled],
+                prefix_ids=ids[sampled:end],
+                rollout_logprobs=logprobs[scored : scored + prefix],
                 finish_reason=packed.reasons[index],
                 policy_version=int(packed.versions[index]),
                 prompt_index=int(packed.prompts[index]),
                 written=bool(packed.written[index]),
-                teacher_prompt_ids=tuple(ids[prompt + prefix :]),
+                teacher_prompt_ids=ids[end : end + teacher],
                 domain=packed.domains[index],
                 discarded=int(packed.discarded[index]),
             )
         )
-        at, scored = at + length, scored + prefix
+        at, scored = end + teacher, scored + prefix
     return tuple(rollouts)

@@ -5,6 +5,7 @@ B sequences in it, N prefix positions in it, d_t the teacher's hidden size, k it
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -31,17 +32,20 @@ class Prompt:
 @dataclass(frozen=True)
 class Rollout:
     """One sampled prefix. ``finish_reason``: stop at an end token, length at the prefix length,
-    cut by a per-rollout rule, abort as a straggler."""
+    cut by a per-rollout rule, abort as a straggler.
 
-    prompt_ids: tuple[int, ...]  # [P]
-    prefix_ids: tuple[int, ...]  # [L_i], an end token included
-    rollout_logprobs: tuple[float, ...]  # [L_i] of the sampled tokens, at temperature 1
+    Where rank 0 sent it, the sequences are views of what came: most ranks need the lengths of all
+    and the tokens of a few."""
+
+    prompt_ids: Sequence[int]  # [P]
+    prefix_ids: Sequence[int]  # [L_i], an end token included
+    rollout_logprobs: Sequence[float]  # [L_i] of the sampled tokens, at temperature 1
     finish_reason: FinishReason
     policy_version: int  # of the weights that sampled the last token
     prompt_index: int
     domain: str = ""  # its prompt's
     written: bool = False  # before the run: no server sampled it, and rollout_logprobs are NaN
-    teacher_prompt_ids: tuple[int, ...] = ()  # what the teacher reads instead; empty: the same
+    teacher_prompt_ids: Sequence[int] = ()  # what the teacher reads instead; empty: the same
     discarded: int = 0  # tokens that the server sampled past a cut, and nobody sees
 
 

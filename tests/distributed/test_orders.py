@@ -1,8 +1,12 @@
 """Rank 0's decision reaches every rank whole; its failure ends every rank with its words."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 import torch.distributed as dist
 
+from megatron_prefix.batch import pack, plan_microbatches
 from megatron_prefix.orders import Order, share_order
 from megatron_prefix.types import Rollout
 from tests.distributed.ranks import run_ranks
@@ -15,7 +19,38 @@ ROLLOUTS = (
 
 
 def received(order: Order) -> Order:
-    return share_order(lambda: order, dist.group.WORLD)
+    got = share_order(lambda: order, dist.group.WORLD)
+    return replace(got, rollouts=tuple(map(kept, got.rollouts)))
+
+
+def kept(rollout: Rollout) -> Rollout:
+    """With tuples for the views that another rank has."""
+    return replace(
+        rollout,
+        prompt_ids=tuple(rollout.prompt_ids),
+        prefix_ids=tuple(rollout.prefix_ids),
+        rollout_logprobs=tuple(rollout.rollout_logprobs),
+        teacher_prompt_ids=tuple(rollout.teacher_prompt_ids),
+    )
+
+
+def packed_alike(order: Order) -> bool:
+    """Whether what came makes the microbatches that the rollouts make which were sent."""
+    got = share_order(lambda: order, dist.group.WORLD)
+    plan = plan_microbatches(order.rollouts, 2, multiple=8)
+    mine, sent = (
+        [pack(each.rollouts, plan, m, torch.device("cpu")) for m in range(2)]
+        for each in (got, order)
+    )
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for x, y in zip(mine, sent, strict=True)
+        for a, b in zip(vars(x).values(), vars(y).values(), strict=True)
+    )
+
+
+def test_what_came_is_packed_as_what_was_sent() -> None:
+    assert run_ranks(2, packed_alike, Order("train", 5, ROLLOUTS)) == [True, True]
 
 
 @pytest.mark.parametrize(
