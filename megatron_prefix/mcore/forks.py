@@ -1,12 +1,16 @@
 """Work shared between forked processes on this machine, without a process group."""
 
+import ctypes
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 OnBytes = Callable[[int], object]
 Work = Callable[[int, OnBytes], Any]
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_forked(count: int, work: Work, on_bytes: OnBytes) -> list[Any]:
@@ -14,14 +18,14 @@ def run_forked(count: int, work: Work, on_bytes: OnBytes) -> list[Any]:
 
     One is run right here. A ValueError or an OSError of a process is raised here in its own words;
     any other error ends its process with a traceback, and is a RuntimeError here, as where one was
-    killed. The others are ended then.
+    killed. The others are ended then, and where this process is killed.
     """
     if count == 1:
         return [work(0, on_bytes)]
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        context.Process(target=_child, args=(rank, work, pipes[rank][1]), daemon=True)
+        context.Process(target=_child, args=(rank, work, pipes[rank][1], os.getpid()), daemon=True)
         for rank in range(count)
     ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
@@ -55,8 +59,12 @@ def _collect(receivers: list[Connection], on_bytes: OnBytes) -> list[Any]:
     return [results[rank] for rank in range(len(receivers))]
 
 
-def _child(rank: int, work: Work, sender: Connection) -> None:
+def _child(rank: int, work: Work, sender: Connection, parent: int) -> None:
     import torch
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        os._exit(1)
 
     # A fork does not inherit OpenMP's threads, and would wait for them for ever.
     torch.set_num_threads(1)

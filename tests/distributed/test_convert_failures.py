@@ -39,6 +39,37 @@ def test_a_process_that_dies_leaves_nothing(model: Path, tmp_path: Path) -> None
         run_forked(2, work, lambda size: None)
 
 
+def test_a_kill_leaves_no_process_that_writes_on(tmp_path: Path) -> None:
+    def work(rank: int, on_bytes: object) -> None:
+        (tmp_path / str(os.getpid())).touch()
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        if rank == 0:
+            os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(600)
+
+    def convert() -> int:
+        run_forked(2, work, lambda size: None)
+        return 0
+
+    assert in_a_fork(convert) == -signal.SIGKILL
+    processes = [Path("/proc") / path.name for path in tmp_path.iterdir()]
+    end = time.monotonic() + 30
+    while (left := [p for p in processes if lives(p)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    for process in left:
+        os.kill(int(process.name), signal.SIGKILL)
+    assert not left
+
+
+def lives(process: Path) -> bool:
+    """Whether a process of /proc runs; one that nobody has waited for does not."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_a_tensor_of_no_bytes_is_written(tmp_path: Path) -> None:
     with CheckedFile(tmp_path / "file") as file:
         assert file.write(np.empty((0, 4), dtype=np.uint8)) == 0
