@@ -45,7 +45,7 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
     from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, done, gib
 
     check_ranks(args.ranks, crew.size)
-    crew.lead(lambda: check_output(args.output, overwrite=args.overwrite))
+    crew.lead(lambda: check_output(args.output, args.hf_model, overwrite=args.overwrite))
     folder, hf = crew.alike(lambda: open_source(args.hf_model))
     dtype = args.dtype or params_dtype(folder, hf)
     job = Conversion(hf, args.output, dtype, args.ranks, crew=crew)

@@ -58,7 +58,8 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
     from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, done, gib
 
     check_ranks(args.ranks, crew.size)
-    crew.lead(lambda: check_output(args.output, overwrite=args.overwrite))
+    inputs = (args.checkpoint, args.hf_model)
+    crew.lead(lambda: check_output(args.output, *inputs, overwrite=args.overwrite))
     step = crew.alike(lambda: find_step(args.checkpoint, args.step))
     hf = crew.alike(lambda: open_config(args.hf_model or find_hf_model(step)))
     verified = crew.lead(lambda: check_manifest(step))  # all of it, once

@@ -55,9 +55,15 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
+def check_output(output: Path, *inputs: Path | None, overwrite: bool) -> None:
     """Says what a killed run left; ValueError where ``output`` would be replaced unasked, which
-    without ``overwrite`` it never is."""
+    without ``overwrite`` it never is, or would take one of ``inputs`` along."""
+    place = output.resolve()
+    for source in (path.resolve() for path in inputs if path is not None):
+        if place == source or place in source.parents or source in place.parents:
+            raise ValueError(
+                f"--output {output} is, holds or lies in the input {source}; name another folder"
+            )
     for name in leftovers(output):
         print(f"found {name} of a run that did not end; it will be cleared", file=sys.stderr)
     if output.exists() and not output.is_dir():

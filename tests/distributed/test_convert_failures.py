@@ -139,6 +139,26 @@ def test_output_is_replaced_only_where_asked(
     assert sorted(path.name for path in output.iterdir()) == ["hf", "step_00000000"]
 
 
+def test_an_output_that_is_holds_or_lies_in_its_input_is_refused(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    before = sorted(path.name for path in model.iterdir())
+    for output in (model, model / "sub", tmp_path, link, tmp_path / "other" / ".." / "model"):
+        code = to_megatron(model, output, "--overwrite")
+        check_refused(capfd, code, f"--output {output} is, holds or lies in the input {model}")
+    assert to_megatron(model, tmp_path / "megatron") == 0
+    step = tmp_path / "megatron" / "step_00000000"
+    for checkpoint, output in ((step, step.parent), (step.parent, step), (step, step)):
+        code = to_hf(checkpoint, output, "--overwrite")
+        check_refused(capfd, code, f"lies in the input {checkpoint}")
+    code = to_hf(step, model, "--hf-model", model, "--overwrite")
+    check_refused(capfd, code, f"lies in the input {model}")
+    assert sorted(path.name for path in model.iterdir()) == before
+    assert (step / "integrity.json").exists()
+
+
 def test_a_kill_half_way_leaves_the_old_output(
     model: Path,
     tmp_path: Path,
