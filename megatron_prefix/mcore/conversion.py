@@ -114,7 +114,8 @@ def scratch_in_turn(share: Share) -> Iterator[Scratch]:
 
 
 def note_not_finite(name: str, tensor: Tensor, share: Share) -> None:
-    """Keep a tensor's name where one of its values is not finite."""
+    """Keep a tensor's name where one of its values is not finite, in the dtype that is written: a
+    large one of fp32 has no place in bf16."""
     # One number says no quickly; where it says yes, the sum may just have been too large.
     if not tensor.sum().isfinite() and not tensor.isfinite().all():
         share.not_finite.append(name)

@@ -69,13 +69,15 @@ def _by_unit(
         memory = Scratch() if unit.stacked else scratch  # a stack waits for its last expert
         parameter = source.read(place, memory).view(unit.shape)
         for name, tensor in zip(unit.hf_names, unit.unpack(parameter), strict=True):
-            note_not_finite(name, tensor, share)
             if dtype == E4M3:
+                note_not_finite(name, tensor, share)
                 weight, scale = quantize_blocks(tensor)
                 yield unit, name, weight
                 yield unit, name + SCALE, scale
             else:
-                yield unit, name, tensor.to(dtype)
+                written = tensor.to(dtype)
+                note_not_finite(name, written, share)
+                yield unit, name, written
 
 
 def _load_all(

@@ -58,10 +58,11 @@ def _packed(
     """Each unit as Megatron has it, with the vocabulary's padding; lasts until the one after the
     next is asked for."""
     for unit, scratch in zip(units, scratch_in_turn(share), strict=False):
-        tensors = source.of_unit(unit, scratch)
+        dtype = job.dtype_of(unit)
+        tensors = [tensor.to(dtype) for tensor in source.of_unit(unit, scratch)]
         for name, tensor in zip(unit.hf_names, tensors, strict=True):
             note_not_finite(name, tensor, share)
-        packed = unit.pack(tensors).to(job.dtype_of(unit))
+        packed = unit.pack(tensors)
         rows = place_of(unit, job.hf).size[-packed.dim()] - packed.shape[0]
         if rows:
             packed = torch.nn.functional.pad(packed, (0, 0, 0, rows))

@@ -226,6 +226,19 @@ def test_values_that_are_not_finite_are_named(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_values_that_the_written_precision_does_not_hold_are_named(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit(model, lambda held: held[name][3].fill_(3.4e38))
+    for dry in ([], ["--dry-run"]):
+        code = to_megatron(model, tmp_path / "out", "--dtype", "bf16", *dry)
+        check_refused(capfd, code, f"not finite in 1 tensors: {name}")
+    assert to_megatron(model, tmp_path / "megatron", "--dtype", "fp32") == 0
+    check_refused(capfd, to_hf(tmp_path / "megatron", tmp_path / "out", "--dtype", "bf16"), name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "model"]
+
+
 def test_a_dry_run_writes_nothing(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
