@@ -6,6 +6,7 @@ log-probabilities of the tokens, and for Megatron the output of every layer. Exi
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from megatron_prefix.types import Rollout
 
 APART = 1
+REACHED_WITHIN_S = 20.0
 TOLERANCES = {"fp32": (1e-4, 1e-4), "bf16": (0.25, 0.05)}  # nats, share of a layer's largest value
 
 
@@ -32,6 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel")
     parser.add_argument("--pp", type=int, default=1, help="pipeline parallel")
     parser.add_argument("--ep", type=int, default=1, help="expert parallel")
+    parser.add_argument("--cp", type=int, default=1, help="context parallel")
+    parser.add_argument("--etp", type=int, help="tensor parallel of experts (default: 1)")
     parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="fp32")
     parser.add_argument("--server", default="", help="URL of a server of the same checkpoint")
     parser.add_argument("--api-key-file", type=Path, help="holds the server's key")
@@ -50,21 +54,24 @@ def work(args: argparse.Namespace) -> int:
     from megatron_prefix.layout import least_world_size
     from megatron_prefix.mcore import parity
     from megatron_prefix.mcore.source import open_source
-    from megatron_prefix.rollout.client import Endpoint, SglangClient
     from megatron_prefix.validate import check_model
 
+    check_numbers(args)
     _, hf = open_source(args.hf_model)
+    check_lengths(args, hf.shape.max_position_embeddings)
     config = ModelConfig(
         hf_path=str(args.hf_model),
         params_dtype=args.dtype,
         tensor_model_parallel_size=args.tp,
         pipeline_model_parallel_size=args.pp,
         expert_model_parallel_size=args.ep,
-        expert_tensor_parallel_size=1 if hf.shape.num_experts else 0,
+        context_parallel_size=args.cp,
+        expert_tensor_parallel_size=args.etp or int(hf.shape.num_experts > 0),
         sequence_parallel=args.tp > 1,
     )
     world_size = least_world_size(config)
     check_model(hf, config, "model")
+    client = reach_server(args) if args.server else None
     if args.dry_run:
         print(f"would compare {args.hf_model} on {world_size} ranks, {args.server or 'no server'}")
         return 0
@@ -76,28 +83,74 @@ def work(args: argparse.Namespace) -> int:
         )
     views = {}
     with console.status(f"Megatron on {world_size} ranks"):
-        views[f"Megatron tp{args.tp} pp{args.pp} ep{args.ep}"] = parity.megatron_view(
-            config, world_size, rollouts
-        )
-    if args.server:
-        key = args.api_key_file.read_text().strip() if args.api_key_file else ""
-        with console.status(args.server), SglangClient(Endpoint(args.server, key)) as client:
+        views[layout_name(args)] = parity.megatron_view(config, world_size, rollouts)
+    if client:
+        with console.status(args.server), client:
             views[args.server] = ask_server(client, rollouts)
     tolerance, of_layers = TOLERANCES[args.dtype]
     found = {name: parity.compare(reference, view, of_layers) for name, view in views.items()}
     Console().print(table(found, hf.shape.num_layers))
+    for name, difference in found.items():
+        if difference.not_finite:
+            print(f"{name}: values that are not finite ({difference.not_finite})")
     limit = tolerance if args.tolerance is None else args.tolerance
     return 0 if all(difference.agrees(limit) for difference in found.values()) else APART
+
+
+def layout_name(args: argparse.Namespace) -> str:
+    sizes = {"tp": args.tp, "pp": args.pp, "ep": args.ep, "cp": args.cp, "etp": args.etp}
+    always = ("tp", "pp", "ep")
+    shown = [f"{k}{size}" for k, size in sizes.items() if k in always or (size or 1) > 1]
+    return f"Megatron {' '.join(shown)}"
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """ValueError for what cannot be, whatever the model."""
+    names = ("tp", "pp", "ep", "cp", "prompts", "prompt_tokens", "new_tokens")
+    sizes = {name: getattr(args, name) for name in names}
+    sizes |= {} if args.etp is None else {"etp": args.etp}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {size} must be 1 or more")
+    if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
+        raise ValueError(f"--tolerance {args.tolerance} must be 0 or more, in nats")
+    if args.server and not args.server.startswith(("http://", "https://")):
+        raise ValueError(f"--server {args.server} is no URL; give http://HOST:PORT")
+    if args.api_key_file and not args.api_key_file.is_file():
+        raise ValueError(f"--api-key-file {args.api_key_file} is no file; name one with the key")
+
+
+def check_lengths(args: argparse.Namespace, most: int) -> None:
+    length = args.prompt_tokens + args.new_tokens
+    if length > most:
+        raise ValueError(
+            f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are {length} "
+            f"tokens, and max_position_embeddings is {most}; ask for fewer"
+        )
+
+
+def reach_server(args: argparse.Namespace) -> "SglangClient":
+    """A client of --server, which answers; ValueError in one line where it does not."""
+    from megatron_prefix.rollout.client import Endpoint, SglangClient
+    from megatron_prefix.rollout.protocol import SglangError
+
+    key = args.api_key_file.read_text().strip() if args.api_key_file else ""
+    client = SglangClient(Endpoint(args.server, key))
+    try:
+        client.model_info(timeout_s=REACHED_WITHIN_S, retries=0)
+    except SglangError as error:
+        raise ValueError(f"--server {args.server}: {error}") from error
+    return client
 
 
 def ask_server(client: "SglangClient", rollouts: "list[Rollout]") -> "View":
     """ValueError in one line where the server cannot be reached or refuses."""
     from megatron_prefix.mcore.parity import server_view
-    from megatron_prefix.rollout.protocol import RequestRefused, ServerUnavailable
+    from megatron_prefix.rollout.protocol import SglangError
 
     try:
         return server_view(client, rollouts)
-    except (RequestRefused, ServerUnavailable) as error:
+    except SglangError as error:
         raise ValueError(str(error)) from error
 
 

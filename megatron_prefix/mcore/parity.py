@@ -14,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prefix.batch import pack, plan_microbatches, sequence_length
+from megatron_prefix.batch import pack, padded_for, plan_microbatches, sequence_length
 from megatron_prefix.config import ModelConfig
-from megatron_prefix.layout import model_layout
+from megatron_prefix.context_shares import share_of, zigzag
+from megatron_prefix.layout import Layout, model_layout
 from megatron_prefix.mcore.groups import build_groups, initialize_megatron
 from megatron_prefix.mcore.hf_map import HfModel, read_hf_model
+from megatron_prefix.mcore.hf_map.units import hf_tensors
 from megatron_prefix.mcore.model import DTYPES, MegatronModel, build_model
 from megatron_prefix.mcore.ranks import run_on_ranks
 from megatron_prefix.mcore.schedule import run_schedule
+from megatron_prefix.mcore.tensor_files import HfReader
 from megatron_prefix.mcore.weights import load_hf_weights
 from megatron_prefix.rollout.client import SglangClient
 from megatron_prefix.rollout.protocol import Sampling
-from megatron_prefix.types import Rollout
+from megatron_prefix.types import PrefixBatch, Rollout
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class View:
     tokens: tuple[tuple[int, ...], ...]  # [B][L_i], the greedy choice at each sampled position
     logprobs: tuple[Tensor, ...]  # [B] of [L_i], of the reference's tokens at the same positions
     layers: tuple[Tensor, ...] = ()  # [T, H] after each layer, before the last norm
+    not_finite: str = ""  # the first place of a value that is not: "layer 3", "logits"
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,12 @@ class Difference:
     largest_logprob: float  # difference, over the tokens compared
     first_layer_apart: int  # from 0; -1: none, or not seen
     largest_layer: float  # relative difference of any layer's output
+    not_finite: str = ""  # whose value is not, and where; equal as two may look, nothing was shown
 
     def agrees(self, tolerance: float) -> bool:
         near = self.largest_logprob <= tolerance
-        return self.other_tokens == 0 and near and self.first_layer_apart < 0
+        same = self.other_tokens == 0 and self.first_layer_apart < 0
+        return near and same and not self.not_finite
 
 
 def random_prompts(hf: HfModel, count: int, length: int, seed: int) -> list[tuple[int, ...]]:
@@ -66,10 +72,7 @@ def reference_view(
     folder: Path, prompts: Sequence[tuple[int, ...]], new_tokens: int, dtype: str
 ) -> tuple[View, list[Rollout]]:
     """transformers' greedy continuation, end tokens ignored, and the sequences it makes."""
-    import transformers
-
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(folder, dtype=DTYPES[dtype]).eval()
+    model = _transformers_model(folder, DTYPES[dtype])
     rollouts = []
     for index, prompt in enumerate(prompts):
         ids = list(prompt)
@@ -89,6 +92,22 @@ def reference_view(
     layers = len(hooks)
     by_layer = [torch.cat([o[0].float() for o in outputs[i::layers]]) for i in range(layers)]
     return _view(logits, rollouts, by_layer), rollouts
+
+
+def _transformers_model(folder: Path, dtype: torch.dtype) -> Any:
+    """transformers reads the folder itself; of quantised weights, for which its loader wants
+    accelerate and a GPU, it is given what this project's reader makes of them."""
+    import transformers
+
+    hf = read_hf_model(str(folder))
+    load: Any = getattr(transformers, hf.config["architectures"][0]).from_pretrained
+    if not hf.config.get("quantization_config"):
+        return load(folder, dtype=dtype).eval()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    reader, names = HfReader(folder), hf_tensors(hf.units)
+    weights = {name: reader.rows(name, 0, shape[0]) for name, shape in names.items()}
+    return load(None, config=config, state_dict=weights, dtype=dtype).eval()
 
 
 def _first(output: Any) -> Tensor:
@@ -111,30 +130,70 @@ def _view(logits: Sequence[Tensor], rollouts: Sequence[Rollout], layers: Sequenc
         tuple(tuple(one.argmax(-1).tolist()) for one in logprobs),
         tuple(one.gather(1, ids)[:, 0] for one, ids in zip(logprobs, chosen, strict=True)),
         tuple(layers),
+        _not_finite(logits, layers),
     )
+
+
+def _not_finite(logits: Sequence[Tensor], layers: Sequence[Tensor]) -> str:
+    parts = [(f"layer {i}", layer) for i, layer in enumerate(layers)]
+    parts += [("logits", one) for one in logits]
+    return next((name for name, part in parts if not part.isfinite().all()), "")
 
 
 def megatron_view(config: ModelConfig, world_size: int, rollouts: Sequence[Rollout]) -> View:
     """Megatron's view on ``world_size`` ranks of this machine."""
     ranks = run_on_ranks(world_size, _on_rank, config, world_size, list(rollouts))
     layout, hf = model_layout(config, world_size), read_hf_model(config.hf_path)
-    rows = torch.cat([ranks[r][1] for r in layout.last_stage(0)], dim=1)[:, : hf.shape.vocab_size]
-    logits = rows.split([len(rollout.prefix_ids) for rollout in rollouts])
-    fed = sum(sequence_length(rollout) for rollout in rollouts)
+    batch = _batch(rollouts, layout, torch.device("cpu"))
+    shares = range(layout.cp)
+    parts = [
+        torch.cat([ranks[layout.rank(tp, 0, layout.pp - 1, cp)][1] for tp in range(layout.tp)], 1)
+        for cp in shares
+    ]
+    rows = [share.rows.index for cp in shares if (share := share_of(batch, cp, layout.cp)).rows]
+    logits = _whole(parts, rows)[:, : hf.shape.vocab_size].split(
+        [len(rollout.prefix_ids) for rollout in rollouts]
+    )
+    tokens = list(zigzag(batch.cu_seqlens, layout.cp)) if layout.cp > 1 else []
+    fed = torch.cat(
+        [
+            start + torch.arange(sequence_length(rollout))
+            for start, rollout in zip(batch.cu_seqlens, rollouts, strict=False)
+        ]
+    )
     layers: list[Tensor] = []
     for stage in range(layout.pp):
-        shards = [ranks[layout.rank(tp, 0, stage)][0] for tp in range(layout.tp)]
-        if not config.sequence_parallel:  # every rank has all tokens
-            shards = shards[:1]
-        layers += [torch.cat(parts)[:fed] for parts in zip(*shards, strict=True)]
+        of_shares = [_stage_layers(config, layout, ranks, stage, cp) for cp in shares]
+        layers += [_whole(parts, tokens)[fed] for parts in zip(*of_shares, strict=True)]
     return _view(logits, rollouts, layers)
+
+
+def _stage_layers(
+    config: ModelConfig, layout: Layout, ranks: Sequence[Any], stage: int, cp: int
+) -> list[Tensor]:
+    """[T/cp, H] after each layer of a stage, out of what its tensor-parallel ranks have."""
+    shards = [ranks[layout.rank(tp, 0, stage, cp)][0] for tp in range(layout.tp)]
+    if not config.sequence_parallel:  # every rank has all tokens
+        shards = shards[:1]
+    return [torch.cat(parts) for parts in zip(*shards, strict=True)]
+
+
+def _whole(parts: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+    """What context-parallel ranks have of it, each at its places; one that is not cut is whole."""
+    together = torch.cat(list(parts))
+    if not places:
+        return together
+    whole = torch.empty_like(together)
+    whole[torch.cat(list(places))] = together
+    return whole
 
 
 @torch.no_grad()
 def _on_rank(
     config: ModelConfig, world_size: int, rollouts: list[Rollout]
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Outputs [T or T/tp, H] of this stage's layers, and on the last stage logits [N, V/tp]."""
+    """Outputs [T or T/tp, H] of this stage's layers, and on the last stage logits [N, V/tp]; T and
+    N of this rank's share of the tokens."""
     initialize_megatron(0)
     groups = build_groups(model_layout(config, world_size))
     hf = read_hf_model(config.hf_path)
@@ -150,8 +209,7 @@ def _on_rank(
 
 def _logits(model: MegatronModel, rollouts: list[Rollout]) -> Tensor | None:
     device = next(model.module.parameters()).device
-    plan = plan_microbatches(rollouts, 1, multiple=8 * model.groups.layout.tp)
-    batches = [pack(rollouts, plan, 0, device)]
+    batches = [_batch(rollouts, model.groups.layout, device)]
 
     def head(_batch: object, hidden: Tensor, weight: Tensor | None) -> Tensor:
         assert weight is not None
@@ -159,6 +217,11 @@ def _logits(model: MegatronModel, rollouts: list[Rollout]) -> Tensor | None:
 
     found = run_schedule(model, model.module, batches, head, forward_only=True)
     return found[0].float().cpu() if found else None
+
+
+def _batch(rollouts: Sequence[Rollout], layout: Layout, device: torch.device) -> PrefixBatch:
+    plan = plan_microbatches(rollouts, 1, multiple=8 * layout.tp)
+    return pack(rollouts, padded_for(layout.cp, rollouts, plan), 0, device)
 
 
 def server_view(client: SglangClient, rollouts: Sequence[Rollout]) -> View:
@@ -175,7 +238,7 @@ def server_view(client: SglangClient, rollouts: Sequence[Rollout]) -> View:
 def compare(reference: View, other: View, layer_tolerance: float) -> Difference:
     """``other`` against transformers. Of a sequence that is sampled anew, what follows the first
     other token is another text and is not compared."""
-    compared, wrong, largest = 0, 0, 0.0
+    compared, wrong, nats = 0, 0, [0.0]
     for b in range(len(reference.tokens)):
         same = [x == y for x, y in zip(reference.tokens[b], other.tokens[b], strict=False)]
         # Megatron was fed the reference's tokens, so each of its positions can be compared.
@@ -184,11 +247,23 @@ def compare(reference: View, other: View, layer_tolerance: float) -> Difference:
         compared += len(same)
         wrong += same.count(False)
         fed = len(same) if other.layers else same.count(True)
-        apart_by = (reference.logprobs[b][:fed] - other.logprobs[b][:fed]).abs()
-        largest = max([largest, *apart_by.tolist()])
+        nats += (reference.logprobs[b][:fed] - other.logprobs[b][:fed]).abs().tolist()
     apart = [
         float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
         for a, b in zip(reference.layers, other.layers, strict=bool(other.layers))
     ]
     first = next((i for i, value in enumerate(apart) if not value <= layer_tolerance), -1)
-    return Difference(compared, wrong, largest, first, max(apart, default=0.0))
+    sides = (("transformers", reference), ("here", other))
+    return Difference(
+        tokens=compared,
+        other_tokens=wrong,
+        largest_logprob=_largest(nats),
+        first_layer_apart=first,
+        largest_layer=_largest([0.0, *apart]),
+        not_finite=", ".join(f"{who}: {v.not_finite}" for who, v in sides if v.not_finite),
+    )
+
+
+def _largest(values: Sequence[float]) -> float:
+    """nan where one is, which max() may lose."""
+    return float(torch.tensor(values).max())

@@ -11,7 +11,14 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from megatron_prefix.mcore.mxfp4 import dequantize_mxfp4
 from megatron_prefix.mcore.tensor_files import HfReader
 from megatron_prefix.validate import read_model
-from tests.distributed.test_convert import check_equal, check_refused, tensors, to_hf, to_megatron
+from tests.distributed.test_convert import (
+    check_equal,
+    check_refused,
+    run_tool,
+    tensors,
+    to_hf,
+    to_megatron,
+)
 from tests.tiny_models import write_tiny_gpt_oss
 
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -71,6 +78,13 @@ def test_it_is_dequantised_when_it_is_read(
     check_equal(plain, tensors(tmp_path / "back"))
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
     read_model(str(tmp_path / "back"), "student")
+
+
+def test_transformers_is_compared_on_the_same_weights(
+    published: tuple[Path, dict[str, torch.Tensor]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_tool("check_parity", "--hf-model", published[0]) == 0
+    assert "none" in capfd.readouterr().out
 
 
 def test_what_cannot_be_is_refused(
