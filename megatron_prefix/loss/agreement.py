@@ -25,14 +25,15 @@ class Agreement:
     def __init__(
         self,
         facts: Mapping[str, object],
-        refusal: ValueError | None,
+        refusal: Exception | None,
         group: ProcessGroup,
         device: torch.device,
     ) -> None:
         """``facts``, in one order everywhere, must be the same on all ranks; ``refusal``: what is
         wrong with this rank's call by itself, or None."""
         self._facts, self._group = dict(facts), group
-        self._refusal = None if refusal is None else str(refusal)
+        self._cause = refusal
+        self._refusal = None if refusal is None else _in_words(refusal)
         digest = _REFUSED if refusal else _digest(self._facts)
         # Filled on the device: a copy from the host could wait for it.
         self._own = torch.full((1,), digest, dtype=torch.int64, device=device)
@@ -50,7 +51,7 @@ class Agreement:
         """Raises ValueError, with the same words on all ranks, where they do not agree."""
         digests = self._answer().flatten().tolist()
         if digests[0] == _REFUSED or len(set(digests)) > 1:
-            raise ValueError(self._explain())
+            raise ValueError(self._explain()) from self._cause
 
     def _answer(self) -> Tensor:
         if self._everyone.is_cuda:
@@ -78,6 +79,14 @@ class Agreement:
             f"{name} is {first[name]} on tensor-parallel rank 0 and {other} on rank {rank}; give "
             "all ranks of the group the same"
         )
+
+
+def _in_words(refusal: Exception) -> str:
+    """One line; of what nobody foresaw also its kind."""
+    if isinstance(refusal, ValueError):
+        return str(refusal)
+    first = next(iter(str(refusal).splitlines()), "")
+    return f"{type(refusal).__name__}: {first}; see this rank's traceback"
 
 
 def _digest(facts: Mapping[str, object]) -> int:

@@ -1,5 +1,7 @@
 """What the loss refuses, before any collective is entered."""
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -26,8 +28,17 @@ def check_settings(divergence: Divergence, chunk_size: int | None) -> None:
         )
     if not 0 < divergence.temperature < float("inf"):
         raise ValueError(f"temperature={divergence.temperature} must be positive and finite")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None to have it chosen")
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+        raise ValueError(
+            f"chunk_size={chunk_size!r} must be a whole number from 1, or None to have it chosen"
+        )
+
+
+def check_given(tensors: Mapping[str, Tensor | None], may_be_none: Collection[str]) -> None:
+    """Raises ValueError for what is no tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in may_be_none):
+            raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
 
 
 def check_heads(
@@ -103,6 +114,19 @@ def check_head(name: str, hidden: Tensor, weight: Tensor) -> None:
             f"{name}_hidden is {hidden.dtype} and {name}_weight {weight.dtype}; "
             "both must be one of float32, bfloat16, float16"
         )
+    _check_devices(hidden, weight)
+
+
+def check_main_grad(weight: Tensor, main_grad: Tensor | None) -> None:
+    """Raises ValueError where the weight's gradient cannot be added to it."""
+    if main_grad is None:
+        return
+    if main_grad.shape != weight.shape or main_grad.dtype not in _DTYPES:
+        raise ValueError(
+            f"student_weight's main_grad must be float32, or bfloat16 or float16, "
+            f"{list(weight.shape)} as the weight is, not {main_grad.dtype} {list(main_grad.shape)}"
+        )
+    _check_devices(weight, main_grad)
 
 
 def check_tokens(hidden: Tensor, token_weight: Tensor, labels: Tensor | None) -> None:
@@ -123,10 +147,10 @@ def check_tokens(hidden: Tensor, token_weight: Tensor, labels: Tensor | None) ->
 def check_vocabulary(vocab_size: int, rows: int, tp_group: ProcessGroup | None) -> None:
     """Raises ValueError where the shards of all ranks together cannot hold the vocabulary."""
     ranks = 1 if tp_group is None else tp_group.size()
-    if not 0 < vocab_size <= rows * ranks:
+    if not (isinstance(vocab_size, int) and 0 < vocab_size <= rows * ranks):
         raise ValueError(
-            f"vocab_size={vocab_size} must be positive and fit {ranks} shards of {rows} rows, "
-            f"{rows * ranks} in all; pad the LM heads or mend vocab_size"
+            f"vocab_size={vocab_size} must be whole, positive and fit {ranks} shards of {rows} "
+            f"rows, {rows * ranks} in all; pad the LM heads or mend vocab_size"
         )
 
 

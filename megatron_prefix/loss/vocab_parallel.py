@@ -109,14 +109,14 @@ def prefix_divergence(
     that DDP's hook fires and, with tied embeddings, adds the embedding's gradient alone.
     A graph can be run backward once.
 
-    Raises ValueError for settings, shapes, dtypes or a vocabulary that do not fit, or differ over
-    the group, before any other collective and with the same words on all ranks: they exchange
-    eight bytes first. A non-finite input gives a non-finite loss; ``check_finite`` finds its
-    position.
+    Raises ValueError for settings, shapes, dtypes, a ``main_grad`` or a vocabulary that do not
+    fit, or differ over the group, and for whatever else a rank was given, before any other
+    collective and with the same words on all ranks: they exchange eight bytes first. A non-finite
+    input gives a non-finite loss; ``check_finite`` finds its position.
     """
     call = Call(
         Student(student_hidden, student_weight, token_weight, labels),
-        Head(teacher_hidden.detach(), teacher_weight.detach()),
+        Head(teacher_hidden, teacher_weight),
         Divergence(divergence, beta, temperature),
         layout_of(vocab_size, tp_group, sequence_parallel, chunk_size, workspace),
         overlap,
@@ -159,7 +159,7 @@ def top_k_divergence(
     """
     call = Call(
         Student(student_hidden, student_weight, token_weight, labels),
-        TopK(teacher_ids, teacher_logprobs.detach()),
+        TopK(teacher_ids, teacher_logprobs),
         Divergence(divergence, beta, temperature),
         layout_of(vocab_size, tp_group, sequence_parallel, chunk_size, workspace),
     )

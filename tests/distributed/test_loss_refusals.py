@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prefix.loss import prefix_divergence, top_k_divergence
+from megatron_prefix.loss import prefix_cross_entropy, prefix_divergence, top_k_divergence
 from tests.distributed.ranks import run_ranks
 from tests.unit.loss.reference import Case, make_case
 
@@ -47,12 +48,31 @@ def _changed(field: str, tensor: Tensor, rank: int) -> Tensor:
     return _call(_own_shard(**({field: tensor} if rank == 1 else {})))
 
 
+def _given(field: str, what: object) -> Callable[[int], Tensor]:
+    """A call to which rank 1 is given ``what``."""
+    return partial(_changed, field, what)  # type: ignore[arg-type]
+
+
 def _setting(name: str, values: tuple[object, object], rank: int) -> Tensor:
     return _call(_own_shard(), **{name: values[rank]})
 
 
 def _frozen(rank: int) -> Tensor:
     return _call(_own_shard(student_hidden=make_case().student_hidden.requires_grad_(rank == 0)))
+
+
+def _main_grad(mine: Tensor | None, rank: int) -> Tensor:
+    """Rank 1 has ``mine``."""
+    weight = _own_shard().student_weight.requires_grad_()
+    weight.main_grad = mine if rank else torch.zeros(ROWS, 24)
+    return _call(_own_shard(student_weight=weight))
+
+
+def _one_hot(rank: int) -> Tensor:
+    case = _own_shard()
+    labels = None if rank else torch.zeros(37, dtype=torch.int64)
+    given = *case.inputs[:2], labels, case.token_weight
+    return prefix_cross_entropy(*given, vocab_size=199, tp_group=dist.group.WORLD).kl
 
 
 OTHER_RANK = "tensor-parallel rank 1: "
@@ -100,6 +120,51 @@ CASES: dict[str, tuple[Callable[[int], Tensor], list[str]]] = {
     "kind of teacher": (
         lambda rank: _top_k(4) if rank else _call(_own_shard()),
         ["teacher_hidden is torch.float32 [37, 40]", "nothing on rank 1"],
+    ),
+    "main_grad's shape": (
+        partial(_main_grad, torch.zeros(ROWS, 25)),
+        [OTHER_RANK, "main_grad", "[102, 24] as the weight is", "torch.float32 [102, 25]"],
+    ),
+    "main_grad's dtype": (
+        partial(_main_grad, torch.zeros(ROWS, 24, dtype=torch.int32)),
+        [OTHER_RANK, "main_grad", "torch.int32 [102, 24]"],
+    ),
+    "main_grad's other dtype": (
+        partial(_main_grad, torch.zeros(ROWS, 24).bfloat16()),
+        ["main_grad is torch.float32 [102, 24]", "bfloat16 [102, 24] on rank 1"],
+    ),
+    "main_grad's device": (
+        partial(_main_grad, torch.zeros(ROWS, 24, device="meta")),
+        [OTHER_RANK, "share one device, not cpu, meta"],
+    ),
+    "main_grad on one rank": (
+        partial(_main_grad, None),
+        ["main_grad is torch.float32 [102, 24]", "none on rank 1"],
+    ),
+    "main_grad is no tensor": (
+        partial(_main_grad, [0.0]),  # type: ignore[arg-type]
+        [OTHER_RANK, "AttributeError: 'list' object has no attribute 'shape'"],
+    ),
+    "no student": (_given("student_hidden", None), [OTHER_RANK, "student_hidden", "NoneType"]),
+    "no head": (_given("student_weight", None), [OTHER_RANK, "student_weight", "NoneType"]),
+    "no teacher": (_given("teacher_hidden", None), [OTHER_RANK, "teacher_hidden", "NoneType"]),
+    "no token weights": (_given("token_weight", None), [OTHER_RANK, "token_weight", "NoneType"]),
+    "an array": (
+        _given("teacher_weight", np.zeros((ROWS, 40))),
+        [OTHER_RANK, "teacher_weight must be a tensor, not ndarray"],
+    ),
+    "no label": (_one_hot, [OTHER_RANK, "teacher_labels must be a tensor, not NoneType"]),
+    "another device": (
+        _given("student_hidden", torch.zeros(37, 24, device="meta")),
+        [OTHER_RANK, "share one device, not meta, cpu"],
+    ),
+    "a text for a number": (
+        partial(_setting, "temperature", (1.0, "1.0")),
+        [OTHER_RANK, "TypeError: '<' not supported"],
+    ),
+    "half a position": (
+        partial(_setting, "chunk_size", (8, 8.5)),
+        [OTHER_RANK, "chunk_size=8.5", "whole number"],
     ),
 }
 

@@ -29,7 +29,7 @@ def told(case: Case, **settings: object) -> str:
         ({"divergence": "jsd", "beta": float("nan")}, ["beta=nan"]),
         ({"temperature": 0.0}, ["temperature=0.0", "positive"]),
         ({"temperature": float("inf")}, ["temperature=inf", "finite"]),
-        ({"chunk_size": 0}, ["chunk_size=0", "at least 1"]),
+        ({"chunk_size": 0}, ["chunk_size=0", "from 1"]),
         ({"vocab_size": V + 1}, ["vocab_size=204", "203"]),
         ({"vocab_size": 0}, ["vocab_size=0"]),
         ({"labels": torch.zeros(36, dtype=torch.int64)}, ["int64 [37]", "[36]"]),
@@ -59,6 +59,33 @@ def test_settings(settings: dict[str, object], parts: list[str]) -> None:
 def test_tensors(field: str, tensor: torch.Tensor, parts: list[str]) -> None:
     message = told(replace(make_case(), **{field: tensor}))
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "main_grad, parts",
+    [
+        (torch.zeros(V, 25), ["[203, 24]", "[203, 25]"]),
+        (torch.zeros(V, 24).double(), ["float32", "float64"]),
+        (torch.zeros(V, 24, device="meta"), ["one device", "cpu, meta"]),
+    ],
+)
+def test_main_grad(main_grad: torch.Tensor, parts: list[str]) -> None:
+    case = make_case()
+    case.student_weight.requires_grad_().main_grad = main_grad
+    message = told(case)
+    assert all(part in message for part in parts), message
+
+
+def test_the_main_grad_of_a_frozen_head_is_left_alone() -> None:
+    case = make_case()
+    case.student_weight.main_grad = torch.zeros(1)
+    assert prefix_divergence(*case.inputs, vocab_size=V).loss.isfinite()
+
+
+def test_what_is_no_tensor() -> None:
+    assert told(replace(make_case(), teacher_hidden=None)) == (
+        "teacher_hidden must be a tensor, not NoneType"
+    )
 
 
 def test_beta_is_only_looked_at_where_it_means_something() -> None:
