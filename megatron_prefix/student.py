@@ -106,7 +106,8 @@ def _divergence(
         result = _compare(model, batch, hidden, head, target, objective, overlap)
         assert result.label_logprobs is not None
         teacher_head = objective.head_of(batch.domain)
-        seen.watch(result.kl, target, _heads(head, target, teacher_head))
+        heads = _heads(head, target, teacher_head)
+        seen.watch(result.kl, batch.token_weight, target, heads)
         seen.add(batch, result.loss.detach(), result.kl, result.label_logprobs)
         shares = overlap.shares(model.groups.pg.tp) if overlap else None
         if shares is not None:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -82,23 +83,21 @@ class Tally:
         self.stops += len(student)
         self.stop_diff += (student - teacher).double().sum()
 
-    def watch(self, kl: Tensor, target: Targets | None, heads: dict[str, Tensor]) -> None:
-        """The target is looked at now: it may be gone before the step ends. Heads live on."""
+    def watch(
+        self, kl: Tensor, weights: Tensor, target: Targets | None, heads: dict[str, Tensor]
+    ) -> None:
+        """Weights and target are looked at now: they may be gone before the step ends. Heads live
+        on."""
         given = {} if target is None else vars(target)
         checks = [FiniteCheck.of(f"the teacher's {name}", value) for name, value in given.items()]
-        self._watched.append(_Watched(FiniteCheck.of("divergence", kl), checks, heads))
+        values = FiniteCheck.of("divergence", kl), FiniteCheck.of("token weights", weights)
+        self._watched.append(_Watched(*values, checks, heads))
 
     def tell_non_finite(self) -> None:
         """Where, and in which input; waits for the device."""
         for number, watched in enumerate(self._watched):
-            problem = watched.divergence.problem()
-            if problem is not None:
-                checks = [*watched.target, *(FiniteCheck.of(*h) for h in watched.heads.items())]
-                told = "; ".join(filter(None, (check.problem() for check in checks))) or (
-                    f"{', '.join(check.name for check in checks)} are finite here, so it is the "
-                    "student's hidden state there, or another rank's shard"
-                )
-                logger.warning("microbatch %d of this rank: %s: %s", number, problem, told)
+            for problem in watched.problems():
+                logger.warning("microbatch %d of this rank: %s", number, problem)
 
     def reduce(self, *, counts: bool) -> PrefixSums:
         """Sums over the world, the same on every rank. Ranks that hold copies (other stages, other
@@ -129,11 +128,28 @@ class Tally:
 
 @dataclass(frozen=True)
 class _Watched:
-    """What a microbatch's divergence was made of, should it not be finite."""
+    """What a microbatch's loss was made of, should it not be finite."""
 
     divergence: FiniteCheck
+    weights: FiniteCheck
     target: list[FiniteCheck]
     heads: dict[str, Tensor]
+
+    def problems(self) -> Iterator[str]:
+        """Waits for the device."""
+        weights, divergence = self.weights.problem(), self.divergence.problem()
+        if weights is not None:
+            yield weights
+        if divergence is not None:
+            yield f"{divergence}: {self._origin()}"
+
+    def _origin(self) -> str:
+        """Of a divergence that is not finite."""
+        checks = [*self.target, *(FiniteCheck.of(*head) for head in self.heads.items())]
+        return "; ".join(filter(None, (check.problem() for check in checks))) or (
+            f"{', '.join(check.name for check in checks)} are finite here, so it is the "
+            "student's hidden state there, or another rank's shard"
+        )
 
 
 def _further_apart(a: Tensor, b: Tensor) -> Tensor:

@@ -273,7 +273,8 @@ def test_what_a_step_gathers_of_its_microbatches_is_not_read_back() -> None:
     batch = PrefixBatch(**{**fields, **floats, "max_seqlen": 5})
     seen = Tally(9, torch.device("meta"))
     seen.add(batch, tensor(), tensor(5), tensor(5))
-    seen.watch(tensor(5), TopKTargets(tensor(5, 2, dtype=torch.int64), tensor(5, 2)), {})
+    target = TopKTargets(tensor(5, 2, dtype=torch.int64), tensor(5, 2))
+    seen.watch(tensor(5), tensor(5), target, {})
     assert seen.kl.shape == (9,) and seen.worst.shape == (2,)
 
 

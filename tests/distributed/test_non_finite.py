@@ -38,6 +38,8 @@ def _poisoned_step(case: Case, where: str) -> list[str]:
     with torch.no_grad():
         if where == "targets":
             targets[2].hidden[4, 7] = torch.nan
+        if where == "weights":
+            batches[1].token_weight[2] = torch.inf
         if where == "head" and world.student.model.groups.tp_rank == 1:
             world.student.model.module.embedding.word_embeddings.weight[3, 5] = torch.inf
         if where == "trunk":
@@ -65,6 +67,14 @@ def test_the_teachers_hidden_states(case: Case) -> None:
             "has 1 non-finite values; the first, nan, is at [4]: the teacher's hidden" in lines[0]
         )
         assert lines[0].endswith("has 1 non-finite values; the first, nan, is at [4, 7]")
+
+
+def test_token_weights(case: Case) -> None:
+    """The divergence is finite, the loss is not."""
+    for lines in run_ranks(2, _poisoned_step, case, "weights"):
+        assert len(lines) == 1
+        assert lines[0].startswith("microbatch 1 of this rank: token weights [")
+        assert lines[0].endswith("has 1 non-finite values; the first, inf, is at [2]")
 
 
 def test_the_rank_that_holds_a_bad_row_of_the_head_names_it(case: Case) -> None:
