@@ -5,6 +5,7 @@ Each checks in this order: settings, run folder, layouts and model folders, this
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_prefix.commands.command import ABOUT_RECIPES, Command, add_recipe_arguments
@@ -85,6 +86,7 @@ def show_plan(arguments: argparse.Namespace) -> int:
     cluster = beside() if beside else Cluster()
     run_plan(recipe, cluster, as_json=arguments.json, quick=arguments.quick)
     _warn_of_idle_settings(recipe)
+    _warn_of_cards(recipe)
     return DONE
 
 
@@ -142,6 +144,7 @@ def _checked_folder(recipe: Recipe) -> Path:
     check_run_folder(folder, recipe)
     validate(recipe)
     _warn_of_idle_settings(recipe)
+    _warn_of_cards(recipe)
     check_data_sets(recipe)
     return folder
 
@@ -149,7 +152,17 @@ def _checked_folder(recipe: Recipe) -> Path:
 def _warn_of_idle_settings(recipe: Recipe) -> None:
     from megatron_prefix.validate.idle import idle_settings
 
-    for sentence in idle_settings(recipe):
+    _warn(idle_settings(recipe))
+
+
+def _warn_of_cards(recipe: Recipe) -> None:
+    from megatron_prefix.validate.cards import asked_of_cards
+
+    _warn(asked_of_cards(recipe))
+
+
+def _warn(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
         print(f"megatron-prefix: warning: {sentence}", file=sys.stderr)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FORMATS = ("off", "e4m3", "hybrid")
 RECIPES = ("blockwise", "tensorwise", "delayed")
 BLACKWELL_ONLY = ("mxfp8", "nvfp4")
+BLOCKWISE_CUDA = (12, 9)  # what Transformer Engine 2.20 asks for
 _UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"  # read by Transformer Engine at each load
 SEQUENCE_MULTIPLE = 128  # blockwise wants token counts divisible by 128
 
@@ -173,3 +174,12 @@ def refuse_machine(fp8: Fp8Config, owner: str) -> None:
             f"{owner}.fp8.recipe='blockwise' needs Hopper or newer and this is {card}; take "
             "'tensorwise' or 'delayed'"
         )
+    if fp8.recipe == "blockwise" and _cuda_version() < BLOCKWISE_CUDA:
+        raise ValueError(
+            f"{owner}.fp8.recipe='blockwise' needs a torch of CUDA 12.9 or newer and this one has "
+            f"{torch.version.cuda}; take 'tensorwise' or 'delayed'"
+        )
+
+
+def _cuda_version() -> tuple[int, ...]:
+    return tuple(map(int, (torch.version.cuda or "0").split(".")))

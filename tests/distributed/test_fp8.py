@@ -1,6 +1,7 @@
 """What FP8 adds to a checkpoint and to the layers, as far as a CPU shows it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,12 +9,16 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 
-from megatron_prefix.config import CheckpointConfig, Fp8Config
+from megatron_prefix.batch import pack, plan_microbatches
+from megatron_prefix.config import CheckpointConfig, Fp8Config, ModelConfig, Recipe
 from megatron_prefix.mcore.checkpoint import Checkpointer
 from megatron_prefix.mcore.fp8 import fp8_fields
+from megatron_prefix.world import token_multiple
 from tests.distributed.ranks import run_ranks
-from tests.distributed.world import Case, World, model_config, rollouts
+from tests.distributed.world import CPU, Case, World, model_config, rollouts
 from tests.tiny_models import write_tiny_qwen3
+
+BLOCKS = Fp8Config("e4m3", "blockwise")
 
 
 class _WithHistory(ColumnParallelLinear):
@@ -90,3 +95,27 @@ def test_the_first_and_the_last_layer_of_the_whole_model_are_in_bf16(pp: int, ca
     stages = run_ranks(pp, _bf16_layers, Case(config, config), pp)
     found = [layer for stage in stages for layer in stage]
     assert found == [(1, True), (2, False), (3, False), (4, True)]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "multiple"),
+    [
+        ({}, {}, 1),
+        ({"fp8": BLOCKS}, {}, 128),
+        ({}, {"fp8": BLOCKS}, 128),
+        ({"tensor_model_parallel_size": 2}, {}, 1),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, {"fp8": BLOCKS}, 128),
+        # Each of two parts is a multiple of 128 tokens.
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "fp8": BLOCKS}, {}, 256),
+        ({"tensor_model_parallel_size": 3, "sequence_parallel": True}, {"fp8": BLOCKS}, 384),
+    ],
+)
+def test_microbatches_are_padded_to_what_every_model_cuts(
+    student: dict[str, Any], teacher: dict[str, Any], multiple: int
+) -> None:
+    recipe = Recipe(student=ModelConfig(**student), teacher=ModelConfig(**teacher))
+    assert token_multiple(recipe) == multiple
+    packed = plan_microbatches(rollouts(), 4, multiple=multiple)
+    for number in range(4):
+        batch = pack(rollouts(), packed, number, CPU)
+        assert len(batch.input_ids) % multiple == 0 and len(batch.labels)

@@ -62,6 +62,18 @@ def test_plan_warns_of_settings_that_the_run_never_comes_to(
     assert told.err == f"megatron-prefix: warning: {sentence}\n"
 
 
+def test_plan_warns_of_fp8_that_few_cards_have(
+    record: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", record, "--json", "--quick", "teacher.fp8.format=e4m3"]
+    assert main([*words, "teacher.fp8.recipe=nvfp4"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["recipe"]["teacher"]["fp8"]["recipe"] == "nvfp4"
+    assert told.err.startswith(
+        "megatron-prefix: warning: teacher.fp8.recipe=nvfp4 needs Blackwell cards"
+    )
+
+
 def test_plan_prints_json_with_overrides_on_either_side_of_options(
     record: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from megatron_prefix.hf_folder import read_hf_folder
 from megatron_prefix.layout import Layout, padded_vocab_size
 from megatron_prefix.loss import Workspace, prefix_divergence
 from megatron_prefix.plan import (
+    Plan,
     Seen,
     look_at_prompts,
     make_plan,
@@ -72,6 +73,12 @@ def laid_out(
             run=replace(recipe.run, world_size=world),
         )
     )
+
+
+def shown(plan: Plan) -> str:
+    text = io.StringIO()
+    print_plan(plan, Console(file=text, width=100))
+    return text.getvalue()
 
 
 def elements(path: str) -> int:
@@ -207,15 +214,13 @@ def test_json_is_exact_and_tables_name_every_rank(recipe: Recipe) -> None:
     assert [rank["total"] for rank in told["ranks"]] == [rank.total for rank in plan.ranks]
     assert told["teacher"]["groups"]["pp"] == [[0, 1]]
     assert told["recipe"]["prefix"]["policy"] == "anchored"
-    text = io.StringIO()
-    print_plan(plan, Console(file=text, width=100))
-    shown = text.getvalue()
-    assert "[0,1]" in shown and "265" in shown and "272" in shown
-    assert f"{plan.cost.run.ratio:.3f}" in shown
-    assert "expert" not in shown
+    text = shown(plan)
+    assert "[0,1]" in text and "265" in text and "272" in text
+    assert f"{plan.cost.run.ratio:.3f}" in text
+    assert "expert" not in text
     spread = replace(plan.teacher, expert_model_parallel_size=4, expert_tensor_parallel_size=2)
-    print_plan(replace(plan, teacher=spread), Console(file=text, width=100))
-    assert "expert x expert-tensor" in text.getvalue() and "4 x 2" in text.getvalue()
+    text = shown(replace(plan, teacher=spread))
+    assert "expert x expert-tensor" in text and "4 x 2" in text
 
 
 def test_ranks_of_the_same_stages_share_a_column(recipe: Recipe) -> None:
@@ -225,9 +230,7 @@ def test_ranks_of_the_same_stages_share_a_column(recipe: Recipe) -> None:
         list(range(12)),
         list(range(12, 24)),
     ]
-    text = io.StringIO()
-    print_plan(plan, Console(file=text, width=100))
-    assert "0-11" in text.getvalue() and "12-23" in text.getvalue()
+    assert "0-11" in shown(plan) and "12-23" in shown(plan)
     assert len(json.loads(plan_json(plan))["ranks"]) == 24
 
 
@@ -259,6 +262,20 @@ def test_fp8_keeps_copies_of_weights(recipe: Recipe) -> None:
     rank = make_plan(laid_out(narrow, (1, 1), (1, 1))).ranks[0]
     assert rank.fp8_weights == rank.teacher_weights // 2 and plain.fp8_weights == 0
     assert rank.total == plain.total + rank.fp8_weights
+
+
+def test_what_fp8_saves_of_activations_is_shown(recipe: Recipe) -> None:
+    fp8 = Fp8Config("hybrid", "tensorwise", first_last_layers_bf16=False)
+    student = replace(recipe.student, params_dtype="bf16", fp8=fp8)
+    plan = make_plan(laid_out(replace(recipe, student=student), (1, 1), (1, 1)))
+    # Of both layers: hidden 64 into qkv and fc1, 64 heads' width into proj, 96 into fc2.
+    saved = 2 * (2 * 64 + 64 + 96)
+    assert json.loads(plan_json(plan))["student"]["fp8_bytes_saved"] == saved
+    assert "activations saved by FP8" in shown(plan)
+    assert f"{saved} bytes a token and rank" in shown(plan)
+    plain = make_plan(laid_out(recipe, (1, 1), (1, 1)))
+    assert json.loads(plan_json(plain))["student"]["fp8_bytes_saved"] == 0
+    assert "saved by FP8" not in shown(plain)
 
 
 @pytest.mark.parametrize(("positions", "chunk_size"), [(1, 0), (300, 0), (1000, 0), (1000, 64)])
