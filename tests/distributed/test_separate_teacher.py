@@ -1,6 +1,8 @@
 """A teacher on ranks of its own teaches as one on the student's ranks does, to the last bit."""
 
 import json
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +26,7 @@ from megatron_prefix.config import (
 )
 from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.layout import Layout
-from megatron_prefix.placement import WorldLayout
+from megatron_prefix.placement import IN_FLIGHT, WorldLayout
 from megatron_prefix.rollout.records import save_rollouts
 from megatron_prefix.run_files.jsonl import METRICS
 from megatron_prefix.teacher import Link, SeparateTeacher, TeacherLost
@@ -180,3 +182,37 @@ def wait_for_nothing() -> str:
 def test_a_teacher_that_does_not_answer_is_named_after_the_timeout() -> None:
     message, _ = run_ranks(2, wait_for_nothing)
     assert message.startswith("no hidden states of microbatch 0 from the teacher's rank 1: it died")
+
+
+@dataclass
+class _Alive:
+    """Of the hidden states that a rank sends or receives: how many there were, and at once."""
+
+    storages: list[weakref.ref]
+    most: int = 0
+
+    def count(self, post: Callable[..., object]) -> Callable[..., object]:
+        def counted(hidden: torch.Tensor, *peer: object, **settings: object) -> object:
+            if hidden.dim() == 2:
+                self.storages.append(weakref.ref(hidden.untyped_storage()))
+                alive = sum(storage() is not None for storage in self.storages)
+                self.most = max(self.most, alive)
+            return post(hidden, *peer, **settings)
+
+        return counted
+
+
+def hidden_states_alive(recipe: Recipe) -> tuple[int, int]:
+    alive = _Alive([])
+    dist.isend, dist.irecv = alive.count(dist.isend), alive.count(dist.irecv)
+    train_to(recipe, 1)
+    return len(alive.storages), alive.most
+
+
+def test_few_hidden_states_are_alive_however_many_microbatches(root: Path) -> None:
+    """Of eight: those posted or on their way, and the one that is scored or learnt from."""
+    recipe = a_recipe(root, "alive", (1, 1), (1, 1), placement="separate")
+    recipe = replace(recipe, train=replace(recipe.train, steps=1, micro_batch_size=1))
+    for microbatches, most in run_ranks(2, hidden_states_alive, recipe):
+        assert microbatches == 8
+        assert most <= IN_FLIGHT + 1
