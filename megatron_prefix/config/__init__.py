@@ -49,6 +49,7 @@ class ModelConfig:
     expert_tensor_parallel_size: int = 0
     # Ranks that share the tokens of each microbatch, two pieces of every sequence on each.
     context_parallel_size: int = 1
+    # Split activations between tensor-parallel regions too; needed for experts above TP 1.
     sequence_parallel: bool = False
     params_dtype: str = "bf16"  # bf16 | fp32
     recompute_granularity: str = "none"  # none | selective | full
@@ -70,10 +71,10 @@ class DataConfig:
     name: str = ""  # the hub data set's configuration
     split: str = "train"
     streaming: bool = False
-    prompt_column: str = "prompt"
+    prompt_column: str = "prompt"  # of texts, or of lists of {role, content} messages
     # auto: the tokenizer's chat template where it has one; always; never: the column's bare text
     chat_template: str = "auto"
-    system_prompt: str = ""
+    system_prompt: str = ""  # put before messages that have none; needs a chat template
     max_prompt_length: int = 1024  # tokens
     overlong: str = "drop"  # drop (counted and logged) | error
     # Names each prompt's teacher: a key of `teachers`, or "teacher" for the one of that section;
@@ -92,22 +93,23 @@ class RolloutConfig:
     # that does, as ${oc.env:NAME}; never the key itself, which would be recorded.
     api_key_file: str = ""
     api_key: str = ""
-    num_servers: int = 1
+    num_servers: int = 1  # that are started; on a cluster, on each server node
     device: str = "auto"  # auto | cuda | cpu: where servers that we start run
     dtype: str = "auto"  # auto: the student's params_dtype
-    server_tensor_parallel_size: int = 1
-    # Of this machine, from which on servers that we start have their GPUs; -1: behind those of the
-    # ranks where there are enough, otherwise the ranks' own.
+    server_tensor_parallel_size: int = 1  # GPUs of each server
+    # Index of the first GPU that the servers use; -1: the one after the ranks' GPUs where there are
+    # enough, otherwise the ranks' first: they are shared.
     first_gpu: int = -1
     max_total_tokens: int = 0  # of the servers' cache; 0: SGLang decides (60000 on a CPU)
     server_args: tuple[str, ...] = ()  # more arguments for sglang.launch_server
-    start_timeout_s: float = 300.0
-    request_timeout_s: float = 600.0  # without a byte of an answer, and a server is given up
-    hang_timeout_s: float = 120.0  # without a passed health check, and a server is given up
+    start_timeout_s: float = 300.0  # a server that answers later has failed
+    request_timeout_s: float = 600.0  # without a byte of an answer; then the server is given up
+    hang_timeout_s: float = 120.0  # a server without a passed health check so long is given up
     server_restarts: int = 5  # of one server, each within ten minutes of the last
     retries: int = 4  # of a request, with exponential backoff
+    # Rollouts of each prompt: a step has train.global_batch_size / samples_per_prompt prompts.
     samples_per_prompt: int = 1
-    temperature: float = 1.0
+    temperature: float = 1.0  # of sampling, above 0; evaluations are greedy
     over_sample: float = 1.0  # requests started / rollouts wanted; above 1, stragglers are aborted
     # Where stragglers are aborted: share of wanted prefix tokens an aborted rollout must have
     # to be kept (its finish_reason is "abort"); above 1 none is kept.
@@ -153,6 +155,7 @@ class LossConfig:
     beta: float = 0.5  # jsd: the teacher's share of the mixture
     # relaxed_kl: lambda; ln p_teacher - ln p_student counts as ln(lambda / (1 - lambda)) at least.
     mixture: float = 0.2
+    # Divides both models' logits in the loss, without a factor of temperature squared.
     temperature: float = 1.0
     chunk_size: int = 0  # positions a chunk; 0: chosen by the loss
     weights: TokenWeightConfig = field(default_factory=TokenWeightConfig)
@@ -162,25 +165,25 @@ class LossConfig:
 class OptimizerConfig:
     """Megatron's optimizer and OptimizerParamScheduler."""
 
-    lr: float = 1e-5
-    min_lr: float = 0.0
-    lr_warmup_steps: int = 0
+    lr: float = 1e-5  # the highest learning rate, reached after lr_warmup_steps
+    min_lr: float = 0.0  # at the last step, where lr decays
+    lr_warmup_steps: int = 0  # of linear warm-up from 0; fewer than train.steps
     lr_decay_style: str = "linear"  # linear | cosine | constant | inverse-square-root
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    use_distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
+    adam_beta1: float = 0.9  # decay of the mean of gradients
+    adam_beta2: float = 0.95  # decay of the mean of squared gradients
+    adam_eps: float = 1e-8  # added to the root in the denominator
+    weight_decay: float = 0.0  # decoupled, as AdamW's
+    clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
+    use_distributed_optimizer: bool = True  # Adam's state sharded over data-parallel ranks
+    overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 100
+    steps: int = 100  # schedules of prefix length and learning rate span them
     global_batch_size: int = 64  # rollouts a step, over all data-parallel ranks
     micro_batch_size: int = 8  # sequences that are packed into one microbatch
-    seed: int = 0
+    seed: int = 0  # of the servers' sampling and of the ranks' random state
     max_skipped_steps: int = 5  # non-finite steps in a row before the run stops
 
 
@@ -193,7 +196,7 @@ class CheckpointConfig:
     # student.hf_path still gives config and tokenizer; empty: its weights too.
     load: str = ""
     save_interval: int = 0  # steps; 0: only at the end and on a signal
-    async_save: bool = True
+    async_save: bool = True  # write beside the next steps
     keep_last: int = 2  # 0: keep all
     keep_every: int = 0  # steps whose multiples are kept besides; 0: none
     verify_integrity: bool = True  # SHA-256 of every file, checked at load
@@ -208,9 +211,9 @@ class EvalConfig:
     name: str = ""  # the hub data set's configuration
     split: str = "train"
     prompt_column: str = "prompt"
-    answer_column: str = "answer"
+    answer_column: str = "answer"  # of texts that the scorer compares with
     scorer: str = "math"  # math (math-verify) | exact | suffix, or "package.module:function"
-    max_new_tokens: int = 1024
+    max_new_tokens: int = 1024  # longer answers are cut and count as truncated
     samples: int = 200  # the first of the set; 0: all
     interval: int = 0  # steps; 0: before and after only
     # The last of the run's servers, so many of them, answer these alone: they keep a step's weights
@@ -222,10 +225,10 @@ class EvalConfig:
 @dataclass(frozen=True)
 class LogConfig:
     tensorboard: bool = True
-    log_interval: int = 1
-    kl_by_position_interval: int = 10
-    sample_rollouts_interval: int = 25
-    sample_rollouts: int = 4
+    log_interval: int = 1  # steps between two progress lines, and TensorBoard's scalars
+    kl_by_position_interval: int = 10  # steps between two images of the KL; 0: none
+    sample_rollouts_interval: int = 25  # steps between two entries of samples.jsonl; 0: none
+    sample_rollouts: int = 4  # rollouts in each
     # Steps between two probes: a few full-length rollouts that the teacher scores and nobody is
     # trained on, which show the KL beyond the prefix; 0: none.
     probe_interval: int = 0
@@ -246,7 +249,8 @@ class RunConfig:
     output_dir: str = "runs"  # the run folder is output_dir/name
     # Ranks in all, a separate teacher's included; 0: the least that the layouts need.
     world_size: int = 0
-    # Of all ranks' collectives; a hang is found a bit earlier. What gets on may take longer.
+    # Time limit of every collective; ranks without progress are found at 90% of it. What gets on,
+    # a long rollout or a save, may take longer.
     distributed_timeout_s: float = 600.0
     # Of one card, for `plan`, `train` and `launch` to check; 0: what the machine that trains has.
     gpu_memory_gib: float = 0.0

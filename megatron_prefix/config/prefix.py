@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 class LinearConfig:
     """``linear``: from min_length to max_length over the first share ``over`` of the steps."""
 
+    # Share of train.steps after which max_length is reached.
     over: float = 0.8
 
 
@@ -14,14 +15,14 @@ class LinearConfig:
 class AnchoredConfig:
     """``anchored``: min_length, with every ``every``-th step at max_length."""
 
-    every: int = 8
+    every: int = 8  # the last of every so many steps has max_length
 
 
 @dataclass(frozen=True)
 class LateConfig:
     """``late``: min_length for the first share ``full_after`` of the steps, then max_length."""
 
-    full_after: float = 0.8
+    full_after: float = 0.8  # share of train.steps after which each step has max_length
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class StepsConfig:
     """``steps``: ``stages`` lengths from min_length to max_length, evenly apart, the last of them
     reached after the first share ``over`` of the steps."""
 
-    stages: int = 4
+    stages: int = 4  # different lengths, min_length and max_length included
+    # Share of train.steps after which max_length is reached.
     over: float = 0.8
 
 
@@ -37,6 +39,7 @@ class StepsConfig:
 class CosineConfig:
     """``cosine``: as linear, along half a cosine: slow at both ends, fast between them."""
 
+    # Share of train.steps after which max_length is reached.
     over: float = 0.8
 
 
@@ -45,7 +48,7 @@ class WindowConfig:
     """``window``: the loss on prefix positions ``start`` to ``stop - 1`` alone, counted from 0;
     rollouts are sampled up to ``stop``. min_length has no say."""
 
-    start: int = 0
+    start: int = 0  # first prefix position in the loss
     stop: int = 0  # 0: max_length
 
 
@@ -54,13 +57,13 @@ class AdaptiveConfig:
     """``adaptive``: from min_length, ``factor`` times as long whenever the moving average of the
     steps' mean KL falls under ``threshold``; and what a probe does whose tail is worse."""
 
-    factor: float = 1.5
-    threshold: float = 0.3  # nats a token
-    momentum: float = 0.9  # share of the moving average that a new step leaves standing
+    factor: float = 1.5  # by which the length grows or shrinks
+    threshold: float = 0.3  # nats a token; the length grows under it
+    momentum: float = 0.9  # of the moving average: weight of the old value
     # shrink | grow | hold: by ``factor``, where a probe's KL beyond the prefix is more than
     # 1 + ``tail_tolerance`` times the lowest that probes have shown at this length
     on_tail: str = "shrink"
-    tail_tolerance: float = 0.25
+    tail_tolerance: float = 0.25  # share by which the tail's KL may rise before on_tail acts
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,9 @@ class AuditedConfig:
     of prefix and full rollout agree (cosine) less than ``low``, as short where more than
     ``high``."""
 
-    factor: float = 1.5
-    low: float = 0.6
-    high: float = 0.9
+    factor: float = 1.5  # by which the length grows or shrinks
+    low: float = 0.6  # agreement (cosine) below which the length grows
+    high: float = 0.9  # agreement above which it shrinks
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class MarginalConfig:
     """``marginal``: full length every ``audit_every`` steps; in between the length at which the
     audits showed the most KL a computed token, the shortest of the last ``audits`` of them."""
 
-    audit_every: int = 12
+    audit_every: int = 12  # the first of every so many steps is an audit at max_length
     audits: int = 4  # the last ones, of which the shortest counts
 
 
@@ -104,10 +107,10 @@ class OverlapConfig:
     positions had a mean overlap of the models' top-k tokens under ``threshold``; else nearer to
     where the first such window begins."""
 
-    factor: float = 1.5
+    factor: float = 1.5  # by which the length grows
     threshold: float = 0.5  # share of the top-k tokens that student and teacher both have
     window: int = 16  # positions
-    momentum: float = 0.5  # share of the way back to the reliable length that is not gone
+    momentum: float = 0.5  # weight of the old length where it moves to the reliable one
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class RecallConfig:
     signal: str = "kl"
     window: int = 16  # tokens
     min_tokens: int = 32  # least that a cap is predicted from
-    slack: float = 1.25
+    slack: float = 1.25  # a cap is this many times the tokens that the prompt needed
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class PrefixConfig:
     # fixed | linear | steps | cosine | anchored | late | adaptive | audited | marginal | overlap |
     # window, or "package.module:Class" of a user's own
     policy: str = "linear"
-    min_length: int = 64
+    min_length: int = 64  # what policies start from, or keep; at least 1
     max_length: int = 1024  # full-length distillation would sample up to here
     linear: LinearConfig = field(default_factory=LinearConfig)
     steps: StepsConfig = field(default_factory=StepsConfig)

@@ -14,12 +14,12 @@ class TeacherServerConfig:
     api_key_file: str = ""  # holds the key of the servers at urls; mode 600, on every node
     # Of urls: compare every tensor's checksum with hf_path's before the first step.
     verify_weights: bool = False
-    num_servers: int = 1
+    num_servers: int = 1  # that are started; on a cluster, on each teacher-server node
     tensor_parallel_size: int = 1  # GPUs of each
-    first_gpu: int = 0  # of this machine, from which on the servers have theirs
+    first_gpu: int = 0  # Index of the first GPU that the servers use.
     max_total_tokens: int = 0  # of each one's cache; 0: SGLang decides (60000 on a CPU)
     args: tuple[str, ...] = ()  # more arguments for sglang.launch_server
-    # Ranks wait so long, at the start and for a server that starts again.
+    # How long the ranks wait, at the start and for a server that starts again.
     start_timeout_s: float = 300.0
     request_timeout_s: float = 120.0  # of a few sequences' scores; then the server is given up
     restarts: int = 5  # of one server, each within ten minutes of the last

@@ -12,7 +12,9 @@ from megatron_prefix.validate.limits import check_settings
 from megatron_prefix.validate.prefix import check_prefix
 
 ROOT = Path(__file__).parents[2]
-POLICIES, MODES = (ROOT / "docs" / name for name in ("prefix-policies.md", "modes.md"))
+CHOICE, POLICIES, MODES = (
+    ROOT / "docs" / name for name in ("prefix-policies.md", "prefix-reference.md", "modes.md")
+)
 PAPERS = (
     "2602.15260 2605.31490 2605.28396 2605.07804 2605.13643 2606.22600 2603.05433 2603.11137"
 ).split()
@@ -50,7 +52,7 @@ def test_each_published_relative_is_named_with_settings_that_hold(paper: str) ->
     check(overrides)
 
 
-@pytest.mark.parametrize("page", [POLICIES, MODES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [CHOICE, POLICIES, MODES], ids=lambda page: page.name)
 def test_commands_on_the_pages_hold(page: Path) -> None:
     shown = list(commands(page))
     assert len(shown) >= 2

@@ -146,7 +146,7 @@ def test_a_users_own_policy_is_told_of_probes_where_it_asks() -> None:
 
 
 def test_the_policy_that_the_documentation_shows_works_as_it_says() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "prefix-policies.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "prefix-reference.md").read_text()
     (shown,) = re.findall(r"```python\n(.*?class Sawtooth.*?)```", page, re.DOTALL)
     assert len(shown.splitlines()) < 40
     space: dict[str, Any] = {}
