@@ -198,7 +198,7 @@ class CheckpointConfig:
     save_interval: int = 0  # steps; 0: only at the end and on a signal
     async_save: bool = True  # write beside the next steps
     keep_last: int = 2  # 0: keep all
-    keep_every: int = 0  # steps whose multiples are kept besides; 0: none
+    keep_every: int = 0  # checkpoints of its multiples are kept as well; 0: none
     verify_integrity: bool = True  # SHA-256 of every file, checked at load
     export_hf: bool = True  # write a Hugging Face folder of the student at the end
 
@@ -229,8 +229,8 @@ class LogConfig:
     kl_by_position_interval: int = 10  # steps between two images of the KL; 0: none
     sample_rollouts_interval: int = 25  # steps between two entries of samples.jsonl; 0: none
     sample_rollouts: int = 4  # rollouts in each
-    # Steps between two probes: a few full-length rollouts that the teacher scores and nobody is
-    # trained on, which show the KL beyond the prefix; 0: none.
+    # Steps between two probes: a few full-length rollouts that the teacher scores and that are not
+    # trained on. They show the KL beyond the prefix; 0: none.
     probe_interval: int = 0
     probe_rollouts: int = 8  # of the same prompts each time
     # Cosine of the gradients of the prefix and of the full rollouts at each probe: two passes
@@ -257,7 +257,8 @@ class RunConfig:
     # Of it, for the CUDA context, NCCL's buffers and the allocator's fragments.
     gpu_reserve_gib: float = 6.0
     check_memory: bool = True  # refuse to start what `plan` says does not fit
-    max_restarts: int = 3  # of all ranks in place, on one machine, after one was killed or hung
+    # Of all ranks in place, on one machine, after one was killed or hung.
+    max_restarts: int = 3
 
 
 @dataclass(frozen=True)
