@@ -96,6 +96,7 @@ class Trainer:
                 self._begins("last evaluation")
                 if self._parts.conductor:
                     self._parts.conductor.stop_evaluations()
+                self._agree(lambda: Order("done"))  # a teacher elsewhere waits
                 return False
             self.train_step(order, phases)
             self._after_step()

@@ -32,14 +32,14 @@ class TeacherLoop:
 
         RuntimeError with rank 0's words where that one failed.
         """
+        stopped = False
         while True:
             self._watchdog.beat("waiting for an order")
             with self._watchdog.waits_for_rank_0():
                 order = share_order(_not_here, self._host_group)
             if order.kind == "done":
-                return True
-            if order.kind == "save_and_stop":
-                return False
+                return not stopped
+            stopped = stopped or order.kind == "save_and_stop"  # and the save is still to come
             if order.rollouts and not order.supervised:
                 self._watchdog.beat("teacher")
                 plan = microbatches(order, self._train, *self._packing)
