@@ -1,7 +1,8 @@
 """Turns a Megatron distributed checkpoint into a Hugging Face folder that serves.
 
-CHECKPOINT is a run's checkpoints/ folder, what convert_hf_to_megatron.py wrote, or one step's
-folder, saved in any layout. Its checksums are verified first. One tensor is in memory at a time;
+CHECKPOINT is a run's folder or its checkpoints/, what convert_hf_to_megatron.py wrote, or one
+step's folder, saved in any layout. Its checksums are verified first. One tensor is in memory at a
+time;
 what was written is read back and compared bit for bit before OUTPUT takes its place. Config,
 generation config, tokenizer and chat template go along.
 """
@@ -54,11 +55,11 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
     from megatron_prefix.mcore.fp8_blocks import cut_blocks
     from megatron_prefix.mcore.progress_bar import byte_progress
     from megatron_prefix.mcore.source import open_config, parameters
-    from megatron_prefix.mcore.steps import find_step
+    from megatron_prefix.mcore.steps import checkpoints_of, find_step
     from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, done, gib
 
     check_ranks(args.ranks, crew.size)
-    inputs = (args.checkpoint, args.hf_model)
+    inputs = (checkpoints_of(args.checkpoint), args.hf_model)
     crew.lead(lambda: check_output(args.output, *inputs, overwrite=args.overwrite))
     step = crew.alike(lambda: find_step(args.checkpoint, args.step))
     hf = crew.alike(lambda: open_config(args.hf_model or find_hf_model(step)))

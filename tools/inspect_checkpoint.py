@@ -1,4 +1,4 @@
-"""Says what is in a checkpoint: a Hugging Face folder, a run's checkpoints/ or one step's folder.
+"""Says what is in a checkpoint: a Hugging Face folder, a run's, or one step's.
 
 Family, parameters, layout, step, precision, sizes; of a Megatron checkpoint the checksums of all
 files are verified, of a Hugging Face folder every header and every tensor's place in the family.

@@ -85,7 +85,7 @@ def describe(path: Path, *, checksums: bool = True) -> dict[str, Any]:
     """What is in ``path``, JSON-ready, for either kind. ValueError where it is neither."""
     if (path / "config.json").is_file():
         return _describe_hf(read_hf_folder(str(path), "model"))
-    return _describe_megatron(find_step(path, None), checksums)
+    return _describe_megatron(find_step(path, None, ""), checksums)
 
 
 def _describe_hf(folder: HfFolder) -> dict[str, Any]:

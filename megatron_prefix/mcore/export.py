@@ -121,10 +121,12 @@ class _Writer:
 
 
 def exported_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of what is written: its precision, and no layers that are skipped."""
+    """The config.json of what is written: its precision, no layers that are skipped, and no code:
+    ``auto_map`` names files that are not copied, and every family here is transformers' own."""
     exported = {**config, "dtype": str(dtype).removeprefix("torch.")}
     exported.pop("torch_dtype", None)
     exported.pop("quantization_config", None)
+    exported.pop("auto_map", None)
     if "num_nextn_predict_layers" in exported:
         exported["num_nextn_predict_layers"] = 0
     return exported

@@ -13,8 +13,9 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from megatron_prefix.mcore.dist_keys import VOCABULARY, place_of
 from megatron_prefix.mcore.hf_map import HfModel
-from megatron_prefix.mcore.step_folders import saved_steps
+from megatron_prefix.mcore.step_folders import RUN_STATE, saved_steps, step_of
 
+CHECKPOINTS = "checkpoints"  # of a run's folder
 NOT_WEIGHTS = ("optimizer.", "optimizer/", "rng", "scheduler")
 
 
@@ -44,23 +45,37 @@ def saved_weights(step: Path) -> dict[str, SavedTensor]:
     return {key: tensor for key, tensor in tensors.items() if not key.startswith(NOT_WEIGHTS)}
 
 
-def find_step(checkpoint: Path, step: int | None) -> Path:
-    """The folder of one step: ``checkpoint`` itself, or of a run's checkpoints the newest or the
-    one asked for."""
-    if not checkpoint.is_dir():
-        raise ValueError(f"--checkpoint {checkpoint} is no folder")
-    if (checkpoint / "run_state.json").is_file():
-        return checkpoint
+def checkpoints_of(folder: Path) -> Path:
+    """Of a run's folder its checkpoints; any other as it is."""
+    return folder / CHECKPOINTS if saved_steps(folder / CHECKPOINTS) else folder
+
+
+def find_step(folder: Path, step: int | None, given_as: str = "--checkpoint ") -> Path:
+    """The folder of one step: ``folder`` itself, or of a run, or of its checkpoints, the newest or
+    the one asked for. ``given_as`` is for messages."""
+    if not folder.is_dir():
+        raise ValueError(f"{given_as}{folder} is no folder")
+    if (folder / RUN_STATE).is_file():
+        if step not in (None, _number(folder)):
+            raise ValueError(f"--step {step} is not {folder}, which is one step; give the run's")
+        return folder
+    checkpoint = checkpoints_of(folder)
     there = saved_steps(checkpoint)
     if not there:
-        raise ValueError(f"--checkpoint {checkpoint} holds no step_* folder; give a run's one")
+        raise ValueError(f"{given_as}{folder} holds no step_* folder; give a run's one")
     if step is None:
         return there[-1]
     wanted = checkpoint / f"step_{step:08d}"
     if wanted not in there:
-        names = ", ".join(str(int(f.name.removeprefix("step_"))) for f in there)
+        names = ", ".join(str(step_of(f)) for f in there)
         raise ValueError(f"--step {step} is not in {checkpoint}; there: {names}")
     return wanted
+
+
+def _number(step: Path) -> int | None:
+    """Of a step's folder; None where it has another name."""
+    name = step.resolve().name.removeprefix("step_")
+    return int(name) if name.isdecimal() else None
 
 
 def refuse_other_model(hf: HfModel, step: Path, saved: Mapping[str, SavedTensor]) -> None:
@@ -86,9 +101,6 @@ def check_saved_weights(hf: HfModel, folder: str) -> Path:
 
     ValueError where there is none, or where it does not hold ``hf``'s model.
     """
-    try:
-        step = find_step(Path(folder), None)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--checkpoint ", "checkpoint.load=")) from error
+    step = find_step(Path(folder), None, "checkpoint.load=")
     refuse_other_model(hf, step, saved_weights(step))
     return step

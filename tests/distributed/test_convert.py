@@ -86,6 +86,16 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_config_names_no_code_that_is_not_copied(model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_qwen.Config"}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "configuration_qwen.py").touch()
+    assert to_megatron(model, tmp_path / "megatron") == 0
+    assert to_hf(tmp_path / "megatron", tmp_path / "back") == 0
+    assert "auto_map" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
 @pytest.mark.parametrize("family", WRITERS)
 def test_there_and_back_is_bit_for_bit(family: str, tmp_path: Path) -> None:
     folder = WRITERS[family](tmp_path / "model", vocab_size=61, num_hidden_layers=3)
@@ -177,7 +187,11 @@ def test_a_runs_checkpoint_of_any_layout_becomes_a_folder(tmp_path: Path) -> Non
     checkpoints = tmp_path / "run" / "checkpoints"
     assert to_hf(checkpoints, tmp_path / "out", "--hf-model", student, "--step", 1) == 0
     check_equal(trained, tensors(tmp_path / "out"))
-    found = describe(checkpoints / "step_00000002")
+    run = tmp_path / "run"
+    assert to_hf(run, run / "export", "--hf-model", student, "--step", 1) == 0
+    check_equal(trained, tensors(run / "export"))
+    found = describe(run)
+    assert found == describe(checkpoints / "step_00000002")
     assert found["layout"] == {"tp": 2, "dp": 1, "pp": 1}
     assert found["step"] == 2
     assert found["optimizer_tensors"] > 0
@@ -264,8 +278,9 @@ def test_another_models_config_is_refused_by_name(
     ("arguments", "words"),
     [
         (["--checkpoint", "nowhere"], "--checkpoint nowhere is no folder"),
-        (["--checkpoint", "."], "holds no step_* folder"),
+        (["--checkpoint", "model"], "--checkpoint model holds no step_* folder"),
         (["--checkpoint", "megatron", "--step", "7"], "--step 7 is not in"),
+        (["--checkpoint", f"megatron/{STEP_FOLDER}", "--step", "7"], "--step 7 is not megatron/"),
         (["--checkpoint", "megatron", "--ranks", "0"], "--ranks 0 must be 1 or more"),
     ],
 )
@@ -278,7 +293,7 @@ def test_arguments_that_cannot_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if "megatron" in arguments:
+    if arguments[1].startswith("megatron"):
         assert to_megatron(model, tmp_path / "megatron") == 0
     check_refused(capfd, run_tool("convert_megatron_to_hf", *arguments, "--output", "out"), words)
 
