@@ -159,9 +159,12 @@ def _read_config(path: Path, where: str, owner: str) -> dict[str, Any]:
             "tools/convert_megatron_to_hf.py"
         )
     if quantization and not known:
+        block = quantization.get("weight_block_size")
+        blocks = f" with weight_block_size={block}" if block else ""
         raise ValueError(
-            f"{where} is quantised (quantization_config in config.json); give the checkpoint "
-            "before quantisation"
+            f"{where} is quantised (quant_method={method!r}{blocks} in config.json); give the "
+            f"checkpoint before quantisation, or one in mxfp4 or in fp8 with blocks of {BLOCK} x "
+            f"{BLOCK}"
         )
     return config
 

@@ -49,10 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> int:
-    adapt_to_cpu()  # before any import of Megatron
     from megatron_prefix.config import ModelConfig
     from megatron_prefix.layout import least_world_size
-    from megatron_prefix.mcore import parity
     from megatron_prefix.mcore.source import open_source
     from megatron_prefix.validate import check_model
 
@@ -75,6 +73,9 @@ def work(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"would compare {args.hf_model} on {world_size} ranks, {args.server or 'no server'}")
         return 0
+    adapt_to_cpu()  # before any import of Megatron, which says much
+    from megatron_prefix.mcore import parity
+
     console = Console(stderr=True)
     with console.status("transformers"):
         prompts = parity.random_prompts(hf, args.prompts, args.prompt_tokens, args.seed)

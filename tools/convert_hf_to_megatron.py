@@ -29,7 +29,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> int:
-    adapt_to_cpu()  # before any import of Megatron
     from megatron_prefix.mcore.crew import torchrun_crew
 
     with torchrun_crew() as crew:
@@ -38,8 +37,6 @@ def work(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace, crew: "Crew") -> None:
-    from megatron_prefix.mcore.conversion import Conversion
-    from megatron_prefix.mcore.convert_to_megatron import hf_to_megatron
     from megatron_prefix.mcore.progress_bar import byte_progress
     from megatron_prefix.mcore.source import open_source, parameters, params_dtype
     from megatron_prefix.mcore.tool import check_output, check_ranks, check_room, done, gib
@@ -47,6 +44,10 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
     check_ranks(args.ranks, crew.size)
     crew.lead(lambda: check_output(args.output, args.hf_model, overwrite=args.overwrite))
     folder, hf = crew.alike(lambda: open_source(args.hf_model))
+    adapt_to_cpu()  # before any import of Megatron, which says much
+    from megatron_prefix.mcore.conversion import Conversion
+    from megatron_prefix.mcore.convert_to_megatron import hf_to_megatron
+
     dtype = args.dtype or params_dtype(folder, hf)
     job = Conversion(hf, args.output, dtype, args.ranks, crew=crew)
     what = f"{hf.config['architectures'][0]}, {parameters(hf):,} parameters, "
@@ -60,7 +61,7 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_tool("convert_hf_to_megatron", lambda: work(args))
+    return run_tool("convert_hf_to_megatron", lambda: work(args), writes=True)
 
 
 if __name__ == "__main__":

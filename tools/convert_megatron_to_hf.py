@@ -2,8 +2,7 @@
 
 CHECKPOINT is a run's folder or its checkpoints/, what convert_hf_to_megatron.py wrote, or one
 step's folder, saved in any layout. Its checksums are verified first. One tensor is in memory at a
-time;
-what was written is read back and compared bit for bit before OUTPUT takes its place. Config,
+time; what was written is read back and compared bit for bit before OUTPUT takes its place. Config,
 generation config, tokenizer and chat template go along.
 """
 
@@ -40,7 +39,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> int:
-    adapt_to_cpu()  # before any import of Megatron
     from megatron_prefix.mcore.crew import torchrun_crew
 
     with torchrun_crew() as crew:
@@ -50,8 +48,6 @@ def work(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace, crew: "Crew") -> None:
     from megatron_prefix.mcore.contents import check_manifest, find_hf_model, read_step
-    from megatron_prefix.mcore.conversion import Conversion
-    from megatron_prefix.mcore.convert_to_hf import megatron_to_hf
     from megatron_prefix.mcore.fp8_blocks import cut_blocks
     from megatron_prefix.mcore.progress_bar import byte_progress
     from megatron_prefix.mcore.source import open_config, parameters
@@ -63,8 +59,12 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
     crew.lead(lambda: check_output(args.output, *inputs, overwrite=args.overwrite))
     step = crew.alike(lambda: find_step(args.checkpoint, args.step))
     hf = crew.alike(lambda: open_config(args.hf_model or find_hf_model(step)))
-    verified = crew.lead(lambda: check_manifest(step))  # all of it, once
     saved = crew.alike(lambda: read_step(step))
+    adapt_to_cpu()  # before any import of Megatron, which says much
+    from megatron_prefix.mcore.conversion import Conversion
+    from megatron_prefix.mcore.convert_to_hf import megatron_to_hf
+
+    verified = crew.lead(lambda: check_manifest(step))  # all of it, once
     dtype = args.dtype or saved.params_dtype
     job = Conversion(hf, args.output, dtype, args.ranks, crew=crew)
     what = (
@@ -91,7 +91,7 @@ def served_in_fp8(cut: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_tool("convert_megatron_to_hf", lambda: work(args))
+    return run_tool("convert_megatron_to_hf", lambda: work(args), writes=True)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> int:
-    adapt_to_cpu()  # before any import of Megatron
-    from megatron_prefix.mcore.contents import describe
+    from megatron_prefix.mcore.contents import describe, find_contents
 
+    find_contents(args.folder)
+    adapt_to_cpu()  # before any import of Megatron, which says much
     found = describe(args.folder, checksums=not args.no_checksums)
     if args.json:
         print(json.dumps(found, indent=1))

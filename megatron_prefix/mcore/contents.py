@@ -1,6 +1,7 @@
 """What is in a checkpoint folder, Hugging Face's or Megatron's, without loading a weight."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
 from megatron_prefix.hf_folder import HfFolder, read_hf_folder
 from megatron_prefix.mcore.dist_keys import VOCABULARY
-from megatron_prefix.mcore.hf_map import FAMILIES, read_hf_model
-from megatron_prefix.mcore.source import tensor_problems
+from megatron_prefix.mcore.hf_map import FAMILIES
+from megatron_prefix.mcore.source import open_config, tensor_problems
+from megatron_prefix.mcore.step_folders import MANIFEST, RUN_STATE
 from megatron_prefix.mcore.steps import SavedTensor, find_step, saved_tensors, saved_weights
+
+logger = logging.getLogger(__name__)
 
 RECORD = "recipe.yaml"  # a run's resolved recipe
 
@@ -44,10 +46,12 @@ class MegatronContents:
 def read_step(path: Path) -> MegatronContents:
     """ValueError for a folder that holds no whole checkpoint of a step."""
     try:
-        run_state = json.loads((path / "run_state.json").read_text())
+        run_state = json.loads((path / RUN_STATE).read_text())
     except (OSError, ValueError) as error:
         words = " ".join(str(error).split())
         raise ValueError(f"{path} is no whole Megatron checkpoint: {words}") from error
+    if not (isinstance(run_state, dict) and isinstance(run_state.get("step"), int)):
+        raise ValueError(f"{path / RUN_STATE} says no step; give a checkpoint that is whole")
     weights, tensors = saved_weights(path), saved_tensors(path)
     if VOCABULARY[0] not in weights:
         raise ValueError(f"{path} holds no {VOCABULARY[0]}; give a checkpoint of a GPT model")
@@ -73,7 +77,21 @@ def find_hf_model(step: Path) -> Path:
 
 
 def check_manifest(step: Path) -> int:
-    """Verify the SHA-256 of every file; returns how many. ValueError names what does not match."""
+    """Verify the SHA-256 of every file; returns how many. ValueError names what does not match.
+
+    0, with a warning, for a checkpoint that was saved without sums.
+    """
+    if not (step / MANIFEST).is_file():
+        logger.warning(
+            "%s has no %s, as with checkpoint.verify_integrity=false: its files are not verified",
+            step,
+            MANIFEST,
+        )
+        return 0
+    # Brings Megatron along, which a mistyped path need not wait for.
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
+
     try:
         verify_integrity_manifest(str(step))
     except CheckpointingException as error:
@@ -81,11 +99,18 @@ def check_manifest(step: Path) -> int:
     return len([file for file in step.rglob("*") if file.is_file()]) - 1  # the manifest itself
 
 
+def find_contents(path: Path) -> Path:
+    """``path`` where it is a Hugging Face folder, else the step's folder in it; ValueError where
+    it is neither."""
+    return path if (path / "config.json").is_file() else find_step(path, None, "")
+
+
 def describe(path: Path, *, checksums: bool = True) -> dict[str, Any]:
     """What is in ``path``, JSON-ready, for either kind. ValueError where it is neither."""
-    if (path / "config.json").is_file():
-        return _describe_hf(read_hf_folder(str(path), "model"))
-    return _describe_megatron(find_step(path, None, ""), checksums)
+    found = find_contents(path)
+    if (found / "config.json").is_file():
+        return _describe_hf(read_hf_folder(str(found), "model"))
+    return _describe_megatron(found, checksums)
 
 
 def _describe_hf(folder: HfFolder) -> dict[str, Any]:
@@ -105,7 +130,7 @@ def _describe_hf(folder: HfFolder) -> dict[str, Any]:
         "headers": "whole",
     }
     if supported:
-        found["problems"] = tensor_problems(folder, read_hf_model(str(folder.path)))
+        found["problems"] = tensor_problems(folder, open_config(folder.path))
     return found
 
 
@@ -127,8 +152,13 @@ def _describe_megatron(step: Path, checksums: bool) -> dict[str, Any]:
         "optimizer_tensors": saved.optimizer_tensors,
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),
-        "checksums": f"{check_manifest(step)} files verified" if checksums else "not looked at",
+        "checksums": _checksums(step) if checksums else "not looked at",
     }
+
+
+def _checksums(step: Path) -> str:
+    verified = check_manifest(step)
+    return f"{verified} files verified" if verified else "none were saved"
 
 
 def _family(step: Path) -> str:

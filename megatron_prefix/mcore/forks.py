@@ -62,6 +62,9 @@ def _collect(receivers: list[Connection], on_bytes: OnBytes) -> list[Any]:
 def _child(rank: int, work: Work, sender: Connection, parent: int) -> None:
     import torch
 
+    # The parent is told of a Ctrl-C as well, and ends its processes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the kernel was asked
         os._exit(1)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -49,6 +50,7 @@ def _rank_main(
 ) -> None:
     from megatron_prefix.mcore.cpu import adapt_to_cpu
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a tool's own handler would wait for Python
     if adapt_to_cpu():
         # A fork does not inherit OpenMP's threads, and would wait for them for ever.
         torch.set_num_threads(1)

@@ -12,8 +12,9 @@ from megatron_prefix.hf_folder import (
     is_scale,
     read_hf_folder,
 )
-from megatron_prefix.mcore.hf_map import FAMILIES, HfModel, read_hf_model
+from megatron_prefix.mcore.hf_map import FAMILIES, HfModel, hf_model, read_hf_model
 from megatron_prefix.mcore.hf_map.units import hf_tensors
+from megatron_prefix.safetensors_files import read_json
 
 
 def open_source(path: Path) -> tuple[HfFolder, HfModel]:
@@ -39,10 +40,9 @@ def open_source(path: Path) -> tuple[HfFolder, HfModel]:
 def open_config(path: Path) -> HfModel:
     """A folder's model by its config.json alone: its weights may be elsewhere. ValueError in one
     line for a folder without one, or of another family."""
+    config = read_json(path / "config.json", str(path))
     try:
-        return read_hf_model(str(path))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} has no config.json; give a Hugging Face model folder") from error
+        return hf_model(str(path), config)
     except KeyError as error:
         raise ValueError(f"{path}: config.json has no {error}") from error
 

@@ -1,32 +1,51 @@
 """What the conversion scripts share: arguments, errors in one line, output that is not lost."""
 
 import argparse
+import contextlib
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_prefix.mcore.folders import leftovers
 
 FAILED = 1
 BAD_INPUT = 2
+INTERRUPTED = 130  # as a shell says of SIGINT
 
 
-def run_tool(name: str, work: Callable[[], int]) -> int:
+def run_tool(name: str, work: Callable[[], int], *, writes: bool = False) -> int:
     """The exit code of ``work``; a ValueError is the user's and is said in one line, as is what a
-    disk refuses. Of torchrun's ranks, which fail alike, the first one speaks."""
-    said = sys.stderr if os.environ.get("RANK", "0") == "0" else None
+    disk refuses, what reads back otherwise, a process that died, and an end by Ctrl-C or SIGTERM.
+    Of torchrun's ranks, which fail alike, the first one speaks. ``writes``: there is an output."""
+    kept = "; nothing of the output was replaced" if writes else ""
+    with _sigterm_is_ctrl_c():
+        try:
+            return work()
+        except ValueError as error:
+            return _say(f"{name}: error: {error}", BAD_INPUT)
+        except (OSError, RuntimeError) as error:
+            return _say(f"{name}: error: {' '.join(str(error).split())}{kept}", FAILED)
+        except KeyboardInterrupt:
+            return _say(f"{name}: interrupted{kept}", INTERRUPTED)
+
+
+def _say(line: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    """So that it unwinds too: what was half written is removed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return work()
-    except ValueError as error:
-        if said:
-            print(f"{name}: error: {error}", file=said)
-        return BAD_INPUT
-    except OSError as error:
-        if said:
-            print(f"{name}: error: {error}; nothing of the output was replaced", file=said)
-        return FAILED
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def done(args: argparse.Namespace, what: str, rank: int) -> None:

@@ -1,9 +1,12 @@
 """Conversions that go wrong half way: the old output stays, nothing half made takes its place."""
 
+import json
 import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +17,12 @@ import pytest
 
 from megatron_prefix.data.tokenizers import write_byte_tokenizer
 from megatron_prefix.mcore.checked_files import CheckedFile
+from megatron_prefix.mcore.contents import describe
 from megatron_prefix.mcore.dist_files import DistFile
 from megatron_prefix.mcore.folders import LOCK, new_folder
 from megatron_prefix.mcore.forks import run_forked
 from megatron_prefix.mcore.tool import check_room
-from tests.distributed.test_convert import check_refused, run_tool, to_hf, to_megatron
+from tests.distributed.test_convert import TOOLS, check_refused, run_tool, to_hf, to_megatron
 from tests.tiny_models import write_tiny_qwen3
 
 
@@ -157,6 +161,86 @@ def test_an_output_that_is_holds_or_lies_in_its_input_is_refused(
     check_refused(capfd, code, f"lies in the input {model}")
     assert sorted(path.name for path in model.iterdir()) == before
     assert (step / "integrity.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_end_from_outside_is_one_line_and_leaves_nothing(
+    number: int, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    add = DistFile.add
+
+    def ended(self: DistFile, *block: Any) -> None:
+        os.kill(os.getpid(), number)
+        add(self, *block)
+
+    monkeypatch.setattr(DistFile, "add", ended)
+    assert to_megatron(model, tmp_path / "out") == 130
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert said == "convert_hf_to_megatron: interrupted; nothing of the output was replaced"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_file_that_reads_back_otherwise_is_one_line(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.setattr("megatron_prefix.mcore.checked_files._same", lambda *_: False)
+    assert to_megatron(model, tmp_path / "out") == 1
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "out.partial/step_00000000/__0_0.distcp reads back otherwise" in said
+    assert said.endswith("; nothing of the output was replaced")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("convert_hf_to_megatron", ["--hf-model", "nowhere", "--output", "out"]),
+        ("convert_megatron_to_hf", ["--checkpoint", "nowhere", "--output", "out"]),
+        ("inspect_checkpoint", ["nowhere"]),
+        ("check_parity", ["--hf-model", "nowhere"]),
+    ],
+)
+def test_a_mistyped_path_is_all_that_is_said(
+    name: str, arguments: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, str(TOOLS / f"{name}.py"), *arguments]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 2
+    assert line.startswith(f"{name}: error: ") and "nowhere" in line
+    assert "replaced" not in line
+
+
+def test_a_checkpoint_without_sums_is_exported_and_described(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert to_megatron(model, tmp_path / "megatron") == 0
+    step = tmp_path / "megatron" / "step_00000000"
+    (step / "integrity.json").unlink()
+    assert to_hf(step, tmp_path / "back") == 0
+    assert "has no integrity.json, as with checkpoint.verify_integrity=false" in caplog.text
+    assert describe(step)["checksums"] == "none were saved"
+    (step / "run_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="run_state.json says no step"):
+        describe(step)
+
+
+def test_a_config_that_lacks_or_breaks_something_is_named(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert to_megatron(model, tmp_path / "megatron") == 0
+    config = json.loads((model / "config.json").read_text())
+    del config["hidden_size"]
+    (model / "config.json").write_text(json.dumps(config))
+    said = f"{model}: config.json has no 'hidden_size'"
+    check_refused(capfd, run_tool("inspect_checkpoint", model), said)
+    quantised = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    said = "quant_method='fp8' with weight_block_size=[64, 64] in config.json"
+    check_refused(capfd, to_megatron(model, tmp_path / "out"), said)
+    (model / "config.json").write_text("{")
+    code = to_hf(tmp_path / "megatron", tmp_path / "out", "--hf-model", model)
+    check_refused(capfd, code, f"{model}: config.json is no JSON")
 
 
 def test_a_kill_half_way_leaves_the_old_output(
