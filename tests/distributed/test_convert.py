@@ -19,6 +19,7 @@ from megatron_prefix.mcore.contents import check_manifest, describe, read_step
 from megatron_prefix.mcore.conversion import Conversion
 from megatron_prefix.mcore.convert_to_hf import megatron_to_hf
 from megatron_prefix.mcore.convert_to_megatron import STEP_FOLDER, hf_to_megatron
+from megatron_prefix.mcore.export import INDEX, SHARD_BYTES
 from megatron_prefix.mcore.hf_map import read_hf_model
 from tests.distributed.ranks import run_ranks
 from tests.distributed.world import Case, World, model_config, rollouts
@@ -142,6 +143,31 @@ def test_the_folder_is_complete_and_its_index_right(model: Path, tmp_path: Path)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (back / name).read_bytes() == (model / name).read_bytes()
     assert transformers.AutoTokenizer.from_pretrained(back).chat_template
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("deepseek-v3", "fp32"), ("deepseek-v3", "fp8"), ("gpt-oss", "bf16")]
+)
+def test_an_index_of_several_files_says_what_is_in_them(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    folder = WRITERS[family](tmp_path / "model")
+    hf = read_hf_model(str(folder))
+    to = Conversion(hf, tmp_path / "megatron", "fp32", shard_bytes=40_000)
+    hf_to_megatron(to, lambda size: None)
+    back = Conversion(hf, tmp_path / "back", dtype, shard_bytes=40_000)
+    megatron_to_hf(back, read_step(to.output / STEP_FOLDER), lambda size: None)
+    files = {file.name: load_file(file) for file in back.output.glob("*.safetensors")}
+    index = json.loads((back.output / INDEX).read_text())
+    assert len(files) > 2
+    assert index["weight_map"] == {name: file for file, held in files.items() for name in held}
+    held = [tensor for file in files.values() for tensor in file.values()]
+    assert len(held) == len(index["weight_map"])
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in held)
+
+
+def test_a_file_is_one_that_a_hub_takes() -> None:
+    assert SHARD_BYTES < 5e9
 
 
 def small_files(folder: Path, output: Path, dtype: str, ranks: int) -> Conversion:
