@@ -6,7 +6,7 @@ import pytest
 from megatron_prefix.config import Recipe
 from megatron_prefix.evaluation.scorers import load_scorer
 from megatron_prefix.jobs.cluster import Cluster
-from megatron_prefix.plan import ModelSizes, plan_recipe
+from megatron_prefix.plan import ModelSizes, Plan, plan_recipe
 from megatron_prefix.plan.stages import whole_parameters
 from megatron_prefix.recipe import factory_beside, load_recipe, write_own_data
 from megatron_prefix.tasks import sort_chain
@@ -21,8 +21,7 @@ def test_every_shipped_recipe_loads_and_names_a_known_scorer(path: Path) -> None
     assert callable(load_scorer(recipe.eval.scorer))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_shipped_recipe_can_be_planned_and_fits(path: Path) -> None:
+def planned(path: Path, *, quick: bool) -> Plan:
     recipe, beside = load_recipe(str(path)), factory_beside(str(path), "cluster")
     if not (
         recipe.data.path and Path(recipe.data.path).exists()
@@ -32,10 +31,39 @@ def test_every_shipped_recipe_can_be_planned_and_fits(path: Path) -> None:
     if not recipe.student.hf_path:
         model = replace(recipe.student, hf_path="models/Qwen3-8B")
         recipe = replace(recipe, student=model, teacher=model)
-    plan = plan_recipe(recipe, beside() if beside else Cluster(), quick=True)
+    return plan_recipe(recipe, beside() if beside else Cluster(), quick=quick)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_can_be_planned_and_fits(path: Path) -> None:
+    plan = planned(path, quick=True)
     assert plan.cost.run.flops.total > 0
-    if recipe.run.gpu_memory_gib:
+    if plan.recipe.run.gpu_memory_gib:
         assert plan.fit and plan.fit.fits
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek_r1_to_8b_16x8xh100_fp8",
+        *(
+            pytest.param(name, marks=pytest.mark.on_request)  # ten seconds each
+            for name in (
+                "qwen3_235b_to_qwen3_8b_4x8xh200_bf16",
+                "qwen3_32b_to_qwen3_8b_8xh100_bf16",
+            )
+        ),
+    ],
+)
+def test_the_modules_of_a_recipe_at_real_scale_are_built_on_no_memory(name: str) -> None:
+    path = next(path for path in RECIPES if path.stem == name)
+    plan, roughly = planned(path, quick=False), planned(path, quick=True)
+    assert plan.built and plan.fit and plan.fit.fits
+    for rank, counted in zip(plan.ranks, roughly.ranks, strict=True):
+        assert rank.total > 0
+        assert rank.student_parameters == counted.student_parameters
+        # Buffers of gradients and of the optimizer are padded.
+        assert rank.held == pytest.approx(counted.held, rel=1e-3)
 
 
 @pytest.mark.parametrize(
