@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     pass
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+# The caller's, the residual, the norm's and what a layer makes.
+HIDDEN_STATES = 4
 FP32 = 4  # what norms and statistics compute in
 
 
@@ -156,16 +158,23 @@ def in_flight(stages: int, stage: int, microbatches: int) -> int:
     return min(microbatches, stages - stage)
 
 
-def scoring_peak(model: ValidModel, stage: int, tokens: int) -> float:
-    """Bytes of a forward that nothing is kept of: one layer at work on a rank's ``tokens``."""
+def scoring_peak(model: ValidModel, stage: int, tokens: int, *, fused: bool) -> float:
+    """Bytes of a forward that nothing is kept of: of a rank's ``tokens``, the layer that takes
+    most."""
     widths, shape = Widths.of(model), model.hf.shape
     layers = stage_layers(model.layers, stage)
-    columns = max(widths.columns(layer in shape.sparse_layers) for layer in layers)
-    copies = 2 + (2 * widths.routed if shape.num_experts else 0)
+    at_work = [_scoring(widths, layer in shape.sparse_layers, fused) for layer in layers]
     # Keys and values of all context-parallel ranks, as they come and in order.
     gathered = 2 * widths.context * widths.keys_and_values if widths.context > 1 else 0
-    working = max(3 * columns, gathered)
-    return tokens * widths.element * (copies * widths.hidden + working)
+    most = max(*at_work, HIDDEN_STATES * widths.shared + gathered)
+    return tokens * widths.element * most
+
+
+def _scoring(widths: Widths, sparse: bool, fused: bool) -> float:
+    """Columns a token at the worst moment of one layer's forward, in its MLP or experts."""
+    if sparse:
+        return (2 + 2 * widths.routed) * widths.hidden + 3 * widths.columns(sparse)
+    return HIDDEN_STATES * widths.shared + (3 if fused else 5) * widths.mlp
 
 
 def _layer(widths: Widths, sparse: bool, fused: bool) -> float:

@@ -226,7 +226,7 @@ def _plan_kind(run: ValidRun, held: Mapping[Stage, Held], kind: Stages) -> RankP
                 at=(),
                 weights=held[Stage("teacher", at[domain], domain)].weights,
                 fp8=_fp8_bytes(teacher, "teacher", held[Stage("teacher", at[domain], domain)]),
-                activations=scoring(run, teacher, at[domain]),
+                activations=scoring(run, teacher, at[domain], fused=on_gpus(run.recipe)),
                 offload=teacher.config.offload,
             )
             for domain, teacher in teachers_that_score(run).items()

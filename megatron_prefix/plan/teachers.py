@@ -65,13 +65,14 @@ def hidden_bytes(model: ValidModel) -> int:
     return model.hf.shape.hidden_size * DTYPE_BYTES[model.config.params_dtype]
 
 
-def scoring(run: ValidRun, teacher: ValidModel, stage: int) -> int:
+def scoring(run: ValidRun, teacher: ValidModel, stage: int, *, fused: bool) -> int:
     """Bytes of a teacher's forward of the largest microbatch; its prompts may be of another length
     than the student's."""
     recipe = run.recipe
     prompt = recipe.mode.teacher_prompt.max_length or recipe.data.max_prompt_length
     held = tokens_held(teacher.layout.cp, prompt + recipe.prefix.max_length - 1)
-    return round(scoring_peak(teacher, stage, recipe.train.micro_batch_size * held))
+    tokens = recipe.train.micro_batch_size * held
+    return round(scoring_peak(teacher, stage, tokens, fused=fused))
 
 
 def hidden_states(run: ValidRun, stage: int, at: Mapping[str, int], in_a_step: int) -> int:
