@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from megatron_prefix.commands.command import Command
 from megatron_prefix.exit_codes import DONE, FAILED
@@ -24,7 +26,7 @@ examples:
 """
 CANCEL_EXAMPLES = """\
 examples:
-  megatron-prefix cancel runs/NAME                   save, then end: the same command goes on later
+  megatron-prefix cancel runs/NAME                   save, then end; the same command resumes it
   megatron-prefix cancel runs/NAME --save-within 60  a minute for the save, then cut it off
   megatron-prefix cancel runs/NAME --now             at once: steps since the last save are lost
 Jobs that wait leave the queue; one that runs is told to save (USR1; SIGTERM of a process), is not
@@ -59,12 +61,29 @@ def add_cancel_arguments(parser: argparse.ArgumentParser) -> None:
 def run_status(arguments: argparse.Namespace) -> int:
     from megatron_prefix.jobs.run_state import read_state, run_folder, state_json, state_lines
 
-    states = [read_state(run_folder(run)) for run in arguments.runs]
+    states = [read_state(folder) for folder in folders_of_runs(arguments.runs, run_folder)]
     if arguments.json:
         print(state_json(states))
     else:
         print("\n\n".join("\n".join(state_lines(state)) for state in states))
     return DONE
+
+
+def folders_of_runs(runs: Sequence[str], find: Callable[[str], Path]) -> list[Path]:
+    """``find`` of each run. Of several those that ``find`` refuses with a ValueError are told and
+    left out, for ``runs/*`` names files and empty folders too; ValueError where none is left."""
+    if len(runs) == 1:
+        return [find(runs[0])]
+    found = []
+    for run in runs:
+        try:
+            found.append(find(run))
+        except ValueError as error:
+            words = " ".join(str(error).split())
+            print(f"megatron-prefix: warning: left out: {words}", file=sys.stderr)
+    if not found:
+        raise ValueError(f"none of the {len(runs)} named is a run's folder; give one that is")
+    return found
 
 
 def run_logs(arguments: argparse.Namespace) -> int:
@@ -96,15 +115,18 @@ def run_logs(arguments: argparse.Namespace) -> int:
 
 def run_cancel(arguments: argparse.Namespace) -> int:
     from megatron_prefix.jobs.cancel import Patience, cancel_run
-    from megatron_prefix.jobs.run_state import newest_checkpoint, run_folder
+    from megatron_prefix.jobs.run_state import newest_checkpoint, nothing_to_cancel, run_folder
 
     if arguments.save_within <= 0:
         raise ValueError(f"--save-within {arguments.save_within:g} must be above 0; or give --now")
     folder = run_folder(arguments.run)
+    if words := nothing_to_cancel(folder):
+        print(f"{folder}: {words}")
+        return DONE
     patience = Patience(0.0 if arguments.now else arguments.save_within)
     whole = cancel_run(folder, patience, lambda words: print(words, flush=True))
     saved = newest_checkpoint(folder)
-    words = f"step {saved} is saved: the same command goes on from there"
+    words = f"step {saved} is saved: run the same command again to resume"
     print(f"{folder}: {words if saved else 'nothing is saved; the same command starts anew'}")
     return DONE if whole else FAILED
 

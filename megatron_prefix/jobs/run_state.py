@@ -17,7 +17,7 @@ from megatron_prefix.jobs.attempts import attempts_of
 from megatron_prefix.jobs.slurm_queue import JobState, job_state
 from megatron_prefix.jobs.starts import LocalStart, SlurmJob, Start, read_starts
 from megatron_prefix.recipe import RECORD_NAME, load_record
-from megatron_prefix.run_files.jsonl import EVENTS, METRICS, number, read_records
+from megatron_prefix.run_files.jsonl import EVALUATIONS, EVENTS, METRICS, number, read_records
 from megatron_prefix.run_files.progress import duration
 
 # Events that are a verdict on the run's health; resumes, stops and saves are its ordinary life.
@@ -37,6 +37,13 @@ class StartState:
 
 
 @dataclass(frozen=True)
+class LastEvaluation:
+    step: int  # 0: before training
+    accuracy: float  # 0 to 1; NaN where it was not finite
+    n: int  # answers
+
+
+@dataclass(frozen=True)
 class RunState:
     """Where a run stands, by its folder and its job queue."""
 
@@ -47,6 +54,7 @@ class RunState:
     steps: int  # train.steps
     step_age_s: float  # since the last step; 0 where there is none
     figures: dict[str, float]  # of the last step; NaN where a value was not finite
+    evaluation: LastEvaluation | None
     checkpoint: int  # the newest whole one's step; 0: none
     verdicts: dict[str, int]  # events by kind
     last_verdict: str
@@ -85,6 +93,7 @@ def read_state(folder: Path, ask: Callable[[int], JobState] = job_state) -> RunS
         steps=recipe.train.steps,
         step_age_s=time.time() - (folder / METRICS).stat().st_mtime if last else 0.0,
         figures=_figures(last),
+        evaluation=_evaluation(last_record(folder / EVALUATIONS)),
         checkpoint=newest_checkpoint(folder),
         verdicts=dict(Counter(str(event["kind"]) for event in verdicts)),
         last_verdict=_words(verdicts[-1]) if verdicts else "",
@@ -142,6 +151,13 @@ def _figures(record: dict[str, Any]) -> dict[str, float]:
     return {key: math.nan if value is None else float(value) for key, value in named.items()}
 
 
+def _evaluation(record: dict[str, Any]) -> LastEvaluation | None:
+    if not record:
+        return None
+    accuracy = math.nan if record["accuracy"] is None else record["accuracy"]
+    return LastEvaluation(record["step"], accuracy, record["n"])
+
+
 def _words(event: dict[str, Any]) -> str:
     return f"step {event.get('step')}: {event['kind']}: {event.get('message', '')}"
 
@@ -159,13 +175,29 @@ def is_active(folder: Path) -> bool:
     return any(state.runs or state.waits for state in states)
 
 
+def nothing_to_cancel(folder: Path) -> str:
+    """Why a cancellation has nothing to do, in words; empty where something runs or waits, or may
+    do so on another machine."""
+    state = read_state(folder)
+    if state.active or any(start.state == "ELSEWHERE" for start in state.starts):
+        return ""
+    if state.step >= state.steps:
+        return f"nothing is running: the run is complete at step {state.step}"
+    saved = state.checkpoint
+    words = f"step {saved} is saved: run the same command again to resume"
+    return f"nothing is running; {words if saved else 'nothing is saved'}"
+
+
 def state_json(states: Sequence[RunState]) -> str:
     return json.dumps([_plain(state) for state in states], indent=2, allow_nan=False)
 
 
 def _plain(state: RunState) -> dict[str, Any]:
     figures = {key: number(value) for key, value in state.figures.items()}
-    return asdict(state) | {"figures": figures, "active": state.active}
+    record = asdict(state) | {"figures": figures, "active": state.active}
+    if state.evaluation:
+        record["evaluation"]["accuracy"] = number(state.evaluation.accuracy)
+    return record
 
 
 def state_lines(state: RunState) -> list[str]:
@@ -179,6 +211,9 @@ def state_lines(state: RunState) -> list[str]:
         lines.append(f"  step {state.step} of {state.steps}, {age} ago: {said}")
     else:
         lines.append(f"  no step of {state.steps} yet")
+    if last := state.evaluation:
+        when = f"after step {last.step}" if last.step else "before training"
+        lines.append(f"  accuracy {when}: {100 * last.accuracy:.1f}% of {last.n}")
     behind = state.step - state.checkpoint
     saved = f"step {state.checkpoint}, {behind} steps behind" if state.checkpoint else "none yet"
     lines.append(f"  newest whole checkpoint: {saved}")

@@ -72,15 +72,22 @@ def load_stories(folders: Sequence[Path]) -> tuple[RunStory, ...]:
         raise ValueError("no run was named: give one or several run folders")
     resolved = [folder.resolve() for folder in folders]
     for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(
-                f"{folder} is no folder: name the folder of a run, like runs/quickstart"
-            )
+        refuse_no_run(str(folder))
         if resolved.count(folder.resolve()) > 1:
             raise ValueError(f"{folder} is named twice: name each run once")
     return tuple(
         _story(folder, label) for folder, label in zip(folders, _labels(resolved), strict=True)
     )
+
+
+def refuse_no_run(text: str) -> Path:
+    """The folder of a run that has taken a step; ValueError where it is none."""
+    folder = Path(text)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: name the folder of a run, like runs/quickstart")
+    if next(iter(jsonl.read_records(folder / jsonl.METRICS)), None) is None:
+        raise ValueError(f"{folder} holds no step in {jsonl.METRICS}: name the folder of a run")
+    return folder
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

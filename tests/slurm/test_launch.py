@@ -248,7 +248,7 @@ def check_cancelled(slurm: VirtualSlurm, job: Job, number: int, before: dict, to
     steps = [record["step"] for record in job.records("detached")]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) < STEPS
-    assert f"step {len(steps)} is saved: the same command goes on" in told
+    assert f"step {len(steps)} is saved: run the same command again to resume" in told
     assert slurm.wait_for_end(number, PATIENCE_S) == "FAILED"
     assert (slurm.job(number)["ExitCode"], slurm.job(number)["Restarts"]) == ("75:0", "1")
 

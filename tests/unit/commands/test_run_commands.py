@@ -33,7 +33,7 @@ from megatron_prefix.jobs.starts import (
     read_starts,
 )
 from megatron_prefix.recipe import save_record
-from megatron_prefix.run_files.jsonl import METRICS, JsonLines, metrics_record
+from megatron_prefix.run_files.jsonl import EVALUATIONS, METRICS, JsonLines, metrics_record
 from tests.run_folders import metrics
 
 # Writes its number and that of its signal; a first TERM "saves" and ends with 75.
@@ -152,6 +152,8 @@ def test_status_says_what_runs_how_far_it_is_and_what_was_remarkable(
     write_steps(folder, 5)
     (folder / "checkpoints" / "step_00000004").mkdir(parents=True)
     (folder / "checkpoints" / "step_00000005.partial").mkdir()
+    evaluations = [{"step": step, "accuracy": step / 6.4, "n": 40} for step in (0, 4)]
+    (folder / EVALUATIONS).write_text("".join(json.dumps(e) + "\n" for e in evaluations))
     events = [
         {"time": 1.0, "step": 3, "kind": "slow", "message": "phase student took 3x"},
         {"time": 2.0, "step": 3, "kind": "resume", "message": "resumed"},
@@ -163,10 +165,12 @@ def test_status_says_what_runs_how_far_it_is_and_what_was_remarkable(
     assert "step 5 of 9" in told and "loss 0.25" in told
     assert "newest whole checkpoint: step 4, 1 steps behind" in told
     assert "1 slow; last: step 3: slow: phase student took 3x" in told
+    assert "accuracy after step 4: 62.5% of 40\n" in told
     assert main(["status", str(folder / "recipe.yaml"), "--json"]) == 0
     (state,) = json.loads(capsys.readouterr().out)
     assert (state["step"], state["steps"], state["checkpoint"]) == (5, 9, 4)
     assert state["active"] and state["verdicts"] == {"slow": 1}
+    assert state["evaluation"] == {"step": 4, "accuracy": 0.625, "n": 40}
 
 
 def test_a_killed_launcher_is_told_from_one_that_ended(folder: Path, launched) -> None:
@@ -286,9 +290,15 @@ def test_cancel_has_a_launcher_save(
     threading.Thread(target=process.wait).start()  # a child of ours would be left a zombie
     assert main(["cancel", str(folder)]) == 0
     assert process.wait() == 75
-    assert "step 7 is saved: the same command goes on from there" in capsys.readouterr().out
+    assert "step 7 is saved: run the same command again to resume" in capsys.readouterr().out
     assert read_state(folder).starts[0].state == "SAVED"
     assert main(["cancel", str(folder)]) == 0, "there is nothing left to end"
+    words = "nothing is running; step 7 is saved: run the same command again to resume\n"
+    assert capsys.readouterr().out == f"{folder}: {words}"
+    write_steps(folder, 9)
+    assert main(["cancel", str(folder)]) == 0
+    complete = "nothing is running: the run is complete at step 9\n"
+    assert capsys.readouterr().out == f"{folder}: {complete}"
 
 
 @pytest.mark.parametrize(("words", "code"), [(["--save-within", "0.5"], 1), (["--now"], 0)])
@@ -337,6 +347,23 @@ def test_a_folder_without_a_run_is_told_in_one_line(
     told = capsys.readouterr().err
     assert "is no run's folder: it has no recipe.yaml" in told
     assert told.count("\n") == 1
+
+
+def test_of_several_those_that_are_no_run_are_left_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    none = [str(tmp_path / "notes.txt"), str(tmp_path / "empty")]
+    assert main(["status", none[0], str(folder), none[1]]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{folder}\n")
+    lines = told.err.splitlines()
+    assert [line.split(" is no run's folder")[0] for line in lines] == [
+        f"megatron-prefix: warning: left out: {path}" for path in none
+    ]
+    assert main(["status", *none]) == 2
+    assert "none of the 2 named is a run's folder" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_run_that_nobody_started_has_no_logs(

@@ -169,6 +169,13 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         told = capsys.readouterr().err
         assert message in told and told.count("\n") == 1
     assert not (run / "report").exists()
+    assert main(["report", str(empty), str(tmp_path / "nowhere")]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3 and "none of the 2 named is a run's folder" in told[-1]
+    assert main(["report", str(empty), str(run)]) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() == str(run / "report" / "index.html")
+    assert told.err.count("\n") == 1 and "warning: left out: " in told.err
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report" / "index.html")
 
