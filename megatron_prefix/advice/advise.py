@@ -161,8 +161,8 @@ def _warnings(pilot: Pilot, length: int, prefix: PrefixConfig) -> Iterator[str]:
     filled = int(pilot.tokens[:, -1].sum())
     if pilot.unfinished < 0 and filled > 0.05 * pilot.rollouts:
         yield (
-            f"{filled} of {pilot.rollouts} rollouts fill all {pilot.max_length} tokens: those that "
-            "had not ended there would have shown more (probes count them)"
+            f"{filled} of {pilot.rollouts} rollouts are as long as the limit; if they were cut "
+            "there, the KL beyond it is not counted"
         )
     if pilot.unfinished > 0.05 * pilot.rollouts:
         yield (

@@ -17,8 +17,13 @@ Prints the signal (KL) that prefixes of each length hold, what they save, and a 
 def add_advise_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN|RECIPE", help="a run's folder, or a recipe")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings of a recipe's pilot"
+        "overrides",
+        nargs="*",
+        default=[],  # argparse would call it required without one
+        metavar="section.key=value",
+        help="settings of a recipe's pilot",
     )
+    parser.add_argument("--overlay", default="", metavar="FILE", help="a recipe's: a YAML file")
     parser.add_argument(
         "--share",
         type=float,

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_prefix.advice.advise import POLICIES, Advice, Costs, advise, block, overrides
+from megatron_prefix.advice.advise import POLICIES, SHARES, Advice, Costs, advise, block, overrides
 from megatron_prefix.advice.pilot import Pilot, read_pilot
 from megatron_prefix.config import Recipe, WrittenConfig
 from megatron_prefix.exit_codes import DONE
@@ -18,6 +18,7 @@ from megatron_prefix.prefix import model_shape
 from megatron_prefix.preflight import check_data_sets, check_machine
 from megatron_prefix.recipe import (
     RECORD_NAME,
+    NoRecipe,
     check_run_folder,
     load_recipe,
     load_record,
@@ -38,6 +39,12 @@ _PILOT = (
 )  # fmt: skip
 
 
+_LENGTHS = (
+    "Lengths: the advised one, the shortest that hold "
+    f"{', '.join(f'{share:.0%}' for share in SHARES)} of the signal, and full length."
+)
+
+
 def run_advise(arguments: argparse.Namespace) -> int:
     """The exit code; ValueError for what cannot be, before anything is started."""
     if not 0 <= arguments.share < 1:
@@ -51,8 +58,9 @@ def run_advise(arguments: argparse.Namespace) -> int:
         folder, recipe, code = _make_pilot(arguments)
         if code != DONE:
             return code
-    elif arguments.overrides:
-        raise ValueError(f"{' '.join(arguments.overrides)}: a run's settings stay; name a recipe")
+    elif arguments.overrides or arguments.overlay:
+        words = " ".join([*arguments.overrides, *filter(None, [arguments.overlay])])
+        raise ValueError(f"{words}: a run's settings stay; name a recipe")
     run = load_record(folder / RECORD_NAME)
     pilot = read_pilot(folder, run, arguments.step)
     costs = Costs(pilot, *(_shape(owner, run) for owner in ("student", "teacher")))
@@ -67,9 +75,13 @@ def _make_pilot(arguments: argparse.Namespace) -> tuple[Path, Recipe, int]:
     """Runs the recipe's pilot, or finds it done; its folder, the recipe itself, the exit code."""
     if arguments.step is not None:
         raise ValueError(f"--step {arguments.step}: a pilot has none; name the folder of a run")
-    recipe = load_recipe(arguments.source, "", arguments.overrides)
-    write_own_data(arguments.source)
-    pilot = pilot_of(recipe, arguments.source, arguments.overrides, arguments.pilot_steps)
+    source, overlay = arguments.source, arguments.overlay
+    try:
+        recipe = load_recipe(source, overlay, arguments.overrides)
+    except NoRecipe as error:
+        raise ValueError(f"{source} is no run's folder (no {RECORD_NAME}), and {error}") from error
+    write_own_data(source)
+    pilot = pilot_of(recipe, source, arguments.overrides, arguments.pilot_steps, overlay)
     folder = Path(pilot.run.output_dir, pilot.run.name)
     check_run_folder(folder, pilot)
     check_machine(validate(pilot))
@@ -79,11 +91,14 @@ def _make_pilot(arguments: argparse.Namespace) -> tuple[Path, Recipe, int]:
     return folder, recipe, launch_local(pilot)
 
 
-def pilot_of(recipe: Recipe, source: str, given: Sequence[str], steps: int) -> Recipe:
-    """``recipe``, which ``source`` and the ``given`` settings come to, as full-length rollouts that
-    move nothing. Written answers are left out: a pilot of any mode samples its own."""
+def pilot_of(
+    recipe: Recipe, source: str, given: Sequence[str], steps: int, overlay: str = ""
+) -> Recipe:
+    """``recipe``, which ``source``, ``overlay`` and the ``given`` settings come to, as full-length
+    rollouts that move nothing. Written answers are left out: a pilot of any mode samples its
+    own."""
     words = [*given, *_PILOT, f"train.steps={steps}", f"run.name={recipe.run.name}-pilot"]
-    pilot = load_recipe(source, "", [*words, f"prefix.min_length={recipe.prefix.max_length}"])
+    pilot = load_recipe(source, overlay, [*words, f"prefix.min_length={recipe.prefix.max_length}"])
     return replace(pilot, mode=replace(pilot.mode, written=WrittenConfig()))
 
 
@@ -105,6 +120,7 @@ def _show(advice: Advice, pilot: Pilot, steps: int, output: Path, as_json: bool)
         return
     console = Console()
     console.print(_table(advice, pilot))
+    console.print(_LENGTHS, highlight=False)
     low, high = advice.spread
     if high > low:
         console.print(f"Single steps of the pilot ask for {low} to {high} tokens.")
@@ -126,7 +142,7 @@ def _table(advice: Advice, pilot: Pilot) -> Table:
         table.add_column(name, justify="right")
     for option in advice.options:
         table.add_row(
-            str(option.length),
+            f"advised {option.length}" if option.length == advice.length else str(option.length),
             f"{option.share:.1%}",
             f"{option.flops:.2f}x",
             "-" if option.seconds is None else f"{option.seconds:.2f}x",

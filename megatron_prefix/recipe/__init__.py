@@ -1,6 +1,6 @@
 """From a recipe's name to settings, and their record in the run's folder. Imports config alone."""
 
-from megatron_prefix.recipe.load import factory_beside, load_recipe, write_own_data
+from megatron_prefix.recipe.load import NoRecipe, factory_beside, load_recipe, write_own_data
 from megatron_prefix.recipe.record import (
     OUTSIDE_IDENTITY,
     RECORD_NAME,
@@ -14,6 +14,7 @@ from megatron_prefix.recipe.record import (
 __all__ = [
     "OUTSIDE_IDENTITY",
     "RECORD_NAME",
+    "NoRecipe",
     "check_run_folder",
     "factory_beside",
     "fingerprint",

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_prefix.config import Recipe
-from megatron_prefix.recipe.record import load_record
+from megatron_prefix.recipe.record import RECORD_NAME, load_record
 from megatron_prefix.recipe.settings import (
     TextLoader,
     did_you_mean,
@@ -28,6 +28,10 @@ _YAML = (".yaml", ".yml")
 _PACKAGE = Path(__file__).resolve().parents[1]
 # A wheel carries the recipes inside the package, a checkout beside it.
 _SHIPPED = (_PACKAGE.parent / "recipes", _PACKAGE / "recipes")
+
+
+class NoRecipe(ValueError):
+    """There is no recipe of that name."""
 
 
 def load_recipe(source: str, overlay: str = "", overrides: Sequence[str] = ()) -> Recipe:
@@ -73,9 +77,20 @@ def _find_module(source: str) -> tuple[ModuleType, str]:
         named = [folder / f"{source}.py" for folder in (Path("recipes"), *_SHIPPED)]
         found = [file for file in named if file.is_file()]
         if not found:
+            _refuse_what_is_no_module(path)
             return _import_by_name(source), source
         path = found[0]
     return _import_file(path), str(path)
+
+
+def _refuse_what_is_no_module(path: Path) -> None:
+    """ValueError for a folder that is no package, and for a file of another kind."""
+    if (path / RECORD_NAME).is_file():
+        raise ValueError(f"{path} is a run's folder; give {path / RECORD_NAME}")
+    if path.is_dir() and not (path / "__init__.py").is_file():
+        raise NoRecipe(f"{path} is a folder; give a recipe's file, a run's {RECORD_NAME} or a name")
+    if path.is_file():
+        raise ValueError(f"recipe {path} must end in .py or .yaml")
 
 
 def _import_by_name(name: str) -> ModuleType:
@@ -83,7 +98,7 @@ def _import_by_name(name: str) -> ModuleType:
         return importlib.import_module(name)
     except (ImportError, TypeError, ValueError) as error:
         shipped = sorted({file.stem for folder in _SHIPPED for file in folder.glob("*.py")})
-        raise ValueError(
+        raise NoRecipe(
             f"recipe {name!r} is neither a file, nor a name in recipes/, nor a module "
             f"({error}).{did_you_mean(name, shipped)}"
         ) from error

@@ -127,7 +127,7 @@ def _type_at(key: str) -> Any:
         elif name in hints:
             here = hints[name]
         else:
-            raise ValueError(f"unknown key {key!r}.{did_you_mean(key, tuple(_keys(Recipe)))}")
+            raise ValueError(f"unknown key {key!r}.{_near_keys(key)}")
     return here
 
 
@@ -145,12 +145,22 @@ def _keys(section: Any, above: str = "") -> Iterator[str]:
             yield from _keys(hints[field.name], f"{key}.")
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """ " Did you mean ...?" for a whole name, or for its last part under any section."""
+def _near_keys(key: str) -> str:
+    """Under a section that does not exist, a key that only looks a little alike is a wild guess:
+    the sections are named instead."""
+    section, dot, _ = key.partition(".")
+    known = tuple(_keys(Recipe))
+    return did_you_mean(key, known, guess=not dot or section in known)
+
+
+def did_you_mean(name: str, known: Sequence[str], *, guess: bool = True) -> str:
+    """ " Did you mean ...?" for a whole name, or for its last part under any section; else the
+    ``known`` names without a dot. ``guess``: what is alike by half will do too."""
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
     last = name.rpartition(".")[2]
     near = near or [key for key in known if key.rpartition(".")[2] == last][:2]
-    near = near or difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    if guess and not near:
+        near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     if near:
         return f" Did you mean {' or '.join(map(repr, near))}?"
     top = [key for key in known if "." not in key]

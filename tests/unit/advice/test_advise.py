@@ -1,6 +1,7 @@
 """Advice from pilots whose signal lies where the test put it."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_a_signal_that_lies_late_is_told_and_full_length_advised() -> None:
     [
         (pilot(EARLY, rollouts=8), "", "thin evidence: 8 rollouts; take 32 or more"),
         (pilot(EARLY, unfinished=9), "", "9 of 64 rollouts did not end within 20 tokens"),
-        (pilot(EARLY, unfinished=-1), "", "64 of 64 rollouts fill all 20 tokens"),
+        (pilot(EARLY, unfinished=-1), "", "64 of 64 rollouts are as long as the limit; if they"),
         (pilot(EARLY, step=40), "", "had taken 40 steps"),
         (pilot(EARLY), "fixed", "lost its tail"),
     ],
@@ -138,6 +139,8 @@ def test_the_command_prints_a_table_a_block_and_a_picture(
     run = run_folder(tmp_path / "run", True)
     assert main(["advise", str(run)]) == 0
     shown = capsys.readouterr().out
+    assert len(re.findall(r"\u2502 +advised \d+ \u2502", shown)) == 1
+    assert "Lengths: the advised one, the shortest that hold 50%, 75%," in shown
     assert "signal held" in shown and "prefix=PrefixConfig(" in shown
     assert "thin evidence: 8 rollouts" in shown
     assert (run / "advice.png").read_bytes().startswith(b"\x89PNG")
@@ -165,13 +168,21 @@ def test_a_recipe_of_any_mode_has_a_pilot(given: list[str], tmp_path: Path) -> N
     assert needs_rollouts(made) and not needs_written(made) and not made.prefix.recall.threshold
 
 
+def test_a_pilot_has_the_overlays_settings_too(tmp_path: Path) -> None:
+    overlay = tmp_path / "more.yaml"
+    overlay.write_text("train: {seed: 7}")
+    made = pilot_of(load_recipe("quickstart", str(overlay)), "quickstart", [], 3, str(overlay))
+    assert (made.train.seed, made.train.steps) == (7, 3)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--share", "1.5"], "--share 1.5 must lie between 0 and 1"),
         (["--policy", "adaptiv"], "adaptiv"),
         (["--step", "9"], "no full-length rollouts after step 9"),
-        (["train.steps=3"], "a run's settings stay"),
+        (["train.steps=3"], "train.steps=3: a run's settings stay"),
+        (["--overlay", "more.yaml"], "more.yaml: a run's settings stay"),
         (["--pilot-steps", "0"], "--pilot-steps 0 must be at least 1"),
     ],
 )
