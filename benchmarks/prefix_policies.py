@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_missing(cells, cache, console)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped: run the same command again to resume", file=sys.stderr)
         return 75
     except RunFailed as error:
         print(f"prefix_policies: error: {error}", file=sys.stderr)

@@ -17,13 +17,14 @@ from megatron_prefix.commands.of_runs import RUN_COMMANDS
 from megatron_prefix.commands.report_arguments import EXAMPLES as _REPORT_EXAMPLES
 from megatron_prefix.commands.report_arguments import add_report_arguments
 from megatron_prefix.exit_codes import BAD_INPUT, DONE, FAILED
+from megatron_prefix.recipe.settings import did_you_mean
 
 _EXIT_CODES = """\
 exit codes:
   0   done
   1   failure while running; the run folder's logs say more
   2   bad input, told in one line on stderr; nothing was started
-  75  stopped by a signal with everything saved; the same command goes on
+  75  stopped by a signal with everything saved; run the same command again to resume
 """
 _EXAMPLES = """\
 examples:
@@ -46,7 +47,7 @@ Exit code 0 where this machine can run the CPU path at least, 1 where it cannot;
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A user's error is one line on stderr."""
-    arguments = _parse(argv)
+    arguments = parse(argv)
     try:
         return arguments.command(arguments)
     except ValueError as error:
@@ -57,14 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """argparse takes positional arguments from one place alone: settings after an option come
     back as unknown."""
-    parser = build_parser()
-    arguments, others = parser.parse_known_args(argv)
+    parser, words = build_parser(), sys.argv[1:] if argv is None else argv
+    if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
+        parser.error(f"no command {words[0]!r}.{did_you_mean(words[0], tuple(_COMMANDS))}")
+    arguments, others = parser.parse_known_args(words)
     strange = [text for text in others if text.startswith("-") or "overrides" not in arguments]
     if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+        arguments.parser.error(f"unrecognized arguments: {' '.join(strange)}")
     if others:
         arguments.overrides = [*arguments.overrides, *others]
     return arguments
@@ -88,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(one)
-        one.set_defaults(command=command.run)
+        one.set_defaults(command=command.run, parser=one)
     return parser
 
 
@@ -100,10 +103,13 @@ def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus",
         type=int,
-        default=int(os.environ.get("SLURM_GPUS_ON_NODE") or 0),
         metavar="N",
         help="that --node has to have (default: as many as Slurm gave this step)",
     )
+
+
+def _gpus(asked: int | None) -> int:
+    return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) if asked is None else asked
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -118,10 +124,12 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from megatron_prefix.commands.of_runs import folders_of_runs
     from megatron_prefix.commands.report_arguments import output_of
     from megatron_prefix.report.page import write_report
+    from megatron_prefix.report.story import refuse_no_run
 
-    runs = [Path(run) for run in arguments.runs]
+    runs = folders_of_runs(arguments.runs, refuse_no_run)
     print(write_report(runs, output_of(runs, arguments.output)))
     return DONE
 
@@ -136,8 +144,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from megatron_prefix.doctor import examine, findings_json, node_problems, print_findings
 
     findings = examine()
+    if arguments.gpus is not None and not arguments.node:
+        raise ValueError(f"--gpus {arguments.gpus} is asked of --node FOLDER alone; give both")
     if arguments.node:
-        problems = node_problems(findings, arguments.node, arguments.gpus)
+        problems = node_problems(findings, arguments.node, _gpus(arguments.gpus))
         if problems:
             raise ValueError(f"node {socket.gethostname()}: {'; '.join(problems)}")
         print(f"node {socket.gethostname()}: {findings.engine}", flush=True)

@@ -7,7 +7,7 @@
 SGLang serves teacher.hf_path here, as rollout.* says (number, device, tensor parallelism). Prompts
 are data.path's, written as data.* says. Each line of the output has the prompt, the answer as a
 text and as the teacher's own token ids (answer_ids), and whether it ended by itself. Answers are
-kept as they come: the same command goes on where it was stopped.
+kept as they come: run the same command again to resume.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"write_answers: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("stopped; what came is kept, the same command goes on", file=sys.stderr)
+        print("stopped; what came is kept: run the same command again to resume", file=sys.stderr)
         return SAVED
     except (SglangError, ServerFailed) as error:
         print(f"write_answers: error: {error}", file=sys.stderr)

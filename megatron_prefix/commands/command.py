@@ -23,6 +23,10 @@ class Command:
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a file, a name, a module or a record")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings, typed; the last wins"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="settings, typed; the last wins",
     )
     parser.add_argument("--overlay", default="", metavar="FILE", help="a YAML file of settings")

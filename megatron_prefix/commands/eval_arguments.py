@@ -17,7 +17,7 @@ examples:
   megatron-prefix eval Qwen3-8B --data math500
   megatron-prefix eval Qwen3-8B --data aime.json --prompt-column problem \\
       --n 16 --temperature 0.7 --max-new-tokens 16384        avg@16, pass@2 ... pass@16
-Answers are kept as they come: the same command goes on where it was stopped.
+Answers are kept as they come: run the same command again to resume.
 """
 
 

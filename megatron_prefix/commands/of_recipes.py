@@ -20,20 +20,22 @@ examples:
   megatron-prefix train quickstart run.name=short prefix.policy=fixed prefix.min_length=9
   megatron-prefix train quickstart --overlay cluster.yaml optimizer.lr=1e-4
   megatron-prefix train runs/short/recipe.yaml run.name=again      the same settings once more
-Ctrl-C or SIGTERM saves and ends with exit code 75; the same command resumes. A second one kills.
+Ctrl-C or SIGTERM saves and ends with exit code 75; run the same command again to resume. A second
+one kills.
 """
 PLAN_EXAMPLES = """\
 examples:
   megatron-prefix plan recipes/quickstart.py
-  megatron-prefix plan quickstart student.tensor_model_parallel_size=4 run.world_size=8
+  megatron-prefix plan quickstart student.tensor_model_parallel_size=4 train.micro_batch_size=16
   megatron-prefix plan quickstart --json | jq .cost.run.ratio
-  megatron-prefix plan qwen3_235b_to_qwen3_8b_4x8xh200_bf16 run.gpu_memory_gib=80
+  megatron-prefix plan qwen3_235b_to_qwen3_8b_4x8xh200_bf16 run.gpu_memory_gib=79 \\
+      train.micro_batch_size=32        does not fit: refused
 Models that are not on this machine are planned by recipes/shapes/. With run.gpu_memory_gib set, a
 recipe that does not fit is refused, with the smallest change that would: exit code 2.
 """
 PREPARE_EXAMPLES = """\
 examples:
-  megatron-prefix prepare quickstart run.world_size=16
+  megatron-prefix prepare quickstart run.world_size=4 train.micro_batch_size=16
 The scripts in slurm/ call it, and hand the record that it names to the ranks and servers.
 """
 
@@ -177,7 +179,7 @@ PLAN = Command(
     ABOUT_RECIPES,
 )
 LAUNCH = Command(
-    "run a recipe on a cluster, through nemo-run",
+    "run a recipe on a cluster, or in the background here",
     LAUNCH_EXAMPLES,
     add_launch_arguments,
     run_launch,

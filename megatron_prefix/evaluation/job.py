@@ -145,7 +145,8 @@ def _eval_settings(arguments: argparse.Namespace, target: Target) -> EvalConfig:
     }
     settings = replace(known, **{**named, **{k: v for k, v in given.items() if v is not None}})
     if not settings.path:
-        raise ValueError("--data is not set; give a .jsonl or .json file, or a hub id")
+        sets = ", ".join(KNOWN_SETS)
+        raise ValueError(f"--data is not set; give a .jsonl or .json file, a hub id, or {sets}")
     _check_range("--max-new-tokens", settings.max_new_tokens, "eval.max_new_tokens")
     _check_range("--samples", settings.samples, "eval.samples")
     return settings
@@ -239,7 +240,8 @@ def run_eval(job: EvalJob, console: Console, as_json: bool) -> int:
         samples = _answers(job, questions, console)
     except KeyboardInterrupt:
         print(
-            f"stopped; answers are kept in {job.output}, the same command goes on", file=sys.stderr
+            f"stopped; answers are kept in {job.output}: run the same command again to resume",
+            file=sys.stderr,
         )
         return SAVED
     except (SglangError, ServerFailed) as error:

@@ -55,10 +55,16 @@ def check_served(recipe: Recipe) -> None:
 
 
 def _check_one(recipe: Recipe, teacher: ModelConfig, section: str) -> None:
-    for key, value in _of_megatron(teacher).items():
+    ours = _of_megatron(teacher)
+    if ours:
+        words = ", ".join(f"{section}.{key}={value}" for key, value in ours.items())
+        what, it = ("is", "it") if len(ours) == 1 else ("are", "them")
+        plain = {**vars(ModelConfig()), "fp8.format": Fp8Config().format}
+        defaults = " ".join(f"{section}.{key}={plain[key]}" for key in ours)
         raise ValueError(
-            f"{section}.{key}={value} is about Megatron, which does not hold a teacher with "
-            f"{section}.placement=server; leave it out ({section}.server has its servers' settings)"
+            f"{words} {what} about Megatron, which does not hold a teacher with "
+            f"{section}.placement=server; leave {it} out, or set {defaults} "
+            f"({section}.server has its servers' settings)"
         )
     if recipe.loss.temperature != 1.0:
         raise ValueError(

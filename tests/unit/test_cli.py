@@ -153,6 +153,48 @@ def test_words_that_make_no_command_end_with_2(
     assert "usage: megatron-prefix" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan"], "megatron-prefix plan: error: the following arguments are required: RECIPE\n"),
+        (["advise"], "advise: error: the following arguments are required: RUN|RECIPE\n"),
+        (["trian", "x"], "megatron-prefix: error: no command 'trian'. Did you mean 'train'?\n"),
+        (["plan", "x", "--jsn"], "megatron-prefix plan: error: unrecognized arguments: --jsn\n"),
+    ],
+)
+def test_words_that_make_no_command_are_named(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    told = capsys.readouterr().err
+    assert told.endswith(message)
+    if message.startswith("megatron-prefix plan"):
+        assert told.startswith("usage: megatron-prefix plan [-h]")
+
+
+def test_what_is_no_recipe_is_told_apart(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "notes.md").write_text("no recipe\n")
+    (folder.parent / "others").mkdir(exist_ok=True)
+    for source, message in {
+        folder.name: f"{folder.name} is a run's folder; give {folder.name}/recipe.yaml",
+        "others": "others is a folder; give a recipe's file",
+        "notes.md": "recipe notes.md must end in .py or .yaml",
+    }.items():
+        assert main(["train", source]) == 2
+        assert capsys.readouterr().err.startswith(f"megatron-prefix: error: {message}")
+    assert main(["advise", "nothere"]) == 2
+    assert "nothere is no run's folder (no recipe.yaml), and recipe" in capsys.readouterr().err
+
+
+def test_gpus_of_no_node_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--gpus", "0"]) == 2
+    assert "--gpus 0 is asked of --node FOLDER alone" in capsys.readouterr().err
+
+
 HELP = ["", "train", "plan", "launch", "status", "logs", "cancel", "prepare", "doctor"]
 
 

@@ -100,6 +100,8 @@ def test_overrides_are_typed(file: Path) -> None:
         ("tensor_model_parallel_size=4", "'student.tensor_model_parallel_size'"),
         ("studnt.hf_path=x", "Did you mean 'student.hf_path'"),
         ("zzzz=1", "Known: run, student, teacher"),
+        ("foo.bar=1", "unknown key 'foo.bar'. Known: run, student, teacher"),
+        ("trian.steps=1", "Did you mean 'train.steps'"),
         ("train.steps.more=1", "unknown key 'train.steps.more'"),
         ("train.steps=abc", "train.steps='abc' must be a whole number (int)"),
         ("train.steps=2.5", "train.steps='2.5' must be a whole number (int)"),

@@ -127,7 +127,7 @@ def test_an_exported_step_is_found_beside_the_last(run: Path, model: Path) -> No
     [
         (["nowhere"], "nowhere is neither a Hugging Face folder (config.json) nor a run's"),
         (["MODEL", "--step", "3"], "--step 3: "),
-        (["MODEL"], "--data is not set"),
+        (["MODEL"], "a hub id, or gsm8k, math500, aime24, amc"),
         (["MODEL", "--data", "a", "--n", "0"], "--n 0 must be at least 1"),
         (["MODEL", "--data", "a", "--n", "4"], "--n 4 greedy answers are one answer"),
         (["MODEL", "--data", "a", "--temperature", "-1"], "--temperature -1.0 must be 0"),

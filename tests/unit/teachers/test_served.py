@@ -97,6 +97,14 @@ def test_a_family_that_megatron_does_not_hold_will_do(recipe: Recipe, tmp_path: 
         ("teacher.server.top_k=0", "teacher.server.top_k=0 must be at least 1"),
         ("teacher.tensor_model_parallel_size=2", "teacher.tensor_model_parallel_size=2 is about"),
         ("teacher.fp8.format=e4m3", "teacher.fp8.format=e4m3 is about Megatron"),
+        (
+            "teacher.pipeline_model_parallel_size=2 teacher.sequence_parallel=true",
+            "teacher.pipeline_model_parallel_size=2, teacher.sequence_parallel=True are about",
+        ),
+        (
+            "teacher.pipeline_model_parallel_size=2 teacher.sequence_parallel=true",
+            "teacher.pipeline_model_parallel_size=1 teacher.sequence_parallel=False (teacher.",
+        ),
         ("teacher.world_size=2", "needs teacher.placement=separate; a server teacher has no ranks"),
         ("teacher.placement=colocated teacher.server.top_k=8", "set teacher.placement=server or"),
         ("student.placement=server", "are settings of a teacher"),
