@@ -83,7 +83,7 @@ def check_command(words: list[str]) -> None:
     if words[0] == "launch":
         arguments.recipe = name
         check_cluster(cluster_of(arguments), recipe)
-    if any(word.startswith("run.gpu_memory_gib=") for word in words):
+    if shipped and any(word.startswith("run.gpu_memory_gib=") for word in words):
         cluster = factory_beside(name, "cluster")
         fit = plan_recipe(recipe, cluster() if cluster else Cluster(), quick=True).fit
         assert fit and not fit.fits and fit.changes, "what the pages show it for"
