@@ -4,7 +4,7 @@ A missing shard, a truncated download or a tensor of another shape is found befo
 rank starts (``safetensors_files.py``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class HfFolder:
     path: Path
     config: dict[str, Any]  # config.json
     tensors: Mapping[str, TensorEntry]
+    problems: tuple[str, ...] = ()  # of tensors, by their headers alone; tensor_problems has more
 
 
 def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
@@ -41,8 +42,8 @@ def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
 
     ValueError for a folder that is missing, without weights, incomplete, truncated, pickled, or
     quantised in another way than DeepSeek's FP8 or GPT-OSS's MXFP4; a student must not be quantised
-    at all. A weight in MXFP4 counts as one tensor. Whether the tensors are the architecture's is
-    for :func:`check_tensors`.
+    at all. A weight in MXFP4 counts as one tensor. Whether the tensors are what they must be is for
+    :func:`check_tensors`.
     """
     if not hf_path:
         raise ValueError(f"{owner}.hf_path is not set; give the folder of a checkpoint")
@@ -57,15 +58,13 @@ def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
             f"`hf download {name} --local-dir {folder}`"
         )
     config = _read_config(path, where, owner)
-    tensors = _join_mxfp4(tensor_table(path, where), where)
-    for name, entry in tensors.items():
-        if entry.dtype not in DTYPES:
-            raise ValueError(
-                f"{where}: tensor {name} is {entry.dtype}; only {', '.join(DTYPES)} can be "
-                "trained, so give the checkpoint before quantisation"
-            )
-    _check_scales(tensors, where)
-    return HfFolder(path, config, tensors)
+    tensors, problems = _join_mxfp4(tensor_table(path, where))
+    problems += [
+        f"{name} is {entry.dtype}, not one of {', '.join(DTYPES)}"
+        for name, entry in tensors.items()
+        if entry.dtype not in DTYPES
+    ]
+    return HfFolder(path, config, tensors, (*problems, *_scale_problems(tensors)))
 
 
 def check_tensors(
@@ -74,29 +73,32 @@ def check_tensors(
     owner: str,
     skipped: tuple[str, ...] = (),
 ) -> None:
-    """ValueError that names the first tensor missing, of another shape, or unknown. Names that
+    """ValueError that names every tensor missing, of another shape or dtype, or unknown. Names that
     start as one of ``skipped`` does may be there."""
-    where = f"{owner}.hf_path={folder.path}"
-    for name, shape in expected.items():
-        entry = folder.tensors.get(name)
-        if entry is None:
-            raise ValueError(
-                f"{where}: tensor {name} is in none of its safetensors files; fetch the "
-                "checkpoint again or give the one that config.json describes"
-            )
-        if entry.shape != tuple(shape):
-            raise ValueError(
-                f"{where}: tensor {name} in {entry.file.name} has shape {list(entry.shape)} and "
-                f"config.json says {list(shape)}; give the config.json of this checkpoint"
-            )
-    for name in folder.tensors:
+    if problems := tensor_problems(folder, expected, skipped):
+        raise ValueError(f"{owner}.hf_path={folder.path}: {not_as_they_must_be(problems)}")
+
+
+def tensor_problems(
+    folder: HfFolder, expected: Mapping[str, tuple[int, ...]], skipped: tuple[str, ...] = ()
+) -> list[str]:
+    """Every tensor that is not as ``expected`` says, with what is wrong."""
+    found = [f"{name} is missing" for name in expected if name not in folder.tensors]
+    for name, entry in folder.tensors.items():
+        if name in expected and entry.shape != tuple(expected[name]):
+            found.append(f"{name} has shape {list(entry.shape)}, not {list(expected[name])}")
         tied_head = name == "lm_head.weight" and folder.config.get("tie_word_embeddings")
         known = name in expected or name.startswith(skipped) or name.endswith(REDUNDANT)
         if not known and not tied_head and not is_scale(folder.tensors, name):
-            raise ValueError(
-                f"{where}: tensor {name} has no place in a "
-                f"{folder.config['architectures'][0]}; give a checkpoint without it"
-            )
+            found.append(f"{name} has no place in a {folder.config['architectures'][0]}")
+    return [*found, *folder.problems]
+
+
+def not_as_they_must_be(problems: Sequence[str]) -> str:
+    return (
+        f"{len(problems)} tensors are not as they must be: {'; '.join(problems)}; give the "
+        "checkpoint that config.json describes, before quantisation"
+    )
 
 
 def is_scale(tensors: Mapping[str, TensorEntry], name: str) -> bool:
@@ -105,42 +107,45 @@ def is_scale(tensors: Mapping[str, TensorEntry], name: str) -> bool:
     return name.endswith(SCALE) and weight is not None and weight.dtype == "F8_E4M3"
 
 
-def _check_scales(tensors: Mapping[str, TensorEntry], where: str) -> None:
+def _scale_problems(tensors: Mapping[str, TensorEntry]) -> list[str]:
+    problems = []
     for name, entry in tensors.items():
-        if entry.dtype != "F8_E4M3":
-            continue
         wanted = tuple(-(-size // BLOCK) for size in entry.shape)
         scale = tensors.get(name + SCALE)
-        if scale is None or scale.dtype != "F32" or scale.shape != wanted:
-            found = f"{scale.dtype} {list(scale.shape)}" if scale else "missing"
-            raise ValueError(
-                f"{where}: {name + SCALE} is {found}, not F32 {list(wanted)}; only FP8 with blocks "
-                "of 128 x 128 is read, so give the checkpoint before quantisation"
-            )
+        if entry.dtype == "F8_E4M3" and (
+            scale is None or scale.dtype != "F32" or scale.shape != wanted
+        ):
+            problems.append(f"{name + SCALE} is {_found(scale)}, not F32 {list(wanted)}")
+    return problems
 
 
-def _join_mxfp4(tensors: Mapping[str, TensorEntry], where: str) -> dict[str, TensorEntry]:
-    """The weight [E, 32 * G, R] in place of its blocks [E, R, G, 16] and scales [E, R, G]."""
-    joined = dict(tensors)
+def _found(entry: TensorEntry | None) -> str:
+    return f"{entry.dtype} {list(entry.shape)}" if entry else "missing"
+
+
+def _join_mxfp4(
+    tensors: Mapping[str, TensorEntry],
+) -> tuple[dict[str, TensorEntry], list[str]]:
+    """The weight [E, 32 * G, R] in place of its blocks [E, R, G, 16] and scales [E, R, G]; and what
+    cannot be joined."""
+    joined, problems = dict(tensors), []
     for name, blocks in tensors.items():
         if not (name.endswith(MXFP4_BLOCKS) and blocks.dtype == "U8"):
             continue
         weight = name.removesuffix(MXFP4_BLOCKS)
         scales = tensors.get(weight + MXFP4_SCALES)
         *grid, size = blocks.shape
-        if scales is None or (scales.dtype, list(scales.shape)) != ("U8", grid) or len(grid) != 3:
-            found = f"{scales.dtype} {list(scales.shape)}" if scales else "missing"
-            raise ValueError(
-                f"{where}: {weight + MXFP4_SCALES} is {found}, not U8 {grid} beside {name}; fetch "
-                "the checkpoint again"
-            )
-        if size != MXFP4_BYTES:
-            raise ValueError(f"{where}: {name} has blocks of {2 * size} values; MXFP4 has 32")
-        experts, rows, groups = grid
-        del joined[name], joined[weight + MXFP4_SCALES]
+        if size != MXFP4_BYTES or len(grid) != 3:
+            problems.append(f"{name} is {_found(blocks)}, not [E, R, G, {MXFP4_BYTES}]")
+        elif scales is None or (scales.dtype, list(scales.shape)) != ("U8", grid):
+            problems.append(f"{weight + MXFP4_SCALES} is {_found(scales)}, not U8 {grid}")
+        # Named once, where it is wrong: the rest of it counts as there.
+        del joined[name]
+        joined.pop(weight + MXFP4_SCALES, None)
+        experts, rows, groups = grid if len(grid) == 3 else (0, 0, 0)
         shape = (experts, 2 * MXFP4_BYTES * groups, rows)
         joined[weight] = TensorEntry("MXFP4", shape, blocks.file, blocks.start)
-    return joined
+    return joined, problems
 
 
 def _read_config(path: Path, where: str, owner: str) -> dict[str, Any]:

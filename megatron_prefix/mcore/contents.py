@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from megatron_prefix.hf_folder import HfFolder, read_hf_folder
+from megatron_prefix.hf_folder import HfFolder, read_hf_folder, tensor_problems
 from megatron_prefix.mcore.dist_keys import VOCABULARY
 from megatron_prefix.mcore.hf_map import FAMILIES
-from megatron_prefix.mcore.source import open_config, tensor_problems
+from megatron_prefix.mcore.hf_map.units import hf_tensors
+from megatron_prefix.mcore.source import open_config
 from megatron_prefix.mcore.step_folders import MANIFEST, RUN_STATE
 from megatron_prefix.mcore.steps import SavedTensor, find_step, saved_tensors, saved_weights
 
@@ -130,7 +131,8 @@ def _describe_hf(folder: HfFolder) -> dict[str, Any]:
         "headers": "whole",
     }
     if supported:
-        found["problems"] = tensor_problems(folder, open_config(folder.path))
+        hf = open_config(folder.path)
+        found["problems"] = tensor_problems(folder, hf_tensors(hf.units), hf.skipped)
     return found
 
 

@@ -1,16 +1,15 @@
 """A Hugging Face folder that is looked through before anything is made of it."""
 
-from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
 from megatron_prefix.hf_folder import (
-    REDUNDANT,
     SCALE,
     HfFolder,
     check_sizes,
-    is_scale,
+    not_as_they_must_be,
     read_hf_folder,
+    tensor_problems,
 )
 from megatron_prefix.mcore.hf_map import FAMILIES, HfModel, hf_model, read_hf_model
 from megatron_prefix.mcore.hf_map.units import hf_tensors
@@ -32,7 +31,8 @@ def open_source(path: Path) -> tuple[HfFolder, HfModel]:
         raise ValueError(f"{path}: config.json has no {error}") from error
     except ValueError as error:  # speaks of a recipe's setting, which a tool has none of
         raise ValueError(str(error).replace("model.hf_path=", "")) from error
-    _refuse(path, tensor_problems(folder, hf))
+    if problems := tensor_problems(folder, hf_tensors(hf.units), hf.skipped):
+        raise ValueError(f"{path}: {not_as_they_must_be(problems)}")
     hf.report_skipped(folder.tensors)
     return folder, hf
 
@@ -63,24 +63,3 @@ def params_dtype(folder: HfFolder, hf: HfModel) -> str:
     if "F16" in kinds:
         raise ValueError(f"{folder.path} is in fp16; choose --dtype fp32 or bf16")
     return "fp32" if "F32" in kinds else "bf16"
-
-
-def tensor_problems(folder: HfFolder, hf: HfModel) -> list[str]:
-    """Every tensor that is missing, of another shape or unknown, with what is wrong."""
-    expected = hf_tensors(hf.units)
-    found = [f"{name} is missing" for name in expected if name not in folder.tensors]
-    for name, entry in folder.tensors.items():
-        if name in expected and entry.shape != expected[name]:
-            found.append(f"{name} has shape {list(entry.shape)}, not {list(expected[name])}")
-        tied_head = name == "lm_head.weight" and hf.shape.tied
-        known = name in expected or name.startswith(hf.skipped) or name.endswith(REDUNDANT)
-        if not known and not tied_head and not is_scale(folder.tensors, name):
-            found.append(f"{name} has no place in a {folder.config['architectures'][0]}")
-    return found
-
-
-def _refuse(path: Path, problems: Iterable[str]) -> None:
-    if named := list(problems):
-        raise ValueError(
-            f"{path}: {len(named)} tensors are not as they must be: {'; '.join(named)}"
-        )

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_prefix.hf_folder import read_hf_folder
+from megatron_prefix.mcore.source import open_source
 from megatron_prefix.mcore.tensor_files import HfReader
 from megatron_prefix.safetensors_files import INDEX, read_header
 from megatron_prefix.validate import read_model
@@ -148,13 +149,34 @@ def test_a_file_that_is_no_safetensors_is_named(content: bytes, tmp_path: Path) 
 def test_a_tensor_of_another_shape_is_named_with_both(folder: Path) -> None:
     change_config(folder, intermediate_size=100)
     told = refusal(folder)
-    assert "tensor model.layers.0.mlp.gate_proj.weight" in told
-    assert "[96, 64]" in told and "[100, 64]" in told
+    assert "model.layers.0.mlp.gate_proj.weight has shape [96, 64], not [100, 64]" in told
+    assert "6 tensors are not as they must be" in told
 
 
 def test_a_missing_tensor_is_named(folder: Path) -> None:
     change_weights(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.k_norm.weight"))
-    assert "tensor model.layers.1.self_attn.k_norm.weight is in none" in refusal(folder)
+    assert "model.layers.1.self_attn.k_norm.weight is missing" in refusal(folder)
+
+
+def test_all_that_is_wrong_is_named_at_once(folder: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.norm.weight"]
+        tensors["model.extra"] = torch.zeros(1)
+        for layer, dtype in enumerate((torch.float8_e4m3fn, torch.float64)):
+            name = f"model.layers.{layer}.mlp.up_proj.weight"
+            tensors[name] = tensors[name].to(dtype)
+        name = "model.layers.1.mlp.down_proj.weight"
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(2, 1)
+
+    change_weights(folder, spoil)
+    for told in (refusal(folder), refusal_of(open_source, folder)):
+        assert "5 tensors are not as they must be" in told
+        assert "model.norm.weight is missing" in told
+        assert "model.extra has no place" in told
+        assert "layers.0.mlp.up_proj.weight_scale_inv is missing, not F32 [1, 1]" in told
+        assert "layers.1.mlp.up_proj.weight is F64, not one of" in told
+        assert "layers.1.mlp.down_proj.weight_scale_inv is F32 [2, 1], not F32 [1, 1]" in told
 
 
 def test_a_tensor_without_a_place_is_named(folder: Path) -> None:
@@ -162,7 +184,7 @@ def test_a_tensor_without_a_place_is_named(folder: Path) -> None:
         tensors["model.layers.0.mlp.gate_proj.bias"] = torch.zeros(96)
 
     change_weights(folder, add)
-    assert "tensor model.layers.0.mlp.gate_proj.bias has no place" in refusal(folder)
+    assert "model.layers.0.mlp.gate_proj.bias has no place" in refusal(folder)
 
 
 def test_redundant_tensors_of_older_exporters_are_let_be(folder: Path) -> None:
@@ -193,7 +215,7 @@ def test_quantised_weights_are_refused(folder: Path) -> None:
         tensors[name] = tensors[name].to(torch.int8)
 
     change_weights(folder, quantise)
-    assert "tensor model.layers.0.mlp.up_proj.weight is I8" in refusal(folder)
+    assert "model.layers.0.mlp.up_proj.weight is I8, not one of F32" in refusal(folder)
     change_config(folder, quantization_config={"quant_method": "fp8"})
     assert "is quantised" in refusal(folder)
 
