@@ -23,7 +23,7 @@ def check_modes(recipe: Recipe) -> None:
     if not needs_teacher(recipe) and not recipe.teacher.hf_path:
         raise ValueError(
             f"teacher.hf_path is not set; no step of mode.name={recipe.mode.name} asks a teacher, "
-            "but the ledger says what one had cost: the student's folder will do"
+            "but the ledger says what one would have cost: the student's folder will do"
         )
     _check_written(recipe)
     _check_policy(recipe)
