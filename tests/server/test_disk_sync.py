@@ -25,7 +25,7 @@ import torch.distributed as dist  # noqa: E402
 from megatron_prefix import publisher  # noqa: E402
 from megatron_prefix.mcore import export, weights  # noqa: E402
 from megatron_prefix.mcore.groups import initialize_megatron  # noqa: E402
-from tests.distributed.world import build, model_config  # noqa: E402
+from tests.distributed.world import CPU, build, model_config  # noqa: E402
 
 BUCKET_BYTES = 1 << 14
 
@@ -41,7 +41,7 @@ def synced(
     initialize_megatron(1)
     model = build(config, 2, owner="student")
     fleet = Fleet([endpoint], rollout) if dist.get_rank() == 0 else None
-    sender = publisher.ServerPublisher(model, rollout, fleet, "gloo", folder)
+    sender = publisher.ServerPublisher(model, rollout, fleet, CPU, folder)
     with (
         patch.object(export, "SHARD_BYTES", BUCKET_BYTES),
         patch.object(weights, "_gather_bucket", wraps=weights._gather_bucket) as gather,
