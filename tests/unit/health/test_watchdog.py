@@ -50,8 +50,8 @@ def stacks(folder: Path, rank: int) -> str:
 
 
 def test_one_rank_that_hangs_has_all_write_their_stacks_and_end(tmp_path: Path) -> None:
-    hangs, waits = start(tmp_path, 0, 1.0, 600), start(tmp_path, 1, 600, 600)
-    stopped = start(tmp_path, 2, 600, 600)
+    waits, stopped = start(tmp_path, 1, 600, 600), start(tmp_path, 2, 600, 600)
+    hangs = start(tmp_path, 0, 1.0, 600)  # last: the others heed no hang from before their start
     stopped.send_signal(signal.SIGSTOP)
     try:
         assert (hangs.wait(60), waits.wait(60)) == (HUNG, HUNG)
@@ -69,7 +69,7 @@ def test_one_rank_that_hangs_has_all_write_their_stacks_and_end(tmp_path: Path) 
 
 def test_a_rank_that_was_stopped_writes_its_stacks_once_it_goes_on(tmp_path: Path) -> None:
     since = time.time()
-    hangs, stopped = start(tmp_path, 0, 1.0, 600), start(tmp_path, 1, 600, 600)
+    stopped, hangs = start(tmp_path, 1, 600, 600), start(tmp_path, 0, 1.0, 600)
     stopped.send_signal(signal.SIGSTOP)
     try:
         while not hang_found(tmp_path, since):
