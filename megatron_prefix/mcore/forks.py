@@ -13,6 +13,11 @@ Work = Callable[[int, OnBytes], Any]
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+def die_with_parent() -> None:
+    """From now on the kernel kills this process when the one that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def run_forked(count: int, work: Work, on_bytes: OnBytes) -> list[Any]:
     """``work(rank, on_bytes)`` in ``count`` processes; the picklable results by rank.
 
@@ -65,7 +70,7 @@ def _child(rank: int, work: Work, sender: Connection, parent: int) -> None:
     # The parent is told of a Ctrl-C as well, and ends its processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != parent:  # it died before the kernel was asked
         os._exit(1)
 

@@ -4,7 +4,6 @@ Megatron-Core 0.19.2 spawns one that has Python's own handlers: a signal to all 
 ends it, and with it the save that the signal asked for; and it outlives a rank that is killed.
 """
 
-import ctypes
 import multiprocessing
 import signal
 from multiprocessing.managers import SyncManager
@@ -12,7 +11,8 @@ from multiprocessing.managers import SyncManager
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from megatron_prefix.mcore.forks import die_with_parent
+
 _TOLD_TO_RANKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -30,4 +30,4 @@ def make_writers_queue() -> None:
 def _live_with_rank() -> None:
     for number in _TOLD_TO_RANKS:
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()

@@ -68,8 +68,8 @@ def check(recipe: Recipe) -> None:
 
 
 def check_command(words: list[str]) -> None:
-    """All of it for a recipe that is named; for RECIPE or a run's its settings, and for a user's own,
-    whose lengths nobody knows, their names and types."""
+    """All of it for a recipe that is named; for RECIPE or a run's its settings, and for a user's
+    own, whose lengths nobody knows, their names and types."""
     arguments = parse(words)
     source = str(getattr(arguments, "recipe", "") or arguments.source)
     named = source.removeprefix("recipes/").removesuffix(".py")
