@@ -1,7 +1,8 @@
 """Adapts Megatron to the CPU before any test file imports it; a student and a teacher for many."""
 
 import functools
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     sizes = {"vocab_size": 62, "num_key_value_heads": 4}
     student = write_tiny_qwen3(root / "student", num_hidden_layers=2, **sizes)
     return student, write_tiny_qwen3(root / "teacher", hidden_size=96, seed=3, **sizes)
+
+
+@pytest.fixture
+def pythons_handlers() -> Iterator[None]:
+    """Of the signals that end a tool: torch's launcher, which other tests start, leaves its own."""
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

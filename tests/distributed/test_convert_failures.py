@@ -163,6 +163,7 @@ def test_an_output_that_is_holds_or_lies_in_its_input_is_refused(
     assert (step / "integrity.json").exists()
 
 
+@pytest.mark.usefixtures("pythons_handlers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_end_from_outside_is_one_line_and_leaves_nothing(
     number: int, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch

@@ -165,8 +165,9 @@ def test_a_scale_that_does_not_fit_is_named(
     held = tensors(in_fp8[1])
     name = "model.layers.0.self_attn.o_proj.weight" + SCALE
     held[name] = torch.ones(5, 5)
-    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text((in_fp8[1] / "config.json").read_text())
-    check_refused(
-        capfd, to_megatron(tmp_path, tmp_path / "out"), name, "F32 [5, 5], not F32 [2, 1]"
-    )
+    folder = tmp_path / "in"
+    folder.mkdir()
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text((in_fp8[1] / "config.json").read_text())
+    code = to_megatron(folder, tmp_path / "out")
+    check_refused(capfd, code, name, "F32 [5, 5], not F32 [2, 1]")
