@@ -114,6 +114,8 @@ def _start_servers(recipe: Recipe, folder: Path, stack: contextlib.ExitStack) ->
 
 
 def _first_gpu(recipe: Recipe) -> int:
+    if resolve_device(recipe.rollout.device) != "cuda":  # no GPU to count, and no torch to import
+        return 0
     return first_server_gpu(recipe.rollout, resolve_world_size(recipe), gpus_here())
 
 
