@@ -5,7 +5,6 @@ after unit. A piece is compared right after it is written, while the processor's
 """
 
 import ctypes
-import hashlib
 import os
 from collections.abc import Buffer, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,12 +45,16 @@ class Scratch:
 class CheckedFile:
     """A new file that grows; RuntimeError where it holds another byte than it was given.
 
-    ``write`` and ``flush`` are what torch.save asks of a file. Short writes wait for the next
-    long one, or for ``flush``.
+    ``read_back`` is given its bytes in their order, as they came back from it. ``write`` and
+    ``flush`` are what torch.save asks of a file. Short writes wait for the next long one, or for
+    ``flush``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, read_back: Callable[[Buffer], object] = lambda piece: None
+    ) -> None:
         self._path, self._file = path, path.open("w+b", buffering=0)
+        self._read_back = read_back
         self._back = np.empty(PIECE, dtype=np.uint8)
         self._short = bytearray()
         self._on_disk = 0
@@ -86,6 +89,7 @@ class CheckedFile:
             got = os.preadv(self._file.fileno(), [back], self._on_disk)
             if got != len(piece) or not _same(np.frombuffer(piece, dtype=np.uint8), back):
                 raise RuntimeError(f"{self._path} reads back otherwise than it was written")
+            self._read_back(back)
             self._on_disk += len(piece)
 
     def __enter__(self) -> Self:
@@ -104,41 +108,6 @@ class CheckedFile:
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     """Of two uint8 arrays. NumPy's comparison writes an array of answers; this one reads alone."""
     return _memcmp(a.ctypes.data, b.ctypes.data, len(a)) == 0
-
-
-class FileSum:
-    """SHA-256 of a file that grows, computed in a thread out of the file itself."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._sum = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
-
-    def up_to(self, size: int) -> None:
-        """So many bytes of the file are final."""
-        self._last = self._thread.submit(self._read, size)
-
-    def _read(self, size: int) -> None:
-        piece = memoryview(bytearray(PIECE))
-        while (left := size - self._file.tell()) > 0:
-            got = self._file.readinto(piece[: min(left, PIECE)])
-            assert got, (self._file.name, size)
-            self._sum.update(piece[:got])
-
-    def close(self) -> str:
-        """The sum, once all is read."""
-        try:
-            if self._last is not None:
-                self._last.result()
-        finally:
-            self.stop()
-        return self._sum.hexdigest()
-
-    def stop(self) -> None:
-        """Nobody wants the sum any more."""
-        self._thread.shutdown(cancel_futures=True)
-        self._file.close()
 
 
 class Behind:

@@ -26,20 +26,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prefix.config import CheckpointConfig
 from megatron_prefix.mcore.fp8 import allowing_pickled_scales
+from megatron_prefix.mcore.manifest import RUN_STATE, damage
 from megatron_prefix.mcore.optimizer import TrainableStudent
 from megatron_prefix.mcore.optimizer_state import join_state, optimizer_step, split_state
-from megatron_prefix.mcore.sealing import Sealing
+from megatron_prefix.mcore.sealing import Sealing, Tell
 from megatron_prefix.mcore.step_folders import (
     PARTIAL,
-    RUN_STATE,
-    Tell,
     clear_unfinished,
-    damage,
     saved_steps,
     set_aside,
     step_folder,
 )
-from megatron_prefix.mcore.writers import await_writers
+from megatron_prefix.mcore.writers import await_writers, ended_with_rank
 from megatron_prefix.mcore.writers_queue import make_writers_queue
 
 logger = logging.getLogger(__name__)
@@ -129,7 +127,7 @@ class Checkpointer:
             verify_integrity=False,  # it would read all of it within the loop: sealing.py does so
         )
         finish = functools.partial(self._finish, request.finalize_fns, partial, final, run_state)
-        self._queue.schedule_async_request(request._replace(finalize_fns=[finish]))
+        self._queue.schedule_async_request(ended_with_rank(request)._replace(finalize_fns=[finish]))
         self._writing = partial
 
     def finalize(self, *, wait: bool = False) -> None:
@@ -217,7 +215,7 @@ class Checkpointer:
     def _verifies(self, folder: Path) -> bool:
         if not self._config.verify_integrity:
             return True
-        problem = self._ask_rank_0(lambda: damage(folder, self._goes_on))
+        problem = self._ask_rank_0(lambda: damage(folder, lambda size: self._goes_on()))
         if problem:
             logger.warning("checkpoint %s is damaged and is not used: %s", folder, problem)
         return not problem

@@ -78,7 +78,7 @@ class Share:
     """What one process wrote and found."""
 
     written: list[Written] = field(default_factory=list)
-    sums: dict[str, str] = field(default_factory=dict)  # SHA-256 by file
+    sums: dict[str, str] = field(default_factory=dict)  # by file, for the manifest
     common: Any = None
     not_finite: list[str] = field(default_factory=list)
     memory: tuple[Scratch, ...] = field(default_factory=lambda: (Scratch(), Scratch()))

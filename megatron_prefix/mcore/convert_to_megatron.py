@@ -1,13 +1,11 @@
 """A Hugging Face folder to a step in Megatron's format, streamed (see ``conversion.py``)."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from torch import Tensor
 
 from megatron_prefix.mcore.checked_files import Behind
@@ -24,6 +22,7 @@ from megatron_prefix.mcore.dist_keys import Place, place_of
 from megatron_prefix.mcore.export import copy_companions, exported_config
 from megatron_prefix.mcore.forks import OnBytes
 from megatron_prefix.mcore.hf_map.units import Unit
+from megatron_prefix.mcore.manifest import write_manifest
 from megatron_prefix.mcore.tensor_files import HfReader
 
 STEP_FOLDER = "step_00000000"
@@ -112,8 +111,4 @@ def _finish_step(step: Path, shares: Sequence[Share]) -> None:
     state = {"step": 0, "weights_only": True, "policy_version": 0, "layout": [1, 1, 1]}
     (step / "run_state.json").write_text(json.dumps(state, indent=1))
     sums = {name: value for share in shares for name, value in share.sums.items()}
-    for file in step.iterdir():
-        if file.name not in sums:
-            sums[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    manifest = {"algorithm": "sha256", "files": dict(sorted(sums.items()))}
-    (step / INTEGRITY_FNAME).write_text(json.dumps(manifest, indent=2))
+    write_manifest(step, sums)

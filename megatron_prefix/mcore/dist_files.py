@@ -31,8 +31,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_prefix.mcore.checked_files import CheckedFile, FileSum, Scratch, read_into
+from megatron_prefix.mcore.checked_files import CheckedFile, Scratch, read_into
 from megatron_prefix.mcore.dist_keys import Place
+from megatron_prefix.mcore.manifest import new_sum
 
 without_checksums: Any = serialization.config.patch  # type: ignore[attr-defined]
 # What Megatron keeps beside tensors; of weights alone there is nothing.
@@ -51,13 +52,14 @@ class Written:
 
 
 class DistFile:
-    """One data file in the making: read back and compared, and hashed in a thread, as it grows.
+    """One data file in the making: read back, compared and hashed as it grows.
 
-    ``close`` it within its block, which ends file and thread after an error.
+    ``close`` it within its block, which closes it after an error too.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file, self._sum = path, CheckedFile(path), FileSum(path)
+        self._path, self._sum = path, new_sum()
+        self._file = CheckedFile(path, self._sum.update)
         self.written: list[Written] = []
 
     def __enter__(self) -> Self:
@@ -67,7 +69,6 @@ class DistFile:
         self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._sum.stop()
             self._file.__exit__(kind, error, trace)
 
     def add(self, place: Place, tensor: Tensor) -> None:
@@ -89,13 +90,12 @@ class DistFile:
         with without_checksums({"save.compute_crc32": False}):  # the manifest has better ones
             torch.save(data, cast(IO[bytes], self._file))  # what it calls is there
         self._file.flush()
-        self._sum.up_to(self._file.size)
         return start, self._file.size - start
 
     def close(self) -> str:
-        """The file's SHA-256."""
+        """The file's sum, for the manifest."""
         self._file.close()
-        return self._sum.close()
+        return self._sum.hexdigest()
 
 
 def write_table(folder: Path, written: Sequence[Written], common: _StorageInfo) -> None:

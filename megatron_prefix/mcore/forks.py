@@ -13,9 +13,11 @@ Work = Callable[[int, OnBytes], Any]
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def die_with_parent() -> None:
-    """From now on the kernel kills this process when the one that started it ends."""
+def die_with_parent(parent: int) -> None:
+    """From now on the kernel kills this process when ``parent``, which forked it, ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        os._exit(1)
 
 
 def run_forked(count: int, work: Work, on_bytes: OnBytes) -> list[Any]:
@@ -70,9 +72,7 @@ def _child(rank: int, work: Work, sender: Connection, parent: int) -> None:
     # The parent is told of a Ctrl-C as well, and ends its processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    die_with_parent()
-    if os.getppid() != parent:  # it died before the kernel was asked
-        os._exit(1)
+    die_with_parent(parent)
 
     # A fork does not inherit OpenMP's threads, and would wait for them for ever.
     torch.set_num_threads(1)

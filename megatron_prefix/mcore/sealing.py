@@ -6,24 +6,23 @@ They run beside the training loop: for its sums a checkpoint is read once more, 
 import concurrent.futures
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_prefix.config import CheckpointConfig
 from megatron_prefix.mcore.folders import to_disk
+from megatron_prefix.mcore.manifest import MANIFEST, RUN_STATE, write_manifest
 from megatron_prefix.mcore.step_folders import (
-    MANIFEST,
-    RUN_STATE,
-    Tell,
     drop,
     put_in_place,
     saved_steps,
     step_folder,
     step_of,
     steps_to_drop,
-    write_manifest,
 )
 
 logger = logging.getLogger(__name__)
+Tell = Callable[[], object]  # is called again and again, in any thread, while bytes are read
 _LOOK_S = 0.2  # between two looks whether bytes were read
 
 
@@ -56,7 +55,7 @@ def seal(partial: Path, final: Path, config: CheckpointConfig, tell: Tell = lamb
     """
     try:
         if config.verify_integrity:
-            write_manifest(partial, tell)
+            write_manifest(partial, on_bytes=lambda size: tell())
             to_disk(partial / MANIFEST)
         to_disk(partial / RUN_STATE)
         to_disk(partial)

@@ -5,21 +5,14 @@ nothing here is collective, and no weight is read.
 ``.removing`` is on its way out: a folder loses its final name before its first file goes.
 """
 
-import concurrent.futures
-import hashlib
-import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prefix.mcore import folders
 
-RUN_STATE = "run_state.json"
 PARTIAL, DAMAGED, REMOVING = ".partial", ".damaged", ".removing"
-MANIFEST = "integrity.json"  # in Megatron's format, of SHA-256 sums
-_READERS, _PIECE = 4, 2**22  # bytes
-Tell = Callable[[], object]  # is called again and again, in any thread, while bytes are read
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -73,40 +66,3 @@ def clear_unfinished(folder: Path) -> list[str]:
     for left in (*saves, *folder.glob(f"step_*{REMOVING}")):
         shutil.rmtree(left, ignore_errors=True)
     return [save.stem for save in saves]
-
-
-def damage(folder: Path, tell: Tell = lambda: None) -> str:
-    """What is wrong with a checkpoint by its manifest; empty where nothing is."""
-    try:
-        wanted: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
-        if RUN_STATE not in wanted:
-            return f"{MANIFEST} does not name {RUN_STATE}"
-        found = _sums(folder, list(wanted), tell)
-        wrong = [name for name, digest in wanted.items() if found[name] != digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{', '.join(wrong)}: SHA-256 is not that of {MANIFEST}" if wrong else ""
-
-
-def write_manifest(folder: Path, tell: Tell = lambda: None) -> None:
-    """Of every file that is there now. Raises OSError."""
-    names = sorted(file.name for file in folder.iterdir() if file.is_file())
-    sums = _sums(folder, [name for name in names if name != MANIFEST], tell)
-    text = json.dumps({"algorithm": "sha256", "files": sums}, indent=2)
-    (folder / MANIFEST).write_text(text)
-
-
-def _sums(folder: Path, names: Sequence[str], tell: Tell) -> dict[str, str]:
-    """SHA-256 by name. Threads: hashlib reads and sums outside of Python's lock."""
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as threads:
-        sums = threads.map(lambda name: _sha256(folder / name, tell), names)
-        return dict(zip(names, sums, strict=True))
-
-
-def _sha256(path: Path, tell: Tell) -> str:
-    digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE))
-    with path.open("rb", buffering=0) as file:
-        while got := file.readinto(piece):
-            digest.update(piece[:got])
-            tell()
-    return digest.hexdigest()

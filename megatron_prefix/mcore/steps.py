@@ -13,7 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from megatron_prefix.mcore.dist_keys import VOCABULARY, place_of
 from megatron_prefix.mcore.hf_map import HfModel
-from megatron_prefix.mcore.step_folders import RUN_STATE, saved_steps, step_of
+from megatron_prefix.mcore.manifest import RUN_STATE
+from megatron_prefix.mcore.step_folders import saved_steps, step_of
 
 CHECKPOINTS = "checkpoints"  # of a run's folder
 NOT_WEIGHTS = ("optimizer.", "optimizer/", "rng", "scheduler")

@@ -1,15 +1,33 @@
-"""The wait for the processes that write a checkpoint beside the ranks."""
+"""The processes that write a checkpoint beside the ranks, and the wait for them."""
 
+import functools
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
-from megatron_prefix.mcore.step_folders import Tell
+from megatron_prefix.mcore.forks import die_with_parent
+from megatron_prefix.mcore.sealing import Tell
 
 _POLL_S = 0.02  # between two looks whether they are done
 _LOOK_S = 1.0  # between two looks at the files
+
+
+def ended_with_rank(request: AsyncRequest) -> AsyncRequest:
+    """``request`` with a writer that the kernel ends when this rank ends: nobody completes what is
+    written after that, and a writer that its storage holds up would stay behind."""
+    if request.async_fn is None:  # nothing of the checkpoint is this rank's to write
+        return request
+    return request._replace(async_fn=functools.partial(_write, os.getpid(), request.async_fn))
+
+
+def _write(rank: int, write: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+    die_with_parent(rank)
+    write(*arguments, **named)
 
 
 def await_writers(queue: AsyncCallsQueue, folder: Path, goes_on: Tell) -> None:

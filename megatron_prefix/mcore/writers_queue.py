@@ -5,6 +5,7 @@ ends it, and with it the save that the signal asked for; and it outlives a rank 
 """
 
 import multiprocessing
+import os
 import signal
 from multiprocessing.managers import SyncManager
 
@@ -23,11 +24,11 @@ def make_writers_queue() -> None:
     # A spawned process imports torch anew; a fork is safe where there is no CUDA.
     method = "spawn" if torch.cuda.is_available() else "fork"
     manager = SyncManager(ctx=multiprocessing.get_context(method))
-    manager.start(initializer=_live_with_rank)
+    manager.start(initializer=_live_with_rank, initargs=(os.getpid(),))
     filesystem_async._results_queue = manager.Queue()
 
 
-def _live_with_rank() -> None:
+def _live_with_rank(rank: int) -> None:
     for number in _TOLD_TO_RANKS:
         signal.signal(number, signal.SIG_IGN)
-    die_with_parent()
+    die_with_parent(rank)

@@ -11,6 +11,7 @@ logs all of its settings, the key with them.
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import select
@@ -82,9 +83,11 @@ class Veil:
                 text = text[os.write(1, text) :]
 
 
-def die_with_guard() -> None:
+def die_with_guard(guard: int) -> None:
     """For the command, in case that the guard itself is killed."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != guard:  # it was killed before the kernel was asked
+        os._exit(1)
 
 
 def main(parent_pid: int, command: list[str], secrets: Sequence[bytes] = ()) -> None:
@@ -102,7 +105,7 @@ def main(parent_pid: int, command: list[str], secrets: Sequence[bytes] = ()) -> 
     shown = subprocess.PIPE if secrets else None
     server = subprocess.Popen(
         command,
-        preexec_fn=die_with_guard,
+        preexec_fn=functools.partial(die_with_guard, os.getpid()),
         stdout=shown,
         stderr=subprocess.STDOUT if shown else None,
     )

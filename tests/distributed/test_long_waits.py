@@ -16,9 +16,11 @@ import torch.distributed as dist
 from megatron_prefix.config import CheckpointConfig, TrainConfig
 from megatron_prefix.exit_codes import HUNG
 from megatron_prefix.health.watchdog import Watchdog, hang_report, patience
-from megatron_prefix.mcore import step_folders
+from megatron_prefix.mcore import manifest
 from megatron_prefix.mcore.checkpoint import Checkpointer
-from megatron_prefix.mcore.step_folders import Tell, damage, saved_steps
+from megatron_prefix.mcore.manifest import OnBytes, damage
+from megatron_prefix.mcore.sealing import Tell
+from megatron_prefix.mcore.step_folders import saved_steps
 from megatron_prefix.orders import Order, order_group, share_order, share_words
 from megatron_prefix.teachers.loop import TeacherLoop
 from tests.distributed.ranks import run_ranks
@@ -121,14 +123,14 @@ def save_and_restore(
     group = order_group(timedelta(seconds=60))
     dist.barrier()
     dist.set_timeout(timedelta(seconds=TIMEOUT_S))
-    read = step_folders._sha256
+    read = manifest._sum
 
-    def slow_sha256(path: Path, tell: Tell) -> str:
+    def slow_sum(path: Path, algorithm: str, on_bytes: OnBytes) -> str:
         if path.suffix == ".distcp":
-            sums(tell)
-        return read(path, tell)
+            sums(lambda: on_bytes(1))
+        return read(path, algorithm, on_bytes)
 
-    step_folders._sha256 = slow_sha256
+    manifest._sum = slow_sum
     with Watchdog(folder, dist.get_rank(), patience(TIMEOUT_S)) as watchdog:
 
         def ask(act: Callable[[], str]) -> str:

@@ -43,6 +43,11 @@ def children_of(name: str) -> list[str]:
     return found
 
 
+def left(marker: str, job: "Job") -> list[str]:
+    """What still lives of ``job``: its processes, or its servers."""
+    return children_of(marker) + children_of(str(job.student))
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
@@ -316,7 +321,8 @@ def test_killed_outright_its_ranks_leave_nothing(
     assert len(children_of(f"megatron_prefix.worker {marker}")) >= 2
     process.kill()
     process.wait()
-    assert wait_until(lambda: not children_of(marker) and not children_of(str(job.student)))
+    wait_until(lambda: not left(marker, job))
+    assert not left(marker, job)
 
 
 def test_a_run_folder_of_another_recipe_is_refused(

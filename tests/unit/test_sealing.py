@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.config import CheckpointConfig
+from megatron_prefix.mcore.manifest import damage
 from megatron_prefix.mcore.sealing import Sealing, seal
 from megatron_prefix.mcore.step_folders import (
-    damage,
     saved_steps,
     set_aside,
     step_folder,
@@ -44,7 +44,7 @@ def test_it_is_whole_under_its_final_name_once_it_is_sealed(tmp_path: Path) -> N
     assert sealing.problem() == "" and sealing.done()
     assert saved_steps(tmp_path) == [final] and damage(final) == "" and not partial.exists()
     truncate(final)
-    assert "__1_0.distcp: SHA-256 is not that" in damage(final)
+    assert "__1_0.distcp: sum is not that" in damage(final)
 
 
 def test_without_sums_there_is_no_manifest(tmp_path: Path) -> None:
