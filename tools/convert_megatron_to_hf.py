@@ -47,7 +47,7 @@ def work(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace, crew: "Crew") -> None:
-    from megatron_prefix.mcore.contents import check_manifest, find_hf_model, read_step
+    from megatron_prefix.mcore.contents import find_hf_model, read_step, verify
     from megatron_prefix.mcore.fp8_blocks import cut_blocks
     from megatron_prefix.mcore.progress_bar import byte_progress
     from megatron_prefix.mcore.source import open_config, parameters
@@ -64,7 +64,7 @@ def convert(args: argparse.Namespace, crew: "Crew") -> None:
     from megatron_prefix.mcore.conversion import Conversion
     from megatron_prefix.mcore.convert_to_hf import megatron_to_hf
 
-    verified = crew.lead(lambda: check_manifest(step))  # all of it, once
+    verified = crew.lead(lambda: verify(step))  # all of it, once
     dtype = args.dtype or saved.params_dtype
     job = Conversion(hf, args.output, dtype, args.ranks, crew=crew)
     what = (

@@ -199,7 +199,7 @@ class CheckpointConfig:
     async_save: bool = True  # write beside the next steps
     keep_last: int = 2  # 0: keep all
     keep_every: int = 0  # checkpoints of its multiples are kept as well; 0: none
-    verify_integrity: bool = True  # SHA-256 of every file, checked at load
+    verify_integrity: bool = True  # a sum of every file, checked at load
     export_hf: bool = True  # write a Hugging Face folder of the student at the end
 
 

@@ -1,9 +1,9 @@
 """Megatron's distributed checkpoints of the student, asynchronous, verified, and loadable into
 another layout.
 
-A checkpoint is written to ``step_00000012.partial`` and renamed when it is whole: metadata, SHA-256
-manifest and all. What is no tensor (prompt position, prefix policy, ledger, ...) lies beside it in
-``run_state.json``, covered by the same manifest.
+A checkpoint is written to ``step_00000012.partial`` and renamed when it is whole: metadata,
+manifest of sums and all. What is no tensor (prompt position, prefix policy, ledger, ...) lies
+beside it in ``run_state.json``, covered by the same manifest.
 """
 
 import functools

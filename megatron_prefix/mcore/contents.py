@@ -94,6 +94,15 @@ def check_manifest(step: Path, on_bytes: OnBytes = lambda size: None) -> int:
     return len(json.loads((step / MANIFEST).read_text())["files"])
 
 
+def verify(step: Path) -> int:
+    """``check_manifest`` under a progress bar."""
+    from megatron_prefix.mcore.progress_bar import byte_progress
+
+    size = sum(file.stat().st_size for file in step.iterdir() if file.name != MANIFEST)
+    with byte_progress("verifying", size, show=(step / MANIFEST).is_file()) as advance:
+        return check_manifest(step, advance)
+
+
 def find_contents(path: Path) -> Path:
     """``path`` where it is a Hugging Face folder, else the step's folder in it; ValueError where
     it is neither."""
@@ -153,7 +162,7 @@ def _describe_megatron(step: Path, checksums: bool) -> dict[str, Any]:
 
 
 def _checksums(step: Path) -> str:
-    verified = check_manifest(step)
+    verified = verify(step)
     return f"{verified} files verified" if verified else "none were saved"
 
 

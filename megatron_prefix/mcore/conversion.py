@@ -5,7 +5,9 @@ read, turned and written, then the next. A process holds one unit at a time, a f
 Output goes into files of at most SHARD_BYTES, which several processes share.
 """
 
+import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from megatron_prefix.mcore.fp8_blocks import E4M3, quantized
 from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.hf_map.units import Unit
 
+PROCESSES = 8  # that a conversion takes by itself at most: disks are slower than more of them
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": E4M3}
 
 
@@ -34,7 +37,7 @@ class Conversion:
     hf: HfModel  # gives config and tokenizer; to Megatron, the weights too
     output: Path
     dtype: str  # bf16 | fp32; from Megatron, fp8 too
-    ranks: int = 1  # processes, each started by this one
+    ranks: int = 1  # processes, each started by this one; 0: see ``processes``
     shard_bytes: int = SHARD_BYTES
     crew: Crew = Crew()  # or processes that torchrun started
 
@@ -52,25 +55,47 @@ class Conversion:
         dtype = DTYPES[self.dtype]
         return torch.bfloat16 if dtype == E4M3 and not quantized(unit, self.hf) else dtype
 
+    @functools.cached_property
     def files(self) -> list[list[Unit]]:
-        """The units of each file, in the model's order."""
+        """The units of each file, in the model's order.
+
+        Where there is more than one file, they are of like size, and PROCESSES of them or a
+        multiple: as many processes have the same to do.
+        """
+        count = -(-self.bytes // self.shard_bytes)
+        like = self.bytes / (count if count == 1 else -(-count // PROCESSES) * PROCESSES)
         files: list[list[Unit]] = []
-        filled = 0
+        filled = before = 0
         for unit in self.hf.units:
-            size = torch.Size(unit.shape).numel() * self.dtype_of(unit).itemsize
+            size = self.bytes_of(unit)
             within = unit.stacked > 0 and unit.expert > 0  # a stack is one tensor of one file
-            if not files or filled + size * (unit.stacked or 1) > self.shard_bytes and not within:
+            too_much = filled + size * (unit.stacked or 1) > self.shard_bytes
+            if not files or (before >= like * len(files) or too_much) and not within:
                 files.append([])
                 filled = 0
             files[-1].append(unit)
             filled += size
+            before += size
         return files
+
+    @property
+    def processes(self) -> int:
+        """``ranks``; where that is 0, one for each core, while there is a file for each. Each holds
+        two of its files' largest tensor, all together no more than two files' bytes. One of
+        torchrun's is one."""
+        if self.ranks or self.crew.size > 1:
+            return max(1, self.ranks)
+        largest = sorted((max(map(self.bytes_of, units)) for units in self.files), reverse=True)
+        room = sum(held <= self.shard_bytes for held in itertools.accumulate(largest))
+        return max(1, min(PROCESSES, len(os.sched_getaffinity(0)), room))
+
+    def bytes_of(self, unit: Unit) -> int:
+        return torch.Size(unit.shape).numel() * self.dtype_of(unit).itemsize
 
     @property
     def bytes(self) -> int:
         """Of what is written, without FP8's scales."""
-        units = self.hf.units
-        return sum(torch.Size(u.shape).numel() * self.dtype_of(u).itemsize for u in units)
+        return sum(map(self.bytes_of, self.hf.units))
 
 
 @dataclass
@@ -89,7 +114,8 @@ FileWork = Callable[[int, Share, OnBytes], None]  # the file's number
 
 def run_files(job: Conversion, work: FileWork, on_bytes: OnBytes) -> list[Share]:
     """Every file by one of the processes; all their shares, in each of torchrun's."""
-    count, processes = len(job.files()), job.ranks * job.crew.size
+    count, here = len(job.files), job.processes
+    processes = here * job.crew.size
 
     def share_of(rank: int, told: OnBytes) -> Share:
         share = Share()
@@ -98,8 +124,8 @@ def run_files(job: Conversion, work: FileWork, on_bytes: OnBytes) -> list[Share]
         share.memory = ()  # a share travels between processes
         return share
 
-    assert job.ranks == 1 or job.crew.size == 1, job
-    of_all = job.crew.each(lambda: run_forked(job.ranks, share_of, on_bytes))
+    assert here == 1 or job.crew.size == 1, job
+    of_all = job.crew.each(lambda: run_forked(here, share_of, on_bytes))
     shares = [share for of_one in of_all for share in of_one]
     if names := sorted({name for share in shares for name in share.not_finite}):
         raise ValueError(f"values that are not finite in {len(names)} tensors: {', '.join(names)}")

@@ -83,7 +83,7 @@ def _by_unit(
 def _load_all(
     job: Conversion, source: DistReader, number: int, share: Share, on_bytes: OnBytes
 ) -> None:
-    for _, tensor in _unpacked(job, source, job.files()[number], share):
+    for _, tensor in _unpacked(job, source, job.files[number], share):
         on_bytes(tensor.nbytes)
 
 
@@ -95,7 +95,7 @@ def _write_hf(
     share: Share,
     on_bytes: OnBytes,
 ) -> None:
-    files = job.files()
+    files = job.files
     tensors = _unpacked(job, source, files[number], share)
     write_tensors(
         folder / _file_name(number, len(files)), _shapes(job, files[number]), tensors, on_bytes
@@ -119,7 +119,7 @@ def _shapes(job: Conversion, units: Sequence[Unit]) -> Shapes:
 
 def _finish_hf(job: Conversion, folder: Path) -> None:
     """The index, the config and what goes along."""
-    files = job.files()
+    files = job.files
     shapes = [_shapes(job, units) for units in files]
     total = sum(
         torch.Size(shape).numel() * dtype.itemsize

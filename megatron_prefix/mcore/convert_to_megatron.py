@@ -69,7 +69,7 @@ def _packed(
 
 
 def _read_all(job: Conversion, number: int, share: Share, on_bytes: OnBytes) -> None:
-    for _, packed in _packed(job, HfReader(job.hf.path), job.files()[number], share):
+    for _, packed in _packed(job, HfReader(job.hf.path), job.files[number], share):
         on_bytes(packed.nbytes)
 
 
@@ -79,7 +79,7 @@ def _write_dist(job: Conversion, step: Path, number: int, share: Share, on_bytes
         if number == 0:
             share.common = file.add_common()
         with Behind() as behind:
-            for unit, packed in _packed(job, HfReader(job.hf.path), job.files()[number], share):
+            for unit, packed in _packed(job, HfReader(job.hf.path), job.files[number], share):
                 if share.not_finite:  # nothing will be kept; go on for the other names
                     continue
                 behind.submit(_add_unit, file, place_of(unit, job.hf), packed)

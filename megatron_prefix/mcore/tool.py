@@ -66,8 +66,9 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks",
         type=int,
-        default=1,
-        help="processes on this machine that share the files (default: 1); on several machines "
+        default=0,
+        help="processes on this machine that share the files (default: one for each core, 8 at "
+        "most, while two of the largest tensors in each take 8 GiB together); on several machines "
         "start this script by torchrun instead, with OUTPUT on a disk that all of them see",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT once whole")
@@ -106,8 +107,8 @@ def gib(size: float) -> str:
 
 
 def check_ranks(ranks: int, torchrun_ranks: int = 1) -> None:
-    if ranks < 1:
-        raise ValueError(f"--ranks {ranks} must be 1 or more")
+    if ranks < 0:
+        raise ValueError(f"--ranks {ranks} must be 1 or more; leave it out for one a core")
     if ranks > 1 and torchrun_ranks > 1:
         raise ValueError(
             f"--ranks {ranks} under torchrun with {torchrun_ranks} processes; leave --ranks out, "

@@ -179,7 +179,7 @@ def test_several_processes_share_the_files(model: Path, tmp_path: Path) -> None:
     job = small_files(model, tmp_path / "megatron", "fp32", 2)
     hf_to_megatron(job, sizes.append)
     step = tmp_path / "megatron" / STEP_FOLDER
-    assert len(list(step.glob("*.distcp"))) == len(job.files()) > 2
+    assert len(list(step.glob("*.distcp"))) == len(job.files) > 2
     assert sum(sizes) >= job.bytes  # and the vocabulary's padding
     assert check_manifest(step) == len(list(step.iterdir())) - 1
     back = small_files(model, tmp_path / "back", "fp32", 2)
@@ -307,7 +307,7 @@ def test_another_models_config_is_refused_by_name(
         (["--checkpoint", "model"], "--checkpoint model holds no step_* folder"),
         (["--checkpoint", "megatron", "--step", "7"], "--step 7 is not in"),
         (["--checkpoint", f"megatron/{STEP_FOLDER}", "--step", "7"], "--step 7 is not megatron/"),
-        (["--checkpoint", "megatron", "--ranks", "0"], "--ranks 0 must be 1 or more"),
+        (["--checkpoint", "megatron", "--ranks", "-1"], "--ranks -1 must be 1 or more"),
     ],
 )
 def test_arguments_that_cannot_be(

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def there_and_back(folder: Path) -> tuple[int, list[int], list[str]]:
         hf_to_megatron(bad, sizes.append)
     except ValueError as error:
         told.append(str(error))
-    return len(job.files()), sizes, told
+    return len(job.files), sizes, told
 
 
 def test_ranks_share_the_files_and_the_errors(model: Path, tmp_path: Path) -> None:
@@ -97,6 +98,40 @@ def seen_by_the_first_alone(model: Path, output: Path) -> int:
     """A model that the second rank, on another machine, does not see."""
     rank = int(os.environ["RANK"])
     return to_megatron(model if rank == 0 else Path(f"{output}-{rank}"), output)
+
+
+def layered(folder: Path, output: Path, **settings: Any) -> Conversion:
+    """A model of 16 layers, each of which has two large tensors."""
+    path = write_tiny_qwen3(folder, vocab_size=265, num_hidden_layers=16)
+    return Conversion(read_hf_model(str(path)), output, "bf16", ranks=0, **settings)
+
+
+def test_files_are_of_like_size_and_processes_share_them_evenly(tmp_path: Path) -> None:
+    job = layered(tmp_path / "model", tmp_path, shard_bytes=100_000)
+    sizes = [sum(map(job.bytes_of, units)) for units in job.files]
+    assert len(sizes) == 16 and sum(sizes) == job.bytes > 8 * 100_000
+    assert max(sizes) < 1.5 * min(sizes)
+    assert [unit for units in job.files for unit in units] == list(job.hf.units)
+    (one,) = layered(tmp_path / "model", tmp_path).files
+    assert len(one) == len(job.hf.units)
+
+
+@pytest.mark.parametrize(
+    ("cores", "shard_bytes", "processes"),
+    [(1, 400_000, 1), (3, 400_000, 3), (64, 400_000, 8), (64, 100_000, 3), (64, 4 * 2**30, 1)],
+    ids=["one core", "cores", "eight", "room", "one file"],
+)
+def test_processes_are_as_many_as_cores_files_and_memory_allow(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    shard_bytes: int,
+    processes: int,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    job = layered(tmp_path / "model", tmp_path, shard_bytes=shard_bytes)
+    assert job.processes == processes
+    assert replace(job, crew=Crew(0, 2)).processes == 1
 
 
 def test_a_file_that_does_not_keep_its_bytes_is_noticed() -> None:

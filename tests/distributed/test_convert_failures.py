@@ -127,7 +127,7 @@ def test_a_flipped_bit_is_found(
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
-    check_refused(capfd, to_hf(tmp_path / "megatron", tmp_path / "out"), "does not verify", "hash")
+    check_refused(capfd, to_hf(tmp_path / "megatron", tmp_path / "out"), "does not verify", "sum")
     check_refused(capfd, run_tool("inspect_checkpoint", tmp_path / "megatron"), "does not verify")
 
 

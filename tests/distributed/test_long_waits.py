@@ -28,7 +28,7 @@ from tests.distributed.test_checkpoint import case, in_layout
 from tests.distributed.world import Case, World, rollouts
 
 __all__ = ["case"]  # the fixture
-TIMEOUT_S, LONG_S = 4.0, 7.0
+TIMEOUT_S, LONG_S = 6.0, 9.0
 TICK_S = 0.2
 
 
