@@ -37,13 +37,13 @@ class HfFolder:
     problems: tuple[str, ...] = ()  # of tensors, by their headers alone; tensor_problems has more
 
 
-def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
+def read_hf_folder(hf_path: str, owner: str, *, only_to_look: bool = False) -> HfFolder:
     """Config and tensor table of ``hf_path``; ``owner`` ("student", "teacher") is for messages.
 
     ValueError for a folder that is missing, without weights, incomplete, truncated, pickled, or
-    quantised in another way than DeepSeek's FP8 or GPT-OSS's MXFP4; a student must not be quantised
-    at all. A weight in MXFP4 counts as one tensor. Whether the tensors are what they must be is for
-    :func:`check_tensors`.
+    quantised in another way than DeepSeek's FP8 or GPT-OSS's MXFP4, which is all the same where it
+    is ``only_to_look``; a student must not be quantised at all. A weight in MXFP4 counts as one
+    tensor. Whether the tensors are what they must be is for :func:`check_tensors`.
     """
     if not hf_path:
         raise ValueError(f"{owner}.hf_path is not set; give the folder of a checkpoint")
@@ -57,7 +57,9 @@ def read_hf_folder(hf_path: str, owner: str) -> HfFolder:
             f"{where} is no folder; a model of the hub is fetched with "
             f"`hf download {name} --local-dir {folder}`"
         )
-    config = _read_config(path, where, owner)
+    config = _read_config(path, where)
+    if not only_to_look:
+        _check_quantization(config.get("quantization_config") or {}, where, owner)
     tensors, problems = _join_mxfp4(tensor_table(path, where))
     problems += [
         f"{name} is {entry.dtype}, not one of {', '.join(DTYPES)}"
@@ -148,15 +150,22 @@ def _join_mxfp4(
     return joined, problems
 
 
-def _read_config(path: Path, where: str, owner: str) -> dict[str, Any]:
+def _read_config(path: Path, where: str) -> dict[str, Any]:
     config = read_json(path / "config.json", where)
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures):
         raise ValueError(f"{where}: config.json names no architecture; add `architectures`")
-    quantization = config.get("quantization_config") or {}
-    method = quantization.get("quant_method")
-    known = method == "mxfp4"
-    known = known or method == "fp8" and quantization.get("weight_block_size") == [BLOCK, BLOCK]
+    return config
+
+
+def is_readable(quantization: Mapping[str, Any]) -> bool:
+    """Whether weights of config.json's ``quantization_config`` can be dequantised here."""
+    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+    return method == "mxfp4" or method == "fp8" and block == [BLOCK, BLOCK]
+
+
+def _check_quantization(quantization: Mapping[str, Any], where: str, owner: str) -> None:
+    method, known = quantization.get("quant_method"), is_readable(quantization)
     if known and owner == "student":
         raise ValueError(
             f"{where} is in {str(method).upper()}, and a student trains in bf16 or fp32; "
@@ -171,7 +180,6 @@ def _read_config(path: Path, where: str, owner: str) -> dict[str, Any]:
             f"checkpoint before quantisation, or one in mxfp4 or in fp8 with blocks of {BLOCK} x "
             f"{BLOCK}"
         )
-    return config
 
 
 def check_sizes(folder: HfFolder, owner: str) -> None:

@@ -33,6 +33,12 @@ class Layout:
         return self.tp * self.replicas * self.pp
 
     @property
+    def record(self) -> dict[str, int]:
+        """What a checkpoint keeps of it; JSON-ready."""
+        own = {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}
+        return own | {"ep": self.ep, "etp": self.expert_tp}
+
+    @property
     def replicas(self) -> int:
         """Ranks that hold the same dense parameters."""
         return self.cp * self.dp

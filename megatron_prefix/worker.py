@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -23,9 +24,16 @@ import torch.distributed as dist
 
 from megatron_prefix.config import Recipe
 from megatron_prefix.exit_codes import DONE, FAILED, PORT_TAKEN, SAVED
+from megatron_prefix.orders import order_group
 from megatron_prefix.recipe import load_record
+from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.run_files.log import setup_logging
-from megatron_prefix.teachers.server_files import ServerFiles, add_server_arguments, servers_of
+from megatron_prefix.teachers.server_files import (
+    FoundServers,
+    ServerFiles,
+    add_server_arguments,
+    servers_of,
+)
 
 logger = logging.getLogger("megatron_prefix.worker")  # this file runs as __main__
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -89,20 +97,32 @@ def _train(recipe: Recipe, folder: Path, servers: ServerFiles, stop: StopFlag) -
     started_s = time.time() - psutil.Process().create_time()
     logger.info("the rank took %.1f s to start", started_s)
     _join_world(recipe)
-    # Rank 0 alone looks for servers, and alone talks to those of the rollouts.
-    found = servers.find(recipe, stop) if dist.get_rank() == 0 else None
-    teachers = [found.teachers if found else None]
-    dist.broadcast_object_list(teachers, src=0)
-    if teachers[0] is None:  # a signal came first; nothing is lost
+    limit = timedelta(seconds=recipe.run.distributed_timeout_s)
+    rollouts, teachers = share_servers(lambda: servers.find(recipe, stop), limit)
+    if teachers is None:  # a signal came first; nothing is lost
         dist.destroy_process_group()
         return SAVED
-    endpoints = found.rollouts if found else []
-    with assemble(recipe, folder, endpoints, stop, teachers[0]) as share:
+    with assemble(recipe, folder, rollouts, stop, teachers) as share:
         keep_out_of_collections()
         finished = share.train()
     dist.barrier()
     dist.destroy_process_group()
     return DONE if finished else SAVED
+
+
+def share_servers(
+    find: Callable[[], FoundServers | None], timeout: timedelta
+) -> tuple[list[Endpoint], Mapping[str, list[Endpoint]] | None]:
+    """Those of the rollouts, on rank 0, which alone talks to them and alone looks for servers; and
+    those of the teachers by domain, on every rank: None where ``find`` found nothing.
+
+    The others wait for as long as it looks, ``timeout`` is for their meeting before. Collective.
+    """
+    group = order_group(timeout)
+    found = find() if dist.get_rank() == 0 else None
+    teachers = [found.teachers if found else None]
+    dist.broadcast_object_list(teachers, src=0, group=group)
+    return (found.rollouts if found else []), teachers[0]
 
 
 def keep_out_of_collections() -> None:

@@ -238,9 +238,8 @@ class Checkpointer:
             logger.info("the checkpoint has another layout: random states start anew")
         return Restored(folder, run_state["step"], run_state)
 
-    def layout_record(self) -> list[int]:
-        layout = self._student.model.groups.layout
-        return [layout.tp, layout.replicas, layout.pp]
+    def layout_record(self) -> dict[str, int]:
+        return self._student.model.groups.layout.record
 
     def _sharded_state(
         self, *, is_loading: bool, with_rng: bool = True

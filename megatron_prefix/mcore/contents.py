@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_prefix.hf_folder import HfFolder, read_hf_folder, tensor_problems
+from megatron_prefix.hf_folder import HfFolder, is_readable, read_hf_folder, tensor_problems
 from megatron_prefix.mcore.dist_keys import VOCABULARY
 from megatron_prefix.mcore.hf_map import FAMILIES
 from megatron_prefix.mcore.hf_map.units import hf_tensors
@@ -113,19 +113,25 @@ def describe(path: Path, *, checksums: bool = True) -> dict[str, Any]:
     """What is in ``path``, JSON-ready, for either kind. ValueError where it is neither."""
     found = find_contents(path)
     if (found / "config.json").is_file():
-        return _describe_hf(read_hf_folder(str(found), "model"))
+        return _describe_hf(read_hf_folder(str(found), "model", only_to_look=True))
     return _describe_megatron(found, checksums)
 
 
 def _describe_hf(folder: HfFolder) -> dict[str, Any]:
     architecture = folder.config["architectures"][0]
-    supported = architecture in FAMILIES
+    quantization = folder.config.get("quantization_config") or {}
+    readable = not quantization or is_readable(quantization)
+    supported = architecture in FAMILIES and readable
     sizes = {entry.file: entry.file.stat().st_size for entry in folder.tensors.values()}
     found: dict[str, Any] = {
         "kind": "Hugging Face",
         "family": architecture,
         "supported": supported,
-        "parameters": sum(prod(entry.shape) for entry in folder.tensors.values()),
+        "quantization": quantization.get("quant_method", "none"),
+        # Of weights that are packed in another way, sizes say little.
+        "parameters": sum(prod(entry.shape) for entry in folder.tensors.values())
+        if readable
+        else "unknown",
         "tensors": len(folder.tensors),
         "precision": dict(Counter(entry.dtype for entry in folder.tensors.values())),
         "files": len(sizes),
@@ -141,14 +147,13 @@ def _describe_hf(folder: HfFolder) -> dict[str, Any]:
 
 def _describe_megatron(step: Path, checksums: bool) -> dict[str, Any]:
     saved = read_step(step)
-    layout = saved.run_state.get("layout")
     files = [file for file in step.rglob("*") if file.is_file()]
     return {
         "kind": "Megatron",
         "family": _family(step),
         "step": saved.run_state["step"],
         "policy_version": saved.run_state.get("policy_version"),
-        "layout": dict(zip(("tp", "dp", "pp"), layout[:3], strict=True)) if layout else None,
+        "layout": saved.run_state.get("layout"),
         "parameters": saved.parameters,
         "tensors": len(saved.weights),
         "precision": dict(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_prefix.layout import Layout
 from megatron_prefix.mcore.checked_files import Behind
 from megatron_prefix.mcore.conversion import (
     DTYPES,
@@ -108,7 +109,8 @@ def _finish_step(step: Path, shares: Sequence[Share]) -> None:
     """The table, the run's state and the manifest."""
     common = next(share.common for share in shares if share.common is not None)
     write_table(step, [block for share in shares for block in share.written], common)
-    state = {"step": 0, "weights_only": True, "policy_version": 0, "layout": [1, 1, 1]}
+    state: dict[str, object] = {"step": 0, "weights_only": True, "policy_version": 0}
+    state["layout"] = Layout(tp=1, dp=1, pp=1).record
     (step / "run_state.json").write_text(json.dumps(state, indent=1))
     sums = {name: value for share in shares for name, value in share.sums.items()}
     write_manifest(step, sums)

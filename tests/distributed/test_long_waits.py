@@ -22,7 +22,10 @@ from megatron_prefix.mcore.manifest import OnBytes, damage
 from megatron_prefix.mcore.sealing import Tell
 from megatron_prefix.mcore.step_folders import saved_steps
 from megatron_prefix.orders import Order, order_group, share_order, share_words
+from megatron_prefix.rollout.client import Endpoint
 from megatron_prefix.teachers.loop import TeacherLoop
+from megatron_prefix.teachers.server_files import FoundServers
+from megatron_prefix.worker import share_servers
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import case, in_layout
 from tests.distributed.world import Case, World, rollouts
@@ -30,6 +33,7 @@ from tests.distributed.world import Case, World, rollouts
 __all__ = ["case"]  # the fixture
 TIMEOUT_S, LONG_S = 6.0, 9.0
 TICK_S = 0.2
+SERVER = Endpoint("http://127.0.0.1:1")
 
 
 def long(tell: Callable[[], object], seconds: float = LONG_S) -> None:
@@ -107,6 +111,23 @@ def test_a_rank_0_that_is_stopped_is_found_by_those_that_wait(tmp_path: Path) ->
     with pytest.raises(RuntimeError, match=rf"exit codes by rank: \[None, .*{HUNG}"):
         run_ranks(3, run, tmp_path, lambda tell: stopped())
     assert "without a word, stopped or gone: rank 0" in hang_report(tmp_path)
+
+
+def look_for_servers(teachers: dict[str, list[Endpoint]] | None) -> Any:
+    """What a rank is told of servers that rank 0 finds after more than the ranks' timeout."""
+    dist.set_timeout(timedelta(seconds=TIMEOUT_S))
+
+    def find() -> FoundServers | None:
+        time.sleep(LONG_S)
+        return None if teachers is None else FoundServers([SERVER], teachers)
+
+    return share_servers(find, timedelta(seconds=TIMEOUT_S))
+
+
+def test_rank_0_may_take_its_time_to_find_servers() -> None:
+    told = run_ranks(2, look_for_servers, {"math": [SERVER]})
+    assert told == [([SERVER], {"math": [SERVER]}), ([], {"math": [SERVER]})]
+    assert run_ranks(2, look_for_servers, None) == [([], None), ([], None)]
 
 
 def save_and_restore(
