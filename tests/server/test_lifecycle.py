@@ -8,8 +8,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -36,15 +34,9 @@ from megatron_prefix.rollout.server import (
     start_server,
     wait_healthy,
 )
+from tests.server.processes import wait_until
 
 CPU = RolloutConfig(device="cpu")
-
-
-def wait_until(true: Callable[[], bool], timeout_s: float = 120.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return true()
 
 
 def running(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -166,7 +158,7 @@ def test_nothing_is_left_when_the_parent_is_killed(model_folder: Path, tmp_path:
         family = [main, *main.children(recursive=True)]
         assert len(running(family)) >= 4
         parent.send_signal(signal.SIGKILL)
-    assert wait_until(lambda: not running(family), timeout_s=20.0), running(family)
+    assert wait_until(lambda: not running(family), seconds=20.0), running(family)
 
 
 GUARD = [sys.executable, "-I", guard.__file__]
@@ -196,7 +188,7 @@ def test_the_guard_ends_with_the_command_and_takes_all_of_it_along() -> None:
         child = psutil.Process(int(process.stdout.readline()))
         assert process.stdout.read() == "exit code 3\n"
     assert process.returncode == -signal.SIGKILL
-    assert wait_until(lambda: not running([child]), timeout_s=10.0)
+    assert wait_until(lambda: not running([child]), seconds=10.0)
 
 
 def test_the_guard_passes_a_sigterm_on() -> None:

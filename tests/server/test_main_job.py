@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from megatron_prefix.data.tokenizers import load_tokenizer, write_byte_tokenizer
 from megatron_prefix.evaluation.evaluate import evaluate
 from megatron_prefix.types import Prompt, Rollout
 from tests.server.by_transformers import greedy_rollout
+from tests.server.processes import children_of, wait_until
 from tests.tiny_models import write_tiny_qwen3
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -29,30 +30,9 @@ END = 261
 BYTES = {"vocab_size": 264, "eos_token_id": END, "bos_token_id": None, "pad_token_id": None}
 
 
-def children_of(name: str) -> list[str]:
-    """Command lines of living processes that mention ``name``."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:  # it ended meanwhile
-                continue
-            if name in words:
-                found.append(words)
-    return found
-
-
 def left(marker: str, job: "Job") -> list[str]:
     """What still lives of ``job``: its processes, or its servers."""
     return children_of(marker) + children_of(str(job.student))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
 
 
 class Job:
