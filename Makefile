@@ -10,11 +10,12 @@ unexport PYTHONDONTWRITEBYTECODE
 
 TEST_PARTS := test-servers test-slurm test-ranks test-units
 
-.PHONY: help env quickstart test $(TEST_PARTS) lint format bench gpu-test gpu-bench
+.PHONY: help env quickstart test test-again $(TEST_PARTS) lint format bench gpu-test gpu-bench
 
 help:
 	@echo "make quickstart   run the main job on this machine, without a GPU; results in runs/quickstart"
 	@echo "make test         run the tests; those that need a GPU are skipped where there is none"
+	@echo "make test-again   once more those that failed in the last make test"
 	@echo "make test-servers, test-slurm, test-ranks, test-units   a part of them each"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite the files, and renew the tables of docs/configuration.md"
@@ -30,30 +31,38 @@ quickstart: env
 	$(PYTHON) tools/quickstart.py
 
 # Half of the time the tests wait: for servers, for Slurm, for a hang to be noticed. So two parts
-# run side by side, the longest first, each one's output shown when it has ended.
+# run side by side, the longest first, each one's output shown when it has ended. Together they
+# sometimes miss a deadline that they keep alone: what failed runs once more then, one by one.
 test: env
-	@$(MAKE) --no-print-directory -j2 -k -O $(TEST_PARTS)
+	@$(MAKE) --no-print-directory -j2 -k -O $(TEST_PARTS) || $(MAKE) --no-print-directory test-again
 
-# Servers, nodes and ranks that share two cores sometimes miss a deadline that they keep when alone.
-# So what fails here runs once more, by itself; the first failure stays in the output.
-AGAIN := --last-failed --last-failed-no-failures none
-define pytest_twice
-	$(PYTHON) -m pytest $(1) -o cache_dir=.pytest_cache/$@ || { test $$? -eq 1 && \
-	  echo "== $@: what failed runs once more, by itself" && \
-	  $(PYTHON) -m pytest $(1) -o cache_dir=.pytest_cache/$@ $(AGAIN); }
+# Each part keeps which of its tests failed, and pytest's exit code: 1 where tests failed, more
+# where it could not run them.
+define run_part
+	@mkdir -p .pytest_cache/$@ && rm -f .pytest_cache/$@/code
+	@$(PYTHON) -m pytest $(1) -o cache_dir=.pytest_cache/$@; \
+	  code=$$?; echo $$code >.pytest_cache/$@/code; exit $$code
 endef
 
+test-again: env
+	@for part in $(TEST_PARTS); do case $$(cat .pytest_cache/$$part/code) in \
+	  0) ;; \
+	  1) echo "== $$part: what failed runs once more, by itself"; \
+	     $(PYTHON) -m pytest --last-failed -o cache_dir=.pytest_cache/$$part || exit 1 ;; \
+	  *) exit 1 ;; \
+	esac; done
+
 test-servers: env
-	$(call pytest_twice,tests/server)
+	$(call run_part,tests/server)
 
 test-slurm: env
-	$(call pytest_twice,tests/slurm)
+	$(call run_part,tests/slurm)
 
 test-ranks: env
-	$(call pytest_twice,tests/distributed)
+	$(call run_part,tests/distributed)
 
 test-units: env
-	$(PYTHON) -m pytest tests/unit tests/gpu
+	$(call run_part,tests/unit tests/gpu)
 
 lint: env
 	$(PYTHON) -m ruff check

@@ -91,7 +91,7 @@ def one_save(kind: str, saver: "Checkpointer", folder: Path, step: int) -> Row:
     from megatron_prefix.mcore.step_folders import step_folder
 
     start = time.perf_counter()
-    saver.save(step, {"layout": [1, 1, 1]})
+    saver.save(step, {"layout": saver.layout_record()})
     pause = time.perf_counter() - start
     while not step_folder(folder, step).exists():
         time.sleep(STEP_S)

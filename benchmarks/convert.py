@@ -6,8 +6,8 @@ flushed to the disk as a conversion is, and with the verification of the checkpo
 GB/s are of the model's bytes; the converters also look for values that are not finite, read back,
 compare and hash. The peak is the private memory that a conversion's processes took together beyond
 what they began with, looked at every 20 ms. Each begins after a file of the model's size was
-removed: on a virtual machine memory that has been free for a while is slow to come back, and none
-shall profit from what another freed. Prints a table; asserts nothing.
+removed, for on a virtual machine memory that has been free for a while is slow to come back.
+Prints a table; asserts nothing.
 """
 
 import argparse

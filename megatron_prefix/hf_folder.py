@@ -41,9 +41,9 @@ def read_hf_folder(hf_path: str, owner: str, *, only_to_look: bool = False) -> H
     """Config and tensor table of ``hf_path``; ``owner`` ("student", "teacher") is for messages.
 
     ValueError for a folder that is missing, without weights, incomplete, truncated, pickled, or
-    quantised in another way than DeepSeek's FP8 or GPT-OSS's MXFP4, which is all the same where it
-    is ``only_to_look``; a student must not be quantised at all. A weight in MXFP4 counts as one
-    tensor. Whether the tensors are what they must be is for :func:`check_tensors`.
+    quantised in another way than DeepSeek's FP8 or GPT-OSS's MXFP4 (not with ``only_to_look``); a
+    student must not be quantised at all. A weight in MXFP4 counts as one tensor. Whether the
+    tensors are what they must be is for :func:`check_tensors`.
     """
     if not hf_path:
         raise ValueError(f"{owner}.hf_path is not set; give the folder of a checkpoint")

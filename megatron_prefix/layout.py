@@ -7,12 +7,21 @@ expert parallel, expert data parallel.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_prefix.config import ModelConfig
 
 # Rows of a vocabulary shard are a multiple of this: 16 bytes in bf16, what tensor cores want.
 VOCAB_ALIGNMENT = 8
+
+
+def saved_layout(state: Mapping[str, Any]) -> dict[str, int]:
+    """A checkpoint's :attr:`Layout.record`, out of its run state; of older ones, which had a list,
+    without what that did not say."""
+    saved = state.get("layout") or {}
+    return saved if isinstance(saved, dict) else dict(zip(("tp", "dp", "pp"), saved, strict=True))
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,11 @@ class Layout:
         """What a checkpoint keeps of it; JSON-ready."""
         own = {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}
         return own | {"ep": self.ep, "etp": self.expert_tp}
+
+    def was_saved(self, saved: Mapping[str, int]) -> bool:
+        """Whether :func:`saved_layout` is this one's."""
+        own = self.record
+        return bool(saved) and saved == {name: own[name] for name in saved}
 
     @property
     def replicas(self) -> int:

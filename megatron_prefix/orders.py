@@ -80,13 +80,14 @@ def microbatches(
     )
 
 
-def order_group(timeout: timedelta) -> dist.ProcessGroup:
+def order_group(timeout: timedelta, longest: timedelta = _LONGEST_ORDER) -> dist.ProcessGroup:
     """A gloo group of the world, made within ``timeout``, in which rank 0 may take its time: a wait
-    for it ends with its process, or by the watchdogs. Collective over the world."""
+    for it ends after ``longest``, and before that with its process, or by the watchdogs. Collective
+    over the world."""
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member
     # torch 2.11 has no public name for it.
-    group._get_backend(torch.device("cpu"))._set_default_timeout(_LONGEST_ORDER)
+    group._get_backend(torch.device("cpu"))._set_default_timeout(longest)
     return group
 
 

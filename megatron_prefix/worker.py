@@ -32,6 +32,7 @@ from megatron_prefix.teachers.server_files import (
     FoundServers,
     ServerFiles,
     add_server_arguments,
+    longest_look_s,
     servers_of,
 )
 
@@ -97,8 +98,9 @@ def _train(recipe: Recipe, folder: Path, servers: ServerFiles, stop: StopFlag) -
     started_s = time.time() - psutil.Process().create_time()
     logger.info("the rank took %.1f s to start", started_s)
     _join_world(recipe)
-    limit = timedelta(seconds=recipe.run.distributed_timeout_s)
-    rollouts, teachers = share_servers(lambda: servers.find(recipe, stop), limit)
+    limit_s = recipe.run.distributed_timeout_s
+    longest_s = limit_s + longest_look_s(recipe)
+    rollouts, teachers = share_servers(lambda: servers.find(recipe, stop), limit_s, longest_s)
     if teachers is None:  # a signal came first; nothing is lost
         dist.destroy_process_group()
         return SAVED
@@ -111,14 +113,14 @@ def _train(recipe: Recipe, folder: Path, servers: ServerFiles, stop: StopFlag) -
 
 
 def share_servers(
-    find: Callable[[], FoundServers | None], timeout: timedelta
+    find: Callable[[], FoundServers | None], timeout_s: float, longest_s: float
 ) -> tuple[list[Endpoint], Mapping[str, list[Endpoint]] | None]:
     """Those of the rollouts, on rank 0, which alone talks to them and alone looks for servers; and
     those of the teachers by domain, on every rank: None where ``find`` found nothing.
 
-    The others wait for as long as it looks, ``timeout`` is for their meeting before. Collective.
+    The ranks meet within ``timeout_s``, and the others wait ``longest_s`` for it. Collective.
     """
-    group = order_group(timeout)
+    group = order_group(timedelta(seconds=timeout_s), timedelta(seconds=longest_s))
     found = find() if dist.get_rank() == 0 else None
     teachers = [found.teachers if found else None]
     dist.broadcast_object_list(teachers, src=0, group=group)

@@ -1,8 +1,8 @@
 """Turns a Hugging Face folder into a Megatron distributed checkpoint of its weights.
 
 OUTPUT gets step_00000000/ (the checkpoint, with a manifest of sums) and hf/ (config, tokenizer).
-It loads into any layout. FP8 weights with blocks of 128 x 128 (DeepSeek's) are dequantised. One
-tensor is in memory at a time; every one is looked at, and what was written is read back and
+It loads into any layout. FP8 weights with blocks of 128 x 128 (DeepSeek's) are dequantised. A
+process holds one tensor at a time; every one is looked at, and what was written is read back and
 compared bit for bit before OUTPUT takes its place.
 """
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 PIECE = 2**19  # bytes: few enough that a piece is in the caches still when it is read back
 _ALIGNED = 64
-_BEGUN = 2**25  # bytes after which the kernel starts to put them on the disk
+_BEGIN_EVERY = 2**25  # bytes after which the kernel starts to put them on the disk
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h: begin, and do not wait
 _libc = ctypes.CDLL(None)
 _sync_file_range = _libc.sync_file_range
@@ -101,7 +101,7 @@ class CheckedFile:
 
     def _begin(self) -> None:
         """Where the kernel cannot, the flush at the end does all of it."""
-        if (size := self._in_file - self._begun) >= _BEGUN:
+        if (size := self._in_file - self._begun) >= _BEGIN_EVERY:
             _sync_file_range(self._file.fileno(), self._begun, size, _SYNC_FILE_RANGE_WRITE)
             self._begun = self._in_file
 

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prefix.config import CheckpointConfig
+from megatron_prefix.layout import saved_layout
 from megatron_prefix.mcore.fp8 import allowing_pickled_scales
 from megatron_prefix.mcore.manifest import RUN_STATE, damage
 from megatron_prefix.mcore.optimizer import TrainableStudent
@@ -222,7 +223,8 @@ class Checkpointer:
 
     def _load(self, folder: Path) -> Restored:
         run_state = json.loads((folder / RUN_STATE).read_text())
-        same_layout = run_state.get("layout") == self.layout_record()
+        layout = self._student.model.groups.layout
+        same_layout = layout.was_saved(saved_layout(run_state))
         wanted, own = self._sharded_state(is_loading=True, with_rng=same_layout)
         state = dist_checkpointing.load(wanted, str(folder))
         with allowing_pickled_scales(self._student.model.config):

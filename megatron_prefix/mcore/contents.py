@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_prefix.hf_folder import HfFolder, is_readable, read_hf_folder, tensor_problems
+from megatron_prefix.layout import saved_layout
 from megatron_prefix.mcore.dist_keys import VOCABULARY
 from megatron_prefix.mcore.hf_map import FAMILIES
 from megatron_prefix.mcore.hf_map.units import hf_tensors
@@ -127,7 +128,7 @@ def _describe_hf(folder: HfFolder) -> dict[str, Any]:
         "kind": "Hugging Face",
         "family": architecture,
         "supported": supported,
-        "quantization": quantization.get("quant_method", "none"),
+        "quantization": quantization.get("quant_method", "unknown") if quantization else "none",
         # Of weights that are packed in another way, sizes say little.
         "parameters": sum(prod(entry.shape) for entry in folder.tensors.values())
         if readable
@@ -153,7 +154,7 @@ def _describe_megatron(step: Path, checksums: bool) -> dict[str, Any]:
         "family": _family(step),
         "step": saved.run_state["step"],
         "policy_version": saved.run_state.get("policy_version"),
-        "layout": saved.run_state.get("layout"),
+        "layout": saved_layout(saved.run_state) or None,
         "parameters": saved.parameters,
         "tensors": len(saved.weights),
         "precision": dict(

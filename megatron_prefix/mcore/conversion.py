@@ -27,6 +27,9 @@ from megatron_prefix.mcore.hf_map import HfModel
 from megatron_prefix.mcore.hf_map.units import Unit
 
 PROCESSES = 8  # that a conversion takes by itself at most: disks are slower than more of them
+# Bytes that a process holds of each value of its largest tensor, about: one is read while another
+# is written, and FP8 is made out of fp32.
+_HELD = {"bf16": 4, "fp32": 8, "fp8": 14}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": E4M3}
 
 
@@ -59,10 +62,13 @@ class Conversion:
     def files(self) -> list[list[Unit]]:
         """The units of each file, in the model's order.
 
-        Where there is more than one file, they are of like size, and PROCESSES of them or a
-        multiple: as many processes have the same to do.
+        Where there is more than one file, they are of like size, as far as tensors let them, and
+        PROCESSES of them or a multiple: as many processes have the same to do.
         """
-        count = -(-self.bytes // self.shard_bytes)
+        # A file is closed before the tensor that is too much: it may lack one tensor.
+        largest = max(self.bytes_of(unit) * (unit.stacked or 1) for unit in self.hf.units)
+        room = max(self.shard_bytes - largest, self.shard_bytes // 2)
+        count = -(-self.bytes // room) if self.bytes > self.shard_bytes else 1
         like = self.bytes / (count if count == 1 else -(-count // PROCESSES) * PROCESSES)
         files: list[list[Unit]] = []
         filled = before = 0
@@ -80,14 +86,16 @@ class Conversion:
 
     @property
     def processes(self) -> int:
-        """``ranks``; where that is 0, one for each core, while there is a file for each. Each holds
-        two of its files' largest tensor, all together no more than two files' bytes. One of
-        torchrun's is one."""
+        """``ranks``; where that is 0, one for each core, while there is a file for each, and they
+        hold about two files' bytes or less together. One of torchrun's is one."""
         if self.ranks or self.crew.size > 1:
             return max(1, self.ranks)
-        largest = sorted((max(map(self.bytes_of, units)) for units in self.files), reverse=True)
-        room = sum(held <= self.shard_bytes for held in itertools.accumulate(largest))
+        held = sorted((max(map(self._held, units)) for units in self.files), reverse=True)
+        room = sum(held <= 2 * self.shard_bytes for held in itertools.accumulate(held))
         return max(1, min(PROCESSES, len(os.sched_getaffinity(0)), room))
+
+    def _held(self, unit: Unit) -> int:
+        return torch.Size(unit.shape).numel() * (unit.stacked or 1) * _HELD[self.dtype]
 
     def bytes_of(self, unit: Unit) -> int:
         return torch.Size(unit.shape).numel() * self.dtype_of(unit).itemsize

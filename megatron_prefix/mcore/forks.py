@@ -2,6 +2,7 @@
 
 import ctypes
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 from collections.abc import Callable
@@ -30,16 +31,18 @@ def run_forked(count: int, work: Work, on_bytes: OnBytes) -> list[Any]:
     if count == 1:
         return [work(0, on_bytes)]
     context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe(duplex=False) for _ in range(count)]
-    processes = [
-        context.Process(target=_child, args=(rank, work, pipes[rank][1], os.getpid()), daemon=True)
-        for rank in range(count)
-    ]
-    for process, (_, sender) in zip(processes, pipes, strict=True):
-        process.start()
-        sender.close()  # so that the pipe ends with its process
+    receivers: list[Connection] = []
+    processes: list[multiprocessing.process.BaseProcess] = []
     try:
-        return _collect([receiver for receiver, _ in pipes], on_bytes)
+        for rank in range(count):
+            receiver, sender = context.Pipe(duplex=False)
+            child = (rank, work, sender, os.getpid())
+            processes.append(context.Process(target=_child, args=child, daemon=True))
+            processes[-1].start()
+            # Before the next one is forked, so that the pipe ends with its process alone.
+            sender.close()
+            receivers.append(receiver)
+        return _collect(receivers, on_bytes)
     finally:
         for process in processes:
             process.terminate()

@@ -67,9 +67,10 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         type=int,
         default=0,
-        help="processes on this machine that share the files (default: one for each core, 8 at "
-        "most, while two of the largest tensors in each take 8 GiB together); on several machines "
-        "start this script by torchrun instead, with OUTPUT on a disk that all of them see",
+        help="processes on this machine that share the files (default: one a core, at most 8, no "
+        "more than there are files, each of up to 4 GiB, and fewer where together they would hold "
+        "more than about 8 GiB); on several machines start this script by torchrun instead, with "
+        "OUTPUT on a disk that all of them see",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT once whole")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")

@@ -97,6 +97,12 @@ class ServerFiles:
         )
 
 
+def longest_look_s(recipe: Recipe) -> float:
+    """How long :meth:`ServerFiles.find` may take."""
+    teachers = served_teachers(recipe).values()
+    return recipe.rollout.start_timeout_s + sum(t.server.start_timeout_s for t in teachers)
+
+
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--endpoints", type=Path, help="JSON of the servers' addresses and keys, or a folder of it"

@@ -21,7 +21,7 @@ from megatron_prefix.mcore.dist_files import DistFile
 from megatron_prefix.mcore.hf_map import read_hf_model
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_convert import check_equal, tensors, to_megatron
-from tests.tiny_models import write_tiny_qwen3
+from tests.tiny_models import write_tiny_gpt_oss, write_tiny_qwen3
 
 NAN = "model.layers.1.mlp.down_proj.weight"
 
@@ -114,6 +114,25 @@ def test_files_are_of_like_size_and_processes_share_them_evenly(tmp_path: Path) 
     assert [unit for units in job.files for unit in units] == list(job.hf.units)
     (one,) = layered(tmp_path / "model", tmp_path).files
     assert len(one) == len(job.hf.units)
+
+
+@pytest.mark.parametrize("of_all", [1.9, 2.1, 7.9, 8.0, 8.1, 12.0])
+def test_eight_processes_have_the_same_to_do_whatever_the_size(
+    tmp_path: Path, of_all: float
+) -> None:
+    job = layered(tmp_path / "model", tmp_path)
+    job = replace(job, shard_bytes=int(job.bytes / of_all))
+    assert len(job.files) % 8 == 0
+    assert max(sum(map(job.bytes_of, units)) for units in job.files) <= job.shard_bytes
+
+
+def test_a_stack_of_experts_is_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    hf = read_hf_model(str(write_tiny_gpt_oss(tmp_path / "model")))
+    job = Conversion(hf, tmp_path, "bf16", ranks=0)
+    largest = max(job.bytes_of(unit) * (unit.stacked or 1) for unit in hf.units)
+    job = replace(job, shard_bytes=largest)
+    assert len(job.files) > 1 and job.processes == 1
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import psutil
+import pytest
 
 from megatron_prefix.mcore.forks import die_with_parent
+from megatron_prefix.rollout.guard import die_with_guard
 
 FORKS = multiprocessing.get_context("fork")
 
@@ -28,16 +31,17 @@ time.sleep(600)
 """
 
 
-def exit_code(parent: int) -> int | None:
-    child = FORKS.Process(target=die_with_parent, args=(parent,))
+def exit_code(ask: Callable[[int], None], parent: int) -> int | None:
+    child = FORKS.Process(target=ask, args=(parent,))
     child.start()
     child.join()
     return child.exitcode
 
 
-def test_one_whose_parent_ended_before_it_asked_ends() -> None:
-    assert exit_code(os.getpid()) == 0
-    assert exit_code(os.getppid()) == 1
+@pytest.mark.parametrize("ask", [die_with_parent, die_with_guard])
+def test_one_whose_parent_ended_before_it_asked_ends(ask: Callable[[int], None]) -> None:
+    assert exit_code(ask, os.getpid()) == 0
+    assert exit_code(ask, os.getppid()) == 1
 
 
 def test_a_killed_rank_leaves_neither_its_queue_nor_a_writer() -> None:

@@ -19,7 +19,8 @@ from megatron_prefix.exit_codes import SAVED
 from megatron_prefix.rollout.addresses import read_endpoints
 from megatron_prefix.rollout.client import Endpoint, SglangClient
 from megatron_prefix.rollout.protocol import RequestRefused
-from tests.server.test_main_job import Job, wait_until
+from tests.server.processes import wait_until
+from tests.server.test_main_job import Job
 
 SAVE_EVERY = 2
 PATIENCE_S = 400.0  # a server's start alone takes minutes on busy cores

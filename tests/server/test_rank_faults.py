@@ -29,7 +29,7 @@ from megatron_prefix.rollout.weights import publish_from_disk
 from tests.crowd import crowded
 from tests.server.conftest import VOCABULARY
 from tests.server.forwarder import Forwarder, forwarder
-from tests.server.test_main_job import wait_until
+from tests.server.processes import wait_until
 from tests.tiny_models import write_tiny_qwen3
 
 SAVE_EVERY = 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.tasks import sort_chain
-from tests.server.test_main_job import children_of
+from tests.server.processes import children_of
 
 STEPS = 40
 SETTINGS = {

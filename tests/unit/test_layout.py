@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_prefix.config import ModelConfig
-from megatron_prefix.layout import Layout, layers_by_stage, model_layout
+from megatron_prefix.layout import Layout, layers_by_stage, model_layout, saved_layout
 
 
 def test_ranks_and_coordinates_are_inverse_and_tensor_parallel_runs_fastest() -> None:
@@ -54,3 +54,18 @@ def test_a_world_that_does_not_divide_names_one_that_would() -> None:
         model_layout(model, 6)
     with pytest.raises(ValueError, match="tensor\\*context\\*pipeline .*2\\*3\\*2; start 12 ranks"):
         model_layout(replace(model, context_parallel_size=3), 8)
+
+
+def test_a_saved_layout_is_known_again() -> None:
+    layout = Layout(tp=4, dp=3, pp=2, ep=2, cp=2)
+    assert layout.record == {"tp": 4, "cp": 2, "dp": 3, "pp": 2, "ep": 2, "etp": 4}
+    assert layout.was_saved(saved_layout({"layout": layout.record}))
+    for other in ({"ep": 1}, {"cp": 1}, {"etp": 2}):
+        assert not layout.was_saved(saved_layout({"layout": {**layout.record, **other}}))
+    assert not layout.was_saved(saved_layout({}))
+
+
+def test_a_list_of_an_older_checkpoint_is_read() -> None:
+    assert saved_layout({"layout": [2, 3, 4]}) == {"tp": 2, "dp": 3, "pp": 4}
+    assert Layout(tp=2, dp=3, pp=4).was_saved({"tp": 2, "dp": 3, "pp": 4})
+    assert not Layout(tp=2, dp=3, pp=1).was_saved({"tp": 2, "dp": 3, "pp": 4})
