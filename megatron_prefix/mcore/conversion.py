@@ -65,11 +65,18 @@ class Conversion:
         Where there is more than one file, they are of like size, as far as tensors let them, and
         PROCESSES of them or a multiple: as many processes have the same to do.
         """
-        # A file is closed before the tensor that is too much: it may lack one tensor.
-        largest = max(self.bytes_of(unit) * (unit.stacked or 1) for unit in self.hf.units)
-        room = max(self.shard_bytes - largest, self.shard_bytes // 2)
-        count = -(-self.bytes // room) if self.bytes > self.shard_bytes else 1
-        like = self.bytes / (count if count == 1 else -(-count // PROCESSES) * PROCESSES)
+        if self.bytes <= self.shard_bytes:
+            return [list(self.hf.units)]
+        least = -(-self.bytes // self.shard_bytes)
+        # With nearly full files, closed before a tensor that is too much, there is one too many.
+        for count in range(-(-least // PROCESSES) * PROCESSES, 2 * least + PROCESSES, PROCESSES):
+            files = self._split(self.bytes / count)
+            if len(files) % PROCESSES == 0:
+                break
+        return files
+
+    def _split(self, like: float) -> list[list[Unit]]:
+        """Into files of ``like`` bytes, none above ``shard_bytes`` unless for a single tensor."""
         files: list[list[Unit]] = []
         filled = before = 0
         for unit in self.hf.units:
