@@ -3,29 +3,33 @@
 The sums are XXH3-128: they find what disks and copies damage, for a tenth of SHA-256's CPU time
 (``benchmarks/convert.py``). They prove nothing against intent, which no sum does that lies beside
 its file. A manifest in SHA-256, as Megatron-Core writes with ``verify_integrity``, is read as well;
-Megatron-Core 0.19.2 itself verifies no other.
+Megatron-Core 0.19.2 itself verifies no other. Where xxhash is not installed, as in an environment
+that is used as it is (``GPU_PYTHON``), SHA-256 is written too.
 """
 
 import concurrent.futures
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 RUN_STATE = "run_state.json"
 MANIFEST = "integrity.json"  # Megatron's name and fields
-ALGORITHM = "xxh3_128"
-_HASHES: dict[str, Callable[[], Any]] = {ALGORITHM: xxhash.xxh3_128, "sha256": hashlib.sha256}
+_HASHES: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256}
+if find_spec("xxhash"):
+    import xxhash
+
+    _HASHES = {"xxh3_128": xxhash.xxh3_128, **_HASHES}
+ALGORITHM = next(iter(_HASHES))  # that is written
 _READERS, _PIECE = 4, 2**19  # bytes: few enough that a piece is in the caches when it is hashed
 OnBytes = Callable[[int], object]  # is told of bytes read, in any thread
 
 
-def new_sum() -> xxhash.xxh3_128:
+def new_sum() -> Any:
     """For a file's bytes in their order; its ``hexdigest`` stands in the manifest."""
-    return xxhash.xxh3_128()
+    return _HASHES[ALGORITHM]()
 
 
 def write_manifest(
