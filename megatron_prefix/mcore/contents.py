@@ -14,9 +14,10 @@ import torch
 from megatron_prefix.hf_folder import HfFolder, is_readable, read_hf_folder, tensor_problems
 from megatron_prefix.layout import saved_layout
 from megatron_prefix.mcore.dist_keys import VOCABULARY
+from megatron_prefix.mcore.forks import OnBytes
 from megatron_prefix.mcore.hf_map import FAMILIES
 from megatron_prefix.mcore.hf_map.units import hf_tensors
-from megatron_prefix.mcore.manifest import MANIFEST, RUN_STATE, OnBytes, damage
+from megatron_prefix.mcore.manifest import MANIFEST, RUN_STATE, damage
 from megatron_prefix.mcore.source import open_config
 from megatron_prefix.mcore.steps import SavedTensor, find_step, saved_tensors, saved_weights
 

@@ -98,7 +98,7 @@ class Conversion:
         if self.ranks or self.crew.size > 1:
             return max(1, self.ranks)
         held = sorted((max(map(self._held, units)) for units in self.files), reverse=True)
-        room = sum(held <= 2 * self.shard_bytes for held in itertools.accumulate(held))
+        room = sum(total <= 2 * self.shard_bytes for total in itertools.accumulate(held))
         return max(1, min(PROCESSES, len(os.sched_getaffinity(0)), room))
 
     def _held(self, unit: Unit) -> int:

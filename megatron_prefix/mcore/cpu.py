@@ -35,7 +35,7 @@ def adapt_to_cpu() -> bool:
         return True
     torch._megatron_prefix_on_cpu = True  # type: ignore[attr-defined]
     # megatron.core imports these where it finds them. SGLang brings flash_mla, which dies of it (no
-    # libcuda), and kernels that take two seconds to import; Transformer Engine's sums and norms of
+    # libcuda), and kernels for GPUs, slow to import; Transformer Engine's sums and norms of
     # gradients want a device.
     for package in ("flash_mla", "flashinfer", "quack", "transformer_engine"):
         sys.modules[package] = None  # type: ignore[assignment]

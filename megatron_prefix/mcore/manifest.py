@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megatron_prefix.mcore.forks import OnBytes
+
 RUN_STATE = "run_state.json"
 MANIFEST = "integrity.json"  # Megatron's name and fields
 _HASHES: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256}
@@ -24,7 +26,6 @@ if find_spec("xxhash"):
     _HASHES = {"xxh3_128": xxhash.xxh3_128, **_HASHES}
 ALGORITHM = next(iter(_HASHES))  # that is written
 _READERS, _PIECE = 4, 2**19  # bytes: few enough that a piece is in the caches when it is hashed
-OnBytes = Callable[[int], object]  # is told of bytes read, in any thread
 
 
 def new_sum() -> Any:
@@ -35,7 +36,8 @@ def new_sum() -> Any:
 def write_manifest(
     folder: Path, known: Mapping[str, str] | None = None, on_bytes: OnBytes = lambda size: None
 ) -> None:
-    """Of every file that is there now; those of ``known`` are not read. Raises OSError."""
+    """Of every file that is there now; those of ``known`` are not read. ``on_bytes`` is told of
+    what is read, in any thread. Raises OSError."""
     sums = dict(known or {})
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     sums |= _sums(folder, [n for n in names if n not in {MANIFEST, *sums}], ALGORITHM, on_bytes)

@@ -18,7 +18,8 @@ from megatron_prefix.exit_codes import HUNG
 from megatron_prefix.health.watchdog import Watchdog, hang_report, patience
 from megatron_prefix.mcore import manifest
 from megatron_prefix.mcore.checkpoint import Checkpointer
-from megatron_prefix.mcore.manifest import OnBytes, damage
+from megatron_prefix.mcore.forks import OnBytes
+from megatron_prefix.mcore.manifest import damage
 from megatron_prefix.mcore.sealing import Tell
 from megatron_prefix.mcore.step_folders import saved_steps
 from megatron_prefix.orders import Order, order_group, share_order, share_words
